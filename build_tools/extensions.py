@@ -31,7 +31,7 @@ from .toolkit import (
     find_cuda,
     find_torch,
     gencode_flags,
-    supported_isas,
+    isas_for,
 )
 
 BUILD_INFO = "_build_info.json"
@@ -105,14 +105,10 @@ def _cxx_step(compiler: Compiler, flags: list[str], source: Path, build: Path, t
 def cpu_steps(
     root: Path, build: Path, compiler: Compiler, torch: TorchTree, isas: list[str]
 ) -> tuple[list[Step], Path]:
-    """Steps that make _C_cpu, and the file that the last one links.
-
-    Baseline units know which instruction sets were compiled by -DSDAN_WITH_<ISA>=1.
-    """
+    """Steps that make _C_cpu, and the file that the last one links."""
     found = sources(root, "cpu")
     include = _include_flags(root, "cpu", torch)
-    with_isas = [f"-DSDAN_WITH_{isa.upper()}=1" for isa in isas]
-    baseline = [*CXX_FLAGS, *DEFINES, *with_isas, *include]
+    baseline = [*CXX_FLAGS, *DEFINES, *include]
     steps = [_cxx_step(compiler, baseline, source, build, "baseline") for source in found["baseline"]]
     for source in found["isa"]:
         for isa in isas:
@@ -288,8 +284,8 @@ def _build(root: Path, kind: str, env: Mapping[str, str]) -> Built | Missing:
         "torch": torch.version,
     }
     if toolkit is None:
-        isas, left_out = supported_isas(compiler, platform.machine())
-        info |= {"isas": isas, "isas_left_out": left_out, "flags": [*CXX_FLAGS, *DEFINES]}
+        isas = isas_for(platform.machine())
+        info |= {"isas": isas, "flags": [*CXX_FLAGS, *DEFINES]}
         info["isa_flags"] = {isa: list(ISA_FLAGS[isa]) for isa in isas}
         steps, output = cpu_steps(root, build, compiler, torch, isas)
     else:
@@ -303,8 +299,7 @@ def _build(root: Path, kind: str, env: Mapping[str, str]) -> Built | Missing:
         info |= {"nvcc": toolkit.version, "cuda_root": str(toolkit.root), "found_by": toolkit.found_by}
         info |= {"archs": archs, "flags": [*NVCC_FLAGS, *DEFINES]}
         steps, output = cuda_steps(root, build, compiler, torch, toolkit, archs)
-    info["sources"] = [str(step.inputs[0].relative_to(root)) for step in steps[:-1]]
-    info["sources"] = sorted(set(info["sources"]))
+    info["sources"] = sorted({str(step.inputs[0].relative_to(root)) for step in steps[:-1]})
 
     with_nvcc = f", nvcc {toolkit.version}" if toolkit else ""
     print(f"sdan_fast: building _C_{kind} with {compiler.version}{with_nvcc}", flush=True)

@@ -132,28 +132,13 @@ def find_compiler(
     return Missing("no C++ compiler was found on PATH (looked for g++, clang++, c++; CXX is not set)")
 
 
-def supported_isas(
-    compiler: Compiler, machine: str, run: Callable[..., tuple[int, str]] = _run
-) -> tuple[list[str], dict[str, str]]:
-    """Instruction sets to compile for, and for every one left out the reason.
+def isas_for(machine: str) -> list[str]:
+    """The instruction sets to compile for on a machine, as `platform.machine()` names it.
 
-    machine: as `platform.machine()` says it.
+    Every compiler that takes -std=c++20 knows all of the x86-64 ones, and csrc/cpu/dispatch.h counts on them
+    there.
     """
-    if machine.lower() not in ("x86_64", "amd64"):
-        return ["portable"], {
-            isa: f"not an x86-64 machine ({machine})" for isa in ISA_FLAGS if isa != "portable"
-        }
-    isas, left_out = [], {}
-    for isa, flags in ISA_FLAGS.items():
-        if not flags:
-            isas.append(isa)
-            continue
-        status, _ = run([*compiler.command, *flags, "-x", "c++", "-E", os.devnull])
-        if status == 0:
-            isas.append(isa)
-        else:
-            left_out[isa] = f"the compiler does not know {' '.join(flags)}"
-    return isas, left_out
+    return list(ISA_FLAGS) if machine.lower() in ("x86_64", "amd64") else ["portable"]
 
 
 # --- torch --------------------------------------------------------------------------------------------------
