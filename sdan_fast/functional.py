@@ -1,0 +1,266 @@
+"""Stateless ops: differentiable, autocast-aware, compilable, and run by the fastest backend that can.
+
+Tensors are N x C x H x W, float32, bfloat16, float16 or float64 (all tensors of a call share one dtype; kernels
+accumulate in float32), with any strides. Contiguous and channels_last inputs are fast, and the output keeps the memory
+format of the first tensor. Convolutions have stride 1 and "same" zero padding: d(k-1)/2 on each axis, of the input of
+each convolution. Every op raises TypeError for a wrong type or dtype (mixed floating dtypes included, except under
+autocast) and ValueError for a wrong shape, device or value; RuntimeError if `use_backend` names a backend that cannot
+run the call. Under autocast an op returns the dtype that its plain PyTorch sequence returns on that device.
+
+The formulas are those of SDAN (arXiv 2506.12475) as reconstructed from its abstract and its first author's public
+development code; `sdan_fast.reference` has each of them in plain PyTorch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from . import ops
+from .reference import BranchConv, Dilation, StripStage
+
+__all__ = [
+    "depthwise_conv2d",
+    "layer_norm2d",
+    "mm_lka",
+    "pointwise_gate",
+    "separable_conv2d",
+    "star",
+    "star_conv",
+    "strip_conv_chain",
+]
+
+
+def _pair(dilation: Any, name: str = "dilation") -> list[int]:
+    if isinstance(dilation, int):
+        return [dilation, dilation]
+    try:
+        pair = list(dilation)
+    except TypeError:
+        raise TypeError(f"{name} must be a positive int or a pair of them, and it is {dilation!r}") from None
+    if len(pair) != 2:
+        raise ValueError(f"{name} must be a positive int or a pair of them, and it is {dilation!r}")
+    return pair
+
+
+def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, dilation: Dilation = 1) -> Tensor:
+    """Depth-wise convolution with "same" zero padding.
+
+    Args:
+        x: (N, C, H, W).
+        weight: (C, 1, kh, kw), kh and kw odd: a strip (1xk, kx1) or any rectangle.
+        bias: (C,) or None.
+        dilation: int or (dh, dw), at least 1.
+
+    Returns:
+        (N, C, H, W), the dtype of `x`.
+
+    Raises:
+        TypeError, ValueError: see the module's documentation.
+    """
+    return ops.depthwise_conv2d(x, weight, bias, dilation=_pair(dilation))
+
+
+def strip_conv_chain(x: Tensor, stages: Sequence[StripStage]) -> Tensor:
+    """A chain of 1-D depth-wise convolutions, two a stage: 1xk, then kx1.
+
+    The decomposition of a large kernel into strips, as in large-kernel attention: usually a plain stage, then a dilated
+    one. Each convolution pads its own input with zeros, so an intermediate counts as zero outside the image.
+
+    Args:
+        x: (N, C, H, W).
+        stages: for each stage (weight_h, bias_h, weight_v, bias_v, dilation), with weight_h (C, 1, 1, k), weight_v
+            (C, 1, k, 1), k odd, biases (C,) or None, and dilation an int or (dh, dw): dw is that of the 1xk
+            convolution, dh that of the kx1.
+
+    Returns:
+        (N, C, H, W), the dtype of `x`.
+
+    Raises:
+        TypeError, ValueError: see the module's documentation; an empty `stages` is refused.
+    """
+    weights: list[Tensor] = []
+    biases: list[Tensor] = []
+    bias_mask: list[bool] = []
+    dilations: list[int] = []
+    for i, stage in enumerate(stages):
+        if len(stage) != 5:
+            raise ValueError(
+                f"stages[{i}] must be (weight_h, bias_h, weight_v, bias_v, dilation), and it has {len(stage)} items"
+            )
+        weight_h, bias_h, weight_v, bias_v, dilation = stage
+        dh, dw = _pair(dilation, f"stages[{i}].dilation")
+        weights += [weight_h, weight_v]
+        biases += [bias for bias in (bias_h, bias_v) if bias is not None]
+        bias_mask += [bias_h is not None, bias_v is not None]
+        dilations += [dw, dh]
+    return ops.strip_conv_chain(x, weights, biases, bias_mask=bias_mask, dilations=dilations)
+
+
+def separable_conv2d(
+    x: Tensor,
+    weight_h: Tensor,
+    bias_h: Tensor | None,
+    weight_v: Tensor,
+    bias_v: Tensor | None,
+    *,
+    dilation: Dilation = 1,
+) -> Tensor:
+    """A 1xk, then a kx1 depth-wise convolution: `strip_conv_chain` with one stage, and the same op.
+
+    Args:
+        x: (N, C, H, W).
+        weight_h: (C, 1, 1, k), k odd.
+        bias_h: (C,) or None.
+        weight_v: (C, 1, k, 1), k odd.
+        bias_v: (C,) or None.
+        dilation: int or (dh, dw), at least 1; dw is that of the 1xk convolution, dh that of the kx1.
+
+    Returns:
+        (N, C, H, W), the dtype of `x`.
+
+    Raises:
+        TypeError, ValueError: see the module's documentation.
+    """
+    return strip_conv_chain(x, [(weight_h, bias_h, weight_v, bias_v, dilation)])
+
+
+def star(a: Tensor, b: Tensor, *, activation: str = "gelu", outer: str = "none") -> Tensor:
+    """The star: outer(activation(a) * b), element by element.
+
+    Args:
+        a: the branch to activate, usually (N, C, H, W); any shape will do.
+        b: the linear branch, the shape of `a`.
+        activation: "gelu" (the exact, erf one), "relu6", "relu", "silu" or "none".
+        outer: the activation of the product, from the same list.
+
+    Returns:
+        The shape and dtype of `a`.
+
+    Raises:
+        TypeError, ValueError: see the module's documentation.
+    """
+    return ops.star(a, b, activation=activation, outer=outer)
+
+
+def layer_norm2d(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
+    """LayerNorm over C at each pixel: (x - mean) / sqrt(variance + eps) * weight + bias, the biased variance.
+
+    Args:
+        x: (N, C, H, W).
+        weight: (C,).
+        bias: (C,) or None.
+        eps: positive.
+
+    Returns:
+        (N, C, H, W), the dtype of `x`.
+
+    Raises:
+        TypeError, ValueError: see the module's documentation.
+    """
+    return ops.layer_norm2d(x, weight, bias, eps)
+
+
+def pointwise_gate(u: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """u * (1x1 convolution of x): the gate that ends a large-kernel attention. No sigmoid.
+
+    Args:
+        u: (N, Co, H, W), what is gated.
+        x: (N, Ci, H, W).
+        weight: (Co, Ci, 1, 1).
+        bias: (Co,) or None.
+
+    Returns:
+        (N, Co, H, W), the dtype of `u`.
+
+    Raises:
+        TypeError, ValueError: see the module's documentation.
+    """
+    return ops.pointwise_gate(u, x, weight, bias)
+
+
+def star_conv(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    pw1_weight: Tensor,
+    dw_weight: Tensor,
+    dw_bias: Tensor | None,
+    pw2_weight: Tensor,
+    *,
+    outer: str = "none",
+    eps: float = 1e-5,
+) -> Tensor:
+    """SDM's star convolution: outer(GELU(DW(PW1 z)) * PW2 z) with z = LN(x).
+
+    Args:
+        x: (N, Ci, H, W).
+        norm_weight: (Ci,), of the LayerNorm over channels.
+        norm_bias: (Ci,) or None.
+        pw1_weight: (Co, Ci, 1, 1).
+        dw_weight: (Co, 1, kh, kw), kh and kw odd; 3x3 in SDAN.
+        dw_bias: (Co,) or None.
+        pw2_weight: (Co, Ci, 1, 1).
+        outer: activation of the product: "none", "gelu", "relu6", "relu" or "silu".
+        eps: of the LayerNorm, positive.
+
+    Returns:
+        (N, Co, H, W), the dtype of `x`.
+
+    Raises:
+        TypeError, ValueError: see the module's documentation.
+    """
+    return ops.star_conv(
+        x, norm_weight, norm_bias, pw1_weight, dw_weight, dw_bias, pw2_weight, outer=outer, eps=eps
+    )
+
+
+def mm_lka(
+    x: Tensor,
+    branches: Sequence[Sequence[BranchConv]],
+    proj_weight: Tensor,
+    proj_bias: Tensor | None = None,
+) -> Tensor:
+    """Multi-shape multi-scale large-kernel attention: x * proj(concat of the branches).
+
+    Branch i is a chain of depth-wise convolutions of the i-th chunk of the channels of `x`; its first weight says how
+    many channels the chunk has.
+
+    Args:
+        x: (N, C, H, W).
+        branches: for each branch its convolutions in order, each (weight, bias, dilation) as in `depthwise_conv2d`.
+        proj_weight: (C, C, 1, 1).
+        proj_bias: (C,) or None.
+
+    Returns:
+        (N, C, H, W), the dtype of `x`.
+
+    Raises:
+        TypeError, ValueError: see the module's documentation; branches that do not cover the channels are refused.
+    """
+    weights: list[Tensor] = []
+    biases: list[Tensor] = []
+    bias_mask: list[bool] = []
+    dilations: list[int] = []
+    for b, branch in enumerate(branches):
+        for j, conv in enumerate(branch):
+            if len(conv) != 3:
+                raise ValueError(f"branches[{b}][{j}] must be (weight, bias, dilation), and it has {len(conv)} items")
+            weight, bias, dilation = conv
+            weights.append(weight)
+            bias_mask.append(bias is not None)
+            if bias is not None:
+                biases.append(bias)
+            dilations += _pair(dilation, f"branches[{b}][{j}].dilation")
+    return ops.mm_lka(
+        x,
+        weights,
+        biases,
+        proj_weight,
+        proj_bias,
+        bias_mask=bias_mask,
+        dilations=dilations,
+        lengths=[len(branch) for branch in branches],
+    )

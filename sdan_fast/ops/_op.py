@@ -1,0 +1,416 @@
+"""The one mechanism behind every op: schema, fake kernel, autograd, autocast, vmap, FLOP formula, backends.
+
+An op `sdan_fast::<name>` has one overload per backend, so that a graph says who runs what: `.cpu`, `.triton`, `.cuda`,
+and the unnamed one, which asks `sdan_fast.backends` at run time. `sdan_fast::<name>_backward` takes the gradient of the
+output, then the forward's arguments, then `output_mask`, and returns the gradients asked for; its unnamed overload is
+the reference formula. C++ registers its kernels for these names by itself; a backend's table of kernels is read back
+from the dispatcher. docs/decisions.md says why it is done this way, with the measured call overheads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import register_flop_formula
+
+from .. import backends
+
+NAMESPACE = "sdan_fast"
+LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+OPS: dict[str, Op] = {}
+
+_below_autograd = torch._C._AutoDispatchBelowAutograd
+_transforms_active = torch._C._are_functorch_transforms_active
+
+
+@dataclass(frozen=True, eq=False)
+class Op:
+    """One op and everything that torch knows of it.
+
+    Attributes:
+        name: the op is `torch.ops.sdan_fast.<name>`.
+        arguments: its schema between the parentheses.
+        check: raises ValueError or TypeError for arguments that the op refuses; takes the op's arguments.
+        reference: the op in plain PyTorch; takes the op's arguments.
+        reference_backward: its gradient in plain PyTorch; takes (grad_output, the op's arguments, output_mask) and
+            returns one gradient or None for every tensor slot.
+        autocast: takes (arguments, lower precision dtype, device type) and returns (the dtype to compute in,
+            the dtype that the reference sequence returns).
+        flops: takes the op's arguments with shapes for tensors.
+        backward_flops: takes (the op's arguments with shapes for tensors, output_mask).
+        output_channels: takes the op's arguments; the number of output channels where they are not the first tensor's.
+    """
+
+    name: str
+    arguments: str
+    check: Callable[..., None]
+    reference: Callable[..., Tensor]
+    reference_backward: Callable[..., Sequence[Tensor | None]]
+    autocast: Callable[[Sequence[Tensor], torch.dtype, str], tuple[torch.dtype, torch.dtype]]
+    flops: Callable[..., int]
+    backward_flops: Callable[..., int]
+    output_channels: Callable[..., int] | None = None
+
+    def __post_init__(self) -> None:
+        set_ = object.__setattr__  # frozen: what follows is derived once, and never changes for the user
+        set_(self, "kernels", set())  # backends with a forward kernel
+        set_(self, "backward_kernels", set())
+        set_(self, "supports", {})  # backend -> (arguments) -> None or why it cannot run these
+        set_(self, "overloads", {})
+        set_(self, "backward_overloads", {})
+        schema = torch._C.parse_schema(f"{NAMESPACE}::{self.name}({self.arguments}) -> Tensor")
+        positional = [a for a in schema.arguments if not a.kwarg_only]
+        set_(self, "kinds", tuple(str(a.type) for a in positional))
+        OPS[self.name] = self
+        self.define("")
+        self.define_backward("")
+        self._register_dispatched()
+        self._register_flops()
+
+    # -- calling ----------------------------------------------------------------------------------------------
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Check the arguments, choose a backend, run it; differentiable, compilable, autocast-aware."""
+        device_type = _device_type(args)
+        if torch.is_autocast_enabled(device_type):
+            cast = self._autocast_arguments(args, device_type)
+            if cast is not None:
+                cast_args, returned = cast
+                self.check(*cast_args, **kwargs)
+                if backends.choose(self, cast_args, kwargs) == "reference":
+                    return self.reference(*args, **kwargs)  # autocast does there what it always does
+                with torch.autocast(device_type, enabled=False):
+                    return self._run(cast_args, kwargs).to(returned)
+        self.check(*args, **kwargs)
+        return self._run(args, kwargs)
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        backend = backends.choose(self, args, kwargs)
+        if backend == "reference" or _transforms_active():  # vmap, jvp and the like see through plain PyTorch best
+            return self.reference(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            return self.overloads[backend](*args, **kwargs)
+        return self.differentiable(backend, args, kwargs)
+
+    def differentiable(self, backend: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Run one overload with its autograd. The dispatcher's own way here costs about 10 us more a call."""
+        overload = self.overloads[backend]
+        if torch.is_grad_enabled():
+            tensors = self.flatten(args)
+            if any(t.requires_grad for t in tensors):
+                return _Function.apply(_Call(self, backend, False, args, kwargs), *tensors)
+        with _below_autograd():
+            return overload(*args, **kwargs)
+
+    def differentiable_backward(
+        self, backend: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> list[Tensor]:
+        """Run one overload of the backward op, itself differentiable; `args` begin with grad_output."""
+        overload = self.backward_overloads[backend]
+        if torch.is_grad_enabled():
+            tensors = [args[0], *self.flatten(args[1:])]
+            if any(t.requires_grad for t in tensors):
+                return list(_Function.apply(_Call(self, backend, True, args, kwargs), *tensors))
+        with _below_autograd():
+            return overload(*args, **kwargs)
+
+    # -- arguments --------------------------------------------------------------------------------------------
+
+    def flatten(self, args: Sequence[Any]) -> list[Tensor]:
+        """The tensors of the op's positional arguments, in order; a bias that is None has no entry."""
+        tensors: list[Tensor] = []
+        for kind, arg in zip(self.kinds, args, strict=False):
+            if kind == "List[Tensor]":
+                tensors.extend(arg)
+            elif arg is not None and kind in ("Tensor", "Optional[Tensor]"):
+                tensors.append(arg)
+        return tensors
+
+    def unflatten(self, args: Sequence[Any], tensors: Iterable[Any]) -> tuple[Any, ...]:
+        """`args` with its tensors replaced, in order; the other arguments stay."""
+        it = iter(tensors)
+        rebuilt: list[Any] = []
+        for kind, arg in zip(self.kinds, args, strict=False):
+            if kind == "List[Tensor]":
+                rebuilt.append([next(it) for _ in arg])
+            elif arg is not None and kind in ("Tensor", "Optional[Tensor]"):
+                rebuilt.append(next(it))
+            else:
+                rebuilt.append(arg)
+        return tuple(rebuilt)
+
+    def slots(self, args: Sequence[Any]) -> list[Any]:
+        """One entry per tensor slot of the schema, as `output_mask` counts them: an absent bias is None."""
+        slots: list[Any] = []
+        for i, kind in enumerate(self.kinds):
+            arg = args[i] if i < len(args) else None
+            if kind == "List[Tensor]":
+                slots.extend(arg)
+            elif kind in ("Tensor", "Optional[Tensor]"):
+                slots.append(arg)
+        return slots
+
+    # -- registration -----------------------------------------------------------------------------------------
+
+    def define(self, backend: str) -> None:
+        """Define the overload of one backend, with its fake kernel, autograd and vmap rule."""
+        qualified = _qualified(self.name, backend)
+        LIBRARY.define(f"{qualified}({self.arguments}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+        overload = getattr(getattr(torch.ops.sdan_fast, self.name), backend or "default")
+        self.overloads[backend] = overload
+        torch.library.register_fake(f"{NAMESPACE}::{qualified}", self._fake, lib=LIBRARY)
+
+        def autograd(*args: Any, **kwargs: Any) -> Tensor:
+            if _transforms_active():  # torch.func.grad and the like: nodes of autograd.Function cannot nest there
+                return self.reference(*args, **kwargs)
+            return self.differentiable(backend, args, kwargs)
+
+        def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any, **kwargs: Any) -> tuple[Tensor, int]:
+            def example(i: int) -> tuple[Any, ...]:
+                return pytree.tree_map(lambda arg, dim: arg if dim is None else arg.select(dim, i), args, in_dims)
+
+            return torch.stack([overload(*example(i), **kwargs) for i in range(info.batch_size)]), 0
+
+        LIBRARY.impl(qualified, autograd, "Autograd")
+        torch.library.register_vmap(f"{NAMESPACE}::{qualified}", vmap, lib=LIBRARY)
+
+    def define_backward(self, backend: str) -> None:
+        """Define the backward op's overload of one backend."""
+        positional, _, keyword = self.arguments.partition(" *,")
+        keyword = f"{keyword.strip()}, bool[] output_mask" if keyword else "bool[] output_mask"
+        arguments = f"Tensor grad_output, {positional.rstrip(', ')}, *, {keyword}"
+        qualified = _qualified(f"{self.name}_backward", backend)
+        LIBRARY.define(f"{qualified}({arguments}) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,))
+        overload = getattr(getattr(torch.ops.sdan_fast, f"{self.name}_backward"), backend or "default")
+        self.backward_overloads[backend] = overload
+        torch.library.register_fake(f"{NAMESPACE}::{qualified}", self._fake_backward, lib=LIBRARY)
+
+        def autograd(*args: Any, **kwargs: Any) -> list[Tensor]:
+            return self.differentiable_backward(backend, args, kwargs)
+
+        LIBRARY.impl(qualified, autograd, "Autograd")
+
+    def _register_dispatched(self) -> None:
+        """The unnamed overloads: who runs is asked at run time, and the backward is the reference formula."""
+
+        def forward(*args: Any, **kwargs: Any) -> Tensor:
+            self.check(*args, **kwargs)
+            backend = backends.choose(self, args, kwargs)
+            if backend != "reference":
+                return self.overloads[backend](*args, **kwargs)
+            with torch.autocast(_device_type(args), enabled=False):
+                out = self.reference(*args, **kwargs)
+            return out.contiguous(memory_format=output_format(args[0]))
+
+        def backward(grad_output: Tensor, *args: Any, output_mask: list[bool], **kwargs: Any) -> list[Tensor]:
+            with torch.autocast(_device_type(args), enabled=False):
+                grads = self.reference_backward(grad_output, *args, **kwargs, output_mask=output_mask)
+            return [
+                g.contiguous(memory_format=output_format(like))
+                for g, like, wanted in zip(grads, self.slots(args), output_mask, strict=True)
+                if wanted and g is not None
+            ]
+
+        def autocast(*args: Any, **kwargs: Any) -> Tensor:
+            device_type = _device_type(args)
+            cast = self._autocast_arguments(args, device_type)
+            with torch.autocast(device_type, enabled=False):
+                if cast is None:
+                    return self.overloads[""](*args, **kwargs)
+                return self.overloads[""](*cast[0], **kwargs).to(cast[1])
+
+        LIBRARY.impl(self.name, forward, "CompositeExplicitAutograd")
+        LIBRARY.impl(f"{self.name}_backward", backward, "CompositeExplicitAutograd")
+        for key in ("AutocastCPU", "AutocastCUDA"):
+            LIBRARY.impl(self.name, autocast, key)
+
+    def _register_flops(self) -> None:
+        packet = getattr(torch.ops.sdan_fast, self.name)
+        backward_packet = getattr(torch.ops.sdan_fast, f"{self.name}_backward")
+
+        @register_flop_formula(packet)
+        def forward_flops(*args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+            return self.flops(*args, **kwargs)
+
+        @register_flop_formula(backward_packet)
+        def backward_flops(_grad: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+            return self.backward_flops(*args, **kwargs)
+
+    # -- what torch calls -------------------------------------------------------------------------------------
+
+    def _fake(self, *args: Any, **kwargs: Any) -> Tensor:
+        x: Tensor = args[0]
+        shape = list(x.shape)
+        if self.output_channels is not None:
+            shape[1] = self.output_channels(*args, **kwargs)
+        return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=output_format(x))
+
+    def _fake_backward(self, _grad: Tensor, *args: Any, output_mask: list[bool], **_: Any) -> list[Tensor]:
+        return [
+            torch.empty(t.shape, dtype=t.dtype, device=t.device, memory_format=output_format(t))
+            for t, wanted in zip(self.slots(args), output_mask, strict=True)
+            if wanted
+        ]
+
+    def _autocast_arguments(
+        self, args: tuple[Any, ...], device_type: str
+    ) -> tuple[tuple[Any, ...], torch.dtype] | None:
+        """The arguments in the dtype to compute in, and the dtype to return; None where autocast stays out."""
+        tensors = self.flatten(args)
+        if any(t.dtype not in FLOATING or t.dtype == torch.float64 for t in tensors):
+            return None
+        computed, returned = self.autocast(tensors, torch.get_autocast_dtype(device_type), device_type)
+        return self.unflatten(args, [t.to(computed) for t in tensors]), returned
+
+
+def _qualified(name: str, backend: str) -> str:
+    return f"{name}.{backend}" if backend else name
+
+
+def _device_type(args: Sequence[Any]) -> str:
+    return args[0].device.type if isinstance(args[0], Tensor) else "cpu"
+
+
+def output_format(x: Tensor) -> torch.memory_format:
+    """The memory format of an op's output, from its first tensor; see `sdan_fast.reference.output_format`."""
+    from ..reference import output_format as rule
+
+    return rule(x)
+
+
+# --- autograd ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Call:
+    """One call of a forward or backward overload, as its autograd needs it; the tensors are saved beside it."""
+
+    op: Op
+    backend: str
+    is_backward: bool
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def run(self) -> Tensor | tuple[Tensor, ...]:
+        if self.is_backward:
+            return tuple(self.op.backward_overloads[self.backend](*self.args, **self.kwargs))
+        if self.backend == "":  # remember who runs it: the backward must be the same, also outside the `with`
+            chosen = backends.choose(self.op, self.args, self.kwargs)
+            self.backend = "" if chosen == "reference" else chosen
+        return self.op.overloads[self.backend](*self.args, **self.kwargs)
+
+    def gradients(
+        self, tensors: tuple[Tensor, ...], needs: tuple[bool, ...], grads: tuple[Tensor, ...]
+    ) -> list[Tensor | None]:
+        """One gradient or None for each of the call's tensors."""
+        if self.is_backward:
+            return self._second_order(tensors, needs, grads)
+        op = self.op
+        args = op.unflatten(self.args, tensors)
+        it = iter(needs)
+        mask = [slot is not None and next(it) for slot in op.slots(args)]
+        backend = self.backend if self.backend in op.backward_kernels else ""
+        found = iter(
+            op.differentiable_backward(backend, (grads[0], *args), {**self.kwargs, "output_mask": mask})
+        )
+        return [next(found) if needed else None for needed in needs]
+
+    def _second_order(
+        self, tensors: tuple[Tensor, ...], needs: tuple[bool, ...], grads: tuple[Tensor, ...]
+    ) -> list[Tensor | None]:
+        """Differentiate the reference's own gradient: exact, of any order, and not what a kernel is needed for."""
+        op, create_graph = self.op, torch.is_grad_enabled()
+        kwargs = dict(self.kwargs)
+        mask = kwargs.pop("output_mask")
+        with torch.enable_grad():
+            # Fresh aliases, so that differentiating stops at this call's inputs and yet stays differentiable.
+            alias = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in tensors]
+            args = op.unflatten(self.args[1:], alias[1:])
+            wanted = [t for t, selected in zip(op.slots(args), mask, strict=True) if selected]
+            y = op.reference(*args, **kwargs)
+            first = torch.autograd.grad(y, wanted, alias[0], create_graph=True)
+            pairs = [(f, g) for f, g in zip(first, grads, strict=True) if f.requires_grad]
+            targets = [t for t, needed in zip(alias, needs, strict=True) if needed]
+            second = torch.autograd.grad(
+                [f for f, _ in pairs],
+                targets,
+                [g for _, g in pairs],
+                create_graph=create_graph,
+                allow_unused=True,
+            )
+        found = iter(second)
+        return [next(found) if needed else None for needed in needs]
+
+
+class _Function(torch.autograd.Function):
+    """The autograd node of a call: it saves the inputs and nothing else."""
+
+    @staticmethod
+    def forward(ctx: Any, call: _Call, *tensors: Tensor) -> Any:
+        with _below_autograd():
+            out = call.run()
+        ctx.call = call
+        ctx.save_for_backward(*tensors)
+        call.args = _without_tensors(call.args)  # the saved ones are enough, and are version-checked
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return (None, *ctx.call.gradients(ctx.saved_tensors, ctx.needs_input_grad[1:], grads))
+
+
+_PRESENT = object()  # stands for a saved tensor in `_Call.args`
+
+
+def _without_tensors(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return pytree.tree_map_only(Tensor, lambda _: _PRESENT, args)
+
+
+# --- kernels -----------------------------------------------------------------------------------------------------
+
+
+def attach_kernels() -> None:
+    """Define every backend's overloads and fill the table of who has a kernel for what."""
+    for backend in backends.ORDER[:-1]:
+        for op in OPS.values():
+            op.define(backend)
+            op.define_backward(backend)
+    if backends.BACKENDS["triton"].missing is None:
+        from . import _triton
+
+        _triton.attach(OPS.values())
+    for name in ("cpu", "cuda"):
+        attach_compiled(name, name.upper())
+    _attach_stubs()
+
+
+def attach_compiled(backend: str, dispatch_key: str) -> None:
+    """Find in the dispatcher what an extension module registered for one backend's overloads."""
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    for op in OPS.values():
+        if has(f"{NAMESPACE}::{op.name}.{backend}", dispatch_key):
+            op.kernels.add(backend)
+        if has(f"{NAMESPACE}::{op.name}_backward.{backend}", dispatch_key):
+            op.backward_kernels.add(backend)
+
+
+def _attach_stubs() -> None:
+    """Say in one sentence why an overload without a kernel cannot run, instead of the dispatcher's page."""
+    for backend in backends.ORDER[:-1]:
+        missing = backends.BACKENDS[backend].missing
+        for op in OPS.values():
+            for kernels, name in ((op.kernels, op.name), (op.backward_kernels, f"{op.name}_backward")):
+                if backend in kernels:
+                    continue
+                reason = missing or f"the {backend} backend has no kernel for {name}"
+
+                def stub(*_: Any, _name: str = _qualified(name, backend), _reason: str = reason, **__: Any) -> Any:
+                    raise RuntimeError(f"sdan_fast::{_name} cannot run: {_reason}")
+
+                LIBRARY.impl(_qualified(name, backend), stub, "CompositeExplicitAutograd")
