@@ -1,0 +1,84 @@
+// The star, outer(activation(a) * b), vectorized over dense memory.
+#include "star.h"
+
+#include "vec.h"
+
+namespace sdan_fast {
+namespace SDAN_ISA {
+namespace {
+
+SDAN_INLINE Vec activate_switch(Activation a, Vec x) {
+  switch (a) {
+    case Activation::kGelu:
+      return gelu(x);
+    case Activation::kRelu6:
+      return relu6(x);
+    case Activation::kRelu:
+      return relu(x);
+    case Activation::kSilu:
+      return silu(x);
+    default:
+      return x;
+  }
+}
+
+// The activation is a template parameter; the outer one, rare, is a well-predicted branch per vector.
+template <typename T, Activation A, bool kOuter>
+void run(const StarArgs& args, int64_t begin, int64_t end) {
+  const T* a = static_cast<const T*>(args.a);
+  const T* b = static_cast<const T*>(args.b);
+  T* y = static_cast<T*>(args.y);
+  int64_t i = begin;
+  for (; i + kLanes <= end; i += kLanes) {
+    Vec v = activate<A>(load(a + i)) * load(b + i);
+    if constexpr (kOuter) v = activate_switch(args.outer, v);
+    store(y + i, v);
+  }
+  if (i < end) {
+    const int n = static_cast<int>(end - i);
+    Vec v = activate<A>(load_n(a + i, n)) * load_n(b + i, n);
+    if constexpr (kOuter) v = activate_switch(args.outer, v);
+    store_n(y + i, v, n);
+  }
+}
+
+template <typename T, Activation A>
+void run_outer(const StarArgs& args, int64_t begin, int64_t end) {
+  if (args.outer == Activation::kNone) {
+    run<T, A, false>(args, begin, end);
+  } else {
+    run<T, A, true>(args, begin, end);
+  }
+}
+
+template <typename T>
+void run_activation(const StarArgs& args, int64_t begin, int64_t end) {
+  switch (args.activation) {
+    case Activation::kGelu:
+      return run_outer<T, Activation::kGelu>(args, begin, end);
+    case Activation::kRelu6:
+      return run_outer<T, Activation::kRelu6>(args, begin, end);
+    case Activation::kRelu:
+      return run_outer<T, Activation::kRelu>(args, begin, end);
+    case Activation::kSilu:
+      return run_outer<T, Activation::kSilu>(args, begin, end);
+    default:
+      return run_outer<T, Activation::kNone>(args, begin, end);
+  }
+}
+
+}  // namespace
+
+void star_run(const StarArgs& args, int64_t begin, int64_t end) {
+  switch (args.dtype) {
+    case DType::kFloat32:
+      return run_activation<float>(args, begin, end);
+    case DType::kBFloat16:
+      return run_activation<bfloat16>(args, begin, end);
+    default:
+      return run_activation<float16>(args, begin, end);
+  }
+}
+
+}  // namespace SDAN_ISA
+}  // namespace sdan_fast

@@ -1,0 +1,140 @@
+// The Python module sdan_fast._C_cpu: loading it registers the CPU kernels; it tells which instruction
+// set they were picked for. Also the pick itself and the threads' scratch memory.
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <initializer_list>
+#include <new>
+
+#include "dispatch.h"
+
+namespace sdan_fast {
+namespace {
+
+constexpr const char* kIsaVariable = "SDAN_FAST_CPU_ISA";
+constexpr Isa kCompiled[] = {
+    Isa::kPortable,
+#if defined(__x86_64__)
+    Isa::kAvx2,
+    Isa::kAvx512,
+#endif
+};
+
+Isa best_of_processor() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c");
+  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    return Isa::kAvx512;
+  }
+  if (avx2) return Isa::kAvx2;
+#endif
+  return Isa::kPortable;
+}
+
+// The cap in the environment; false if the variable holds no known name.
+bool read_cap(Isa* cap) {
+  const char* value = std::getenv(kIsaVariable);
+  *cap = Isa::kAvx512;
+  if (value == nullptr || *value == '\0') return true;
+  for (const Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512}) {
+    if (std::strcmp(value, isa_name(isa)) == 0) {
+      *cap = isa;
+      return true;
+    }
+  }
+  return false;
+}
+
+// Grows and never shrinks while its thread lives.
+struct Scratch {
+  void* data = nullptr;
+  size_t size = 0;
+  ~Scratch() { std::free(data); }
+};
+
+}  // namespace
+
+const char* isa_name(Isa isa) {
+  switch (isa) {
+    case Isa::kAvx512:
+      return "avx512";
+    case Isa::kAvx2:
+      return "avx2";
+    default:
+      return "portable";
+  }
+}
+
+Isa picked_isa() {
+  static const Isa picked = [] {
+    Isa cap;
+    read_cap(&cap);
+    const Isa best = best_of_processor();
+    return static_cast<int>(cap) < static_cast<int>(best) ? cap : best;
+  }();
+  return picked;
+}
+
+void* thread_scratch(size_t bytes) {
+  thread_local Scratch scratch;
+  if (bytes > scratch.size) {
+    std::free(scratch.data);
+    scratch.size = 0;
+    const size_t rounded = (bytes + 4095) & ~static_cast<size_t>(4095);
+    scratch.data = std::aligned_alloc(64, rounded);
+    if (scratch.data == nullptr) throw std::bad_alloc();
+    scratch.size = rounded;
+  }
+  return scratch.data;
+}
+
+}  // namespace sdan_fast
+
+namespace {
+
+PyObject* isa(PyObject*, PyObject*) {
+  return PyUnicode_FromString(sdan_fast::isa_name(sdan_fast::picked_isa()));
+}
+
+PyObject* isas(PyObject*, PyObject*) {
+  PyObject* list = PyList_New(0);
+  if (list == nullptr) return nullptr;
+  for (const sdan_fast::Isa i : sdan_fast::kCompiled) {
+    PyObject* name = PyUnicode_FromString(sdan_fast::isa_name(i));
+    if (name == nullptr || PyList_Append(list, name) != 0) {
+      Py_XDECREF(name);
+      Py_DECREF(list);
+      return nullptr;
+    }
+    Py_DECREF(name);
+  }
+  return list;
+}
+
+PyMethodDef methods[] = {
+    {"isa", isa, METH_NOARGS, "isa() -> str: the instruction set that the kernels of this process use."},
+    {"isas", isas, METH_NOARGS, "isas() -> list[str]: the instruction sets compiled in."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT, "_C_cpu", "The SIMD kernels of sdan_fast for CPUs.",
+    0,       methods,   nullptr, nullptr, nullptr, nullptr,
+};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__C_cpu(void) {
+  sdan_fast::Isa cap;
+  if (!sdan_fast::read_cap(&cap)) {
+    PyErr_Format(PyExc_ImportError, "%s must be portable, avx2 or avx512, got '%s'",
+                 sdan_fast::kIsaVariable, std::getenv(sdan_fast::kIsaVariable));
+    return nullptr;
+  }
+  return PyModule_Create(&definition);
+}

@@ -1,0 +1,48 @@
+// sdan_fast::star.cpu: checks, memory format and threads of outer(activation(a) * b).
+#include "isa/star.h"
+
+#include "tensor_util.h"
+
+namespace sdan_fast {
+namespace {
+
+const auto kernel = SDAN_PICK_KERNEL(star_run);
+
+bool same_shape(const Tensor& a, const Tensor& b) {
+  if (a.dim() != b.dim()) return false;
+  for (int64_t d = 0; d < a.dim(); ++d) {
+    if (a.size(d) != b.size(d)) return false;
+  }
+  return true;
+}
+
+Tensor star(const Tensor& a, const Tensor& b, std::string activation, std::string outer) {
+  check_cpu(a, "star", "a");
+  StarArgs args{};
+  args.dtype = kernel_dtype(a, "star", "a");
+  check_like(b, a, a.dim(), "star", "b");
+  STD_TORCH_CHECK(same_shape(a, b), "star: b must have the shape of a, ", shape_of(a), ", got ",
+                  shape_of(b));
+  args.activation = parse_activation(activation, "star", "activation");
+  args.outer = parse_activation(outer, "star", "outer");
+
+  const Format format = output_format(a);
+  const Tensor a_dense = in_format(a, format);
+  const Tensor b_dense = in_format(b, format);
+  Tensor y = empty_in_format(a.sizes(), a, format);
+  args.a = a_dense.const_data_ptr();
+  args.b = b_dense.const_data_ptr();
+  args.y = y.mutable_data_ptr();
+  // A thread is worth about 10 us, 16k elements; blocks of 64 keep every thread on whole cache lines.
+  constexpr int64_t kBlock = 64;
+  const int64_t n = a.numel();
+  parallel_for((n + kBlock - 1) / kBlock, 256, [&](int64_t begin, int64_t end) {
+    kernel(args, begin * kBlock, end * kBlock < n ? end * kBlock : n);
+  });
+  return y;
+}
+
+}  // namespace
+}  // namespace sdan_fast
+
+STABLE_TORCH_LIBRARY_IMPL(sdan_fast, CPU, m) { m.impl("star.cpu", TORCH_BOX(&sdan_fast::star)); }
