@@ -1,0 +1,24 @@
+"""The one place that imports Triton, so that every module of this package also imports where Triton is missing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+try:
+    import triton
+    import triton.language as tl
+
+    jit: Any = triton.jit
+except (
+    ImportError
+):  # macOS, Windows, CPU-only installs: the functions below exist, `supports` says why not to call them
+    triton = tl = None
+
+    def jit(fn: Any) -> Any:
+        """Stand in for `triton.jit`; the result is never launched."""
+        return fn
+
+
+def interpreting(kernel: Any) -> bool:
+    """Whether a kernel was decorated under TRITON_INTERPRET=1, and so runs on CPU tensors in NumPy."""
+    return type(kernel).__name__ == "InterpretedFunction"

@@ -1,0 +1,100 @@
+"""Every kernel of the package is launched here, so that a test can compile or interpret exactly what would be launched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._triton import interpreting, jit, triton
+
+Launcher = Callable[..., None]
+_override: Launcher | None = None
+
+
+def launch(
+    kernel: Any, grid: Sequence[Any], *args: Any, num_warps: int, num_stages: int = 1, **constexprs: Any
+) -> None:
+    """Launch a kernel over `grid` on the device of its first tensor argument.
+
+    CUDA tensors go through `wrap_triton`, which lets `triton_op` show the kernel to Inductor. Under the Triton
+    interpreter the kernel runs on CPU tensors.
+    """
+    if _override is not None:
+        _override(kernel, tuple(grid), *args, num_warps=num_warps, num_stages=num_stages, **constexprs)
+        return
+    if interpreting(kernel):
+        kernel[tuple(grid)](*args, num_warps=num_warps, num_stages=num_stages, **constexprs)
+        return
+    first = next(a for a in args if isinstance(a, Tensor))
+    run = torch.library.wrap_triton(kernel)[tuple(grid)]
+    with _device_guard(first):
+        run(*args, num_warps=num_warps, num_stages=num_stages, **constexprs)
+
+
+@contextmanager
+def launched_by(launcher: Launcher) -> Iterator[None]:
+    """Hand every launch in this block to `launcher(kernel, grid, *args, num_warps=, num_stages=, **constexprs)` instead."""
+    global _override
+    before, _override = _override, launcher
+    try:
+        yield
+    finally:
+        _override = before
+
+
+@contextmanager
+def _device_guard(tensor: Tensor) -> Iterator[None]:
+    """Make the tensor's GPU current, which Triton launches on; tensors without data (tracing) need no device."""
+    if torch.compiler.is_compiling() or type(tensor) is not Tensor or tensor.device.type != "cuda":
+        yield
+        return
+    if tensor.device.index == torch.cuda.current_device():
+        yield
+        return
+    with torch.cuda.device(tensor.device):
+        yield
+
+
+def unavailable(*tensors: Tensor | None) -> str | None:
+    """Why no kernel of this package can take these tensors, or None: Triton, device, dtype, one dtype and device for all."""
+    if triton is None:
+        return "triton is not installed"
+    present = [t for t in tensors if t is not None]
+    x = present[0]
+    wanted = "cpu" if interpreting(_probe) else "cuda"
+    if _override is None and x.device.type != wanted:
+        where = (
+            "under TRITON_INTERPRET=1 the tensors must be on the CPU"
+            if wanted == "cpu"
+            else "it needs CUDA tensors"
+        )
+        return f"{where}, got {x.device.type}"
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"dtype {x.dtype} has no Triton kernel (float32, bfloat16 and float16 have)"
+    for t in present:
+        if t.device != x.device:
+            return f"the tensors are on different devices, {x.device} and {t.device}"
+        if t.dtype != x.dtype:
+            return f"the tensors have different dtypes, {x.dtype} and {t.dtype}"
+    return None
+
+
+@jit
+def _probe():  # decorated like every kernel here, so it knows whether they are interpreted
+    pass
+
+
+def ceil_div(n: Any, d: int) -> Any:
+    """ceil(n / d), also for symbolic sizes."""
+    return (n + d - 1) // d
+
+
+def output_format(x: Tensor) -> torch.memory_format:
+    """The memory format of an op's result: contiguous, unless `x` is channels_last and not contiguous."""
+    if not x.is_contiguous() and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return torch.contiguous_format

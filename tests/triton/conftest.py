@@ -1,0 +1,66 @@
+"""Runs `*_interpreted.py` in a process of its own with TRITON_INTERPRET=1, whatever process `pytest tests` is.
+
+Triton decides when a kernel is decorated whether it is interpreted, so one process cannot both interpret and compile. In
+an ordinary process each such file is one test, which runs the file in a child pytest and fails if anything in it fails, is
+skipped, or is not there.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+class InterpretedFile(pytest.File):
+    """A test file that needs a process with the interpreter."""
+
+    def collect(self):
+        yield ChildRun.from_parent(self, name="TRITON_INTERPRET=1")
+
+
+class ChildRun(pytest.Item):
+    """The child pytest over one file, with the marker expression of this run."""
+
+    def runtest(self):
+        pytest.importorskip("triton")
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--rootdir",
+                   str(self.config.rootpath), str(self.path)]  # fmt: skip
+        if expression := self.config.getoption("markexpr", ""):
+            command += ["-m", expression]
+        environment = {**os.environ, "TRITON_INTERPRET": "1"}
+        done = subprocess.run(
+            command, env=environment, cwd=self.config.rootpath, capture_output=True, text=True
+        )
+        counts = dict(
+            (word, int(n)) for n, word in re.findall(r"(\d+) (passed|failed|skipped|error)", done.stdout)
+        )
+        if done.returncode == 5 and counts.get("passed", 0) == 0 and " deselected" in done.stdout:
+            pytest.skip("every test of this file is deselected by -m")
+        if done.returncode != 0 or not counts.get("passed") or counts.get("skipped"):
+            raise AssertionError(
+                f"{self.path.name} under TRITON_INTERPRET=1:\n{done.stdout[-8000:]}\n{done.stderr[-2000:]}"
+            )
+
+    def repr_failure(self, excinfo, style=None):
+        return (
+            str(excinfo.value) if isinstance(excinfo.value, AssertionError) else super().repr_failure(excinfo)
+        )
+
+    def reportinfo(self):
+        return self.path, None, f"{self.path.name} [TRITON_INTERPRET=1]"
+
+
+def pytest_pycollect_makemodule(module_path, parent):
+    if module_path.name.endswith("_interpreted.py") and not INTERPRETED:
+        return InterpretedFile.from_parent(parent, path=module_path)
+    return None
