@@ -1,0 +1,135 @@
+"""What this machine can do at best, measured now, and an interleaved timer to hold functions against it."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """A device's measured limits.
+
+    Attributes:
+        clone_bandwidth: bytes per second of `torch.clone` on tensors beyond the caches, counting the read and the write.
+        gemm_rate: floating-point operations per second (two for a multiply-add) of a large square `torch.mm`.
+    """
+
+    clone_bandwidth: float
+    gemm_rate: float
+
+    def floor(self, multiply_adds: int, bytes_moved: int) -> float:
+        """Seconds that no implementation beats here: the larger of arithmetic over rate and bytes over bandwidth."""
+        return max(2 * multiply_adds / self.gemm_rate, bytes_moved / self.clone_bandwidth)
+
+
+@dataclass
+class Timing:
+    """The times of one function, in seconds, one for each round."""
+
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def best(self) -> float:
+        return min(self.seconds)
+
+
+def synchronize(device: torch.device | str) -> None:
+    """Wait until the device has done what it was given; on a CPU there is nothing to wait for."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed(function: Callable[[], object], device: torch.device | str = "cpu") -> float:
+    """Seconds of one call, from idle device to idle device."""
+    synchronize(device)
+    start = time.perf_counter()
+    function()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def interleaved(
+    functions: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    warmup: int = 1,
+    device: torch.device | str = "cpu",
+    on_call: Callable[[str], object] = lambda name: None,
+) -> dict[str, Timing]:
+    """Time functions side by side, A B C A B C ..., so that a busy spell of the machine hits all of them.
+
+    Args:
+        functions: what to call, by name.
+        rounds: timed calls of each.
+        warmup: calls of each before, not timed.
+        device: what to wait for after each call.
+        on_call: told the name after each call, for a progress bar; its time is not counted.
+
+    Raises:
+        ValueError: if `rounds` is not positive.
+    """
+    if rounds < 1:
+        raise ValueError(f"rounds must be at least 1, and it is {rounds}")
+    timings = {name: Timing() for name in functions}
+    for turn in range(-warmup, rounds):
+        for name, function in functions.items():
+            seconds = timed(function, device)
+            if turn >= 0:
+                timings[name].seconds.append(seconds)
+            on_call(name)
+    return timings
+
+
+def clone_bandwidth(device: torch.device | str = "cpu", *, megabytes: int = 256, rounds: int = 7) -> float:
+    """Bytes per second of `torch.clone` (read plus write) on a tensor of this size, the best of `rounds`."""
+    x = torch.ones(megabytes * 2**18, device=device)
+    x.clone()  # the first call pays for the pages
+    best = min(timed(x.clone, device) for _ in range(rounds))
+    return 2 * x.numel() * x.element_size() / best
+
+
+def gemm_rate(
+    device: torch.device | str = "cpu", *, dtype: torch.dtype = torch.float32, size: int = 1024, rounds: int = 15
+) -> float:
+    """Floating-point operations per second of a square `torch.mm`, the best of `rounds`; TF32 stays as torch has it."""
+    a = torch.ones(size, size, device=device, dtype=dtype)
+    b = torch.ones(size, size, device=device, dtype=dtype)
+    out = torch.empty_like(a)
+
+    def multiply() -> None:
+        torch.mm(a, b, out=out)
+
+    multiply()
+    return 2 * size**3 / min(timed(multiply, device) for _ in range(rounds))
+
+
+def measure(device: torch.device | str = "cpu", *, dtype: torch.dtype = torch.float32) -> Roofline:
+    """Both limits of a device, measured now: about a second on a CPU."""
+    large = torch.device(device).type != "cpu"
+    return Roofline(
+        clone_bandwidth=clone_bandwidth(device, megabytes=1024 if large else 256),
+        gemm_rate=gemm_rate(device, dtype=dtype, size=8192 if large else 1024),
+    )
+
+
+def multiply_adds(function: Callable[[], object]) -> int:
+    """Multiply-adds of one call as `FlopCounterMode` counts them (it counts two operations for each)."""
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops() // 2
+
+
+def tensor_bytes(*tensors: torch.Tensor) -> int:
+    """Bytes of the elements of tensors."""
+    return sum(math.prod(t.shape) * t.element_size() for t in tensors)
