@@ -36,6 +36,9 @@ from .toolkit import (
 
 BUILD_INFO = "_build_info.json"
 SUFFIX = ".abi3.so"
+# Only PyInit_* leaves a module: a template of the C++ library that both modules, or another package,
+# instantiate must not be merged into one by the dynamic linker.
+EXPORTS = Path(__file__).resolve().with_name("exports.map")
 
 # The oldest torch and Python that the modules must load under: LibTorch's stable ABI of 2.10, CPython's of
 # 3.10.
@@ -56,6 +59,9 @@ CXX_FLAGS = (
     "-Wall",
     "-Wextra",
 )
+# False alarms of GCC 12 in its own headers: _mm256_undefined_si256 is read on purpose, and std::string's
+# operator+ is not overlapping anything.
+GCC_QUIET = ("-Wno-maybe-uninitialized", "-Wno-restrict")
 NVCC_FLAGS = (
     "-std=c++20",
     "-O3",
@@ -91,6 +97,10 @@ def _include_flags(root: Path, kind: str, torch: TorchTree) -> list[str]:
     return [*own, "-isystem", str(torch.include), "-isystem", sysconfig.get_paths()["include"]]
 
 
+def _quiet(compiler: Compiler) -> tuple[str, ...]:
+    return () if "clang" in compiler.version.lower() else GCC_QUIET
+
+
 def _object(build: Path, source: Path, tag: str) -> Path:
     return build / "obj" / f"{source.stem}.{tag}.o"
 
@@ -98,6 +108,7 @@ def _object(build: Path, source: Path, tag: str) -> Path:
 def _cxx_step(compiler: Compiler, flags: list[str], source: Path, build: Path, tag: str) -> Step:
     output = _object(build, source, tag)
     depfile = output.with_suffix(".d")
+    flags = [*flags, *_quiet(compiler)]
     command = (*compiler.command, "-MD", "-MF", str(depfile), *flags, "-c", str(source), "-o", str(output))
     return Step(output, (source,), command, f"c++ {source.name} ({tag})", depfile)
 
@@ -117,7 +128,7 @@ def cpu_steps(
     output = build / f"_C_cpu{SUFFIX}"
     objects = tuple(step.output for step in steps)
     link = _link_command(compiler, objects, output, torch, [])
-    return [*steps, Step(output, objects, link, f"link {output.name}")], output
+    return [*steps, Step(output, (*objects, EXPORTS), link, f"link {output.name}")], output
 
 
 def cuda_steps(
@@ -138,7 +149,7 @@ def cuda_steps(
     # be imported, and cannot meet the libcudart that torch brings.
     runtime = [f"-L{toolkit.lib}", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
     link = _link_command(compiler, objects, output, torch, runtime)
-    return [*steps, Step(output, objects, link, f"link {output.name}")], output
+    return [*steps, Step(output, (*objects, EXPORTS), link, f"link {output.name}")], output
 
 
 def _nvcc_step(
@@ -152,6 +163,8 @@ def _nvcc_step(
     output = _object(build, source, "cuda")
     depfile = output.with_suffix(".d")
     host = ["-ccbin", compiler.command[0]] if len(compiler.command) == 1 else []
+    if quiet := _quiet(compiler):
+        host += ["-Xcompiler", ",".join(quiet)]
     command = (
         str(toolkit.nvcc), *host, "-MD", "-MF", str(depfile), *NVCC_FLAGS, *gencode, *DEFINES, *include,
         "-c", str(source), "-o", str(output),
@@ -163,7 +176,7 @@ def _link_command(
     compiler: Compiler, objects: tuple[Path, ...], output: Path, torch: TorchTree, libraries: list[str]
 ) -> tuple[str, ...]:
     return (
-        *compiler.command, "-shared", "-Wl,--exclude-libs,ALL", "-Wl,--as-needed", "-o", str(output),
+        *compiler.command, "-shared", f"-Wl,--version-script={EXPORTS}", "-Wl,--as-needed", "-o", str(output),
         *(str(path) for path in objects), f"-L{torch.lib}", "-ltorch_cpu", *libraries,
     )  # fmt: skip
 

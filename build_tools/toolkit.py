@@ -246,7 +246,8 @@ def find_cuda(
     Order: CUDA_HOME or CUDA_PATH; the nvcc on PATH (through symlinks and wrapper scripts); /usr/local/cuda
     and its numbered neighbours, newest first, and /opt/cuda; the NVIDIA pip packages where they carry nvcc.
     The first that has nvcc, the runtime's headers and libcudart_static.a is taken; if none has, every
-    candidate's lack is named.
+    candidate's lack is named. SDAN_FAST_CUDA_ROOTS, a list of folders like PATH, takes the place of the last
+    two; empty, it switches them off.
 
     env, which, run, system_roots, site_packages: what to look at, for tests.
     """
@@ -300,6 +301,10 @@ def find_cuda(
     else:
         lacks.append("no nvcc on PATH")
 
+    named_roots = env.get("SDAN_FAST_CUDA_ROOTS")
+    if named_roots is not None:
+        system_roots = [root for root in named_roots.split(os.pathsep) if root]
+        site_packages = []
     if system_roots is None:
         numbered = sorted(glob.glob("/usr/local/cuda-*"), key=_version_key, reverse=True)
         system_roots = ["/usr/local/cuda", *numbered, "/opt/cuda"]
