@@ -1,0 +1,96 @@
+"""The op `depthwise_conv2d`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import sdan_fast
+from sdan_fast import functional as F
+from sdan_fast import reference
+
+from .harness import BACKENDS, Case, OpContract, assert_within_bound, cast
+
+
+def case(
+    name: str, shape: tuple[int, int, int, int], kernel: tuple[int, int], dilation: int | tuple[int, int] = 1,
+    bias: bool = True,
+) -> Case:  # fmt: skip
+    c = shape[1]
+    return Case(
+        name,
+        lambda t: ((t(*shape), t(c, 1, *kernel), t(c) if bias else None), {"dilation": dilation}),
+    )
+
+
+class TestDepthwiseConv2d(OpContract):
+    fn_name = "depthwise_conv2d"
+    cases = (
+        case("3x3", (2, 3, 6, 7), (3, 3)),
+        case("1x5-d2-nobias", (1, 4, 5, 9), (1, 5), 2, bias=False),
+        case("5x1-pair", (1, 4, 9, 5), (5, 1), (3, 1)),
+        case("7x7-d4", (1, 3, 30, 33), (7, 7), 4),
+        case("9x9-d5-wide", (1, 2, 19, 70), (9, 9), 5),
+        case("11x1-d6", (1, 5, 41, 18), (11, 1), 6),
+        case("1x11-d6", (1, 5, 3, 67), (1, 11), 6),
+        case("1x35", (1, 3, 4, 53), (1, 35)),
+        case("31x1", (1, 3, 53, 4), (31, 1)),
+        case("kernel-beyond-image", (1, 3, 3, 2), (9, 11), 3),
+        case("one-pixel", (2, 5, 1, 1), (3, 3)),
+        case("one-row", (1, 17, 1, 40), (3, 3)),
+        case("one-column", (1, 17, 40, 1), (3, 3)),
+        case("1x1-kernel", (1, 6, 5, 5), (1, 1)),
+        case("channels-16", (1, 16, 8, 16), (3, 3)),
+        case("channels-19", (1, 19, 7, 33), (5, 5), 2),
+        case("rectangle", (1, 3, 11, 13), (3, 7), (2, 1)),
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 2), st.integers(1, 20), st.integers(1, 24), st.integers(1, 40)),
+    kernel=st.tuples(st.integers(0, 7), st.integers(0, 7)).map(lambda k: (2 * k[0] + 1, 2 * k[1] + 1)),
+    dilation=st.tuples(st.integers(1, 6), st.integers(1, 6)),
+    channels_last=st.booleans(),
+    bias=st.booleans(),
+    backend=st.sampled_from(BACKENDS),
+)
+def test_any_shape(
+    shape: tuple[int, ...], kernel: tuple[int, int], dilation: tuple[int, int], channels_last: bool, bias: bool,
+    backend: str,
+) -> None:  # fmt: skip
+    generator = torch.Generator().manual_seed(7)
+    x = torch.randn(shape, generator=generator)
+    x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
+    args = (x, torch.randn(shape[1], 1, *kernel, generator=generator), torch.randn(shape[1]) if bias else None)
+    with sdan_fast.use_backend(backend):
+        y = F.depthwise_conv2d(*args, dilation=dilation)
+    exact = reference.depthwise_conv2d(*cast(args, torch.float64), dilation=dilation)
+    assert_within_bound(y, reference.depthwise_conv2d(*args, dilation=dilation), exact)
+
+
+X = torch.ones(1, 4, 5, 5)
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "error", "words"),
+    [
+        ((X[0], torch.ones(4, 1, 3, 3)), {}, ValueError, r"x must be N x C x H x W, and its shape is \[4, 5, 5\]"),
+        ((X, torch.ones(4, 1, 2, 3)), {}, ValueError, "weight must have an odd kernel size, and it is 2x3"),
+        ((X, torch.ones(3, 1, 3, 3)), {}, ValueError, r"weight must have the shape \[4, 1, kh, kw\]"),
+        ((X, torch.ones(4, 4, 3, 3)), {}, ValueError, r"weight must have the shape \[4, 1, kh, kw\]"),
+        ((X, torch.ones(4, 1, 3, 3), torch.ones(3)), {}, ValueError, r"bias must have the shape \[4\].* \[3\]"),
+        ((X, torch.ones(4, 1, 3, 3).double()), {}, TypeError, "weight must be float32 like x, and it is float64"),
+        ((X, torch.ones(4, 1, 3, 3)), {"dilation": 0}, ValueError, "dilation must be at least 1, and it is 0"),
+        ((X, torch.ones(4, 1, 3, 3)), {"dilation": (1, 2, 3)}, ValueError, "dilation must be a positive int or a pair"),
+        ((X, torch.ones(4, 1, 3, 3)), {"dilation": 1.5}, TypeError, "dilation must be a positive int or a pair"),
+        ((X, torch.ones(4, 1, 3, 3)), {"dilation": (1.5, 1)}, TypeError, "dilation must be a positive int or a pair"),
+        ((None, torch.ones(4, 1, 3, 3)), {}, TypeError, "x must be a torch.Tensor, and it is a NoneType"),
+        ((X, torch.ones(4, 1, 3, 3, device="meta")), {}, ValueError, "weight must be on cpu like x, and it is on meta"),
+    ],
+)
+def test_refusals(args: tuple, kwargs: dict, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        F.depthwise_conv2d(*args, **kwargs)
