@@ -435,9 +435,10 @@ SDAN_INLINE Vec exp(Vec x) {
 }
 
 // P(X > u) of the standard normal for u >= 0: exp(-u^2/2) times a rational form of the scaled
-// complementary error function (relative error 5e-9 on [0, 13]). Exactly zero where it underflows.
+// complementary error function (relative error 5e-9 on [0, 13]). Exactly zero from 8.25 on, about where
+// the definition's own 1 + erf(-u / sqrt 2) becomes zero in float64: 2^n underflows at the stand-in 20.
 SDAN_INLINE Vec normal_tail(Vec u) {
-  u = min(u, set1(20.0f));
+  u = select_lt(u, set1(8.25f), u, set1(20.0f));
   const Vec w = u * u;
   const Vec scale = set1(-0.72134752044448170f);  // -log2(e) / 2
   const Vec n = round_to_int(w * scale);
