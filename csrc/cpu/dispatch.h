@@ -28,9 +28,10 @@ enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
 Isa picked_isa();
 const char* isa_name(Isa isa);
 
-// At least `bytes` bytes, 64-byte aligned, owned by the calling thread and reused by its next call:
-// the kernels' scratch, so that a hot path allocates nothing but its output.
-void* thread_scratch(size_t bytes);
+// At least `bytes` bytes, 64-byte aligned, owned by the calling thread and reused by its next call for
+// the same slot: the kernels' scratch, so that a hot path allocates nothing but its output. Slot 0 is
+// for the body of a parallel loop, slot 1 for what the caller prepares and its threads share.
+void* thread_scratch(size_t bytes, int slot = 0);
 
 }  // namespace sdan_fast
 

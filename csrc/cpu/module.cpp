@@ -80,8 +80,9 @@ Isa picked_isa() {
   return picked;
 }
 
-void* thread_scratch(size_t bytes) {
-  thread_local Scratch scratch;
+void* thread_scratch(size_t bytes, int slot) {
+  thread_local Scratch slots[2];
+  Scratch& scratch = slots[slot];
   if (bytes > scratch.size) {
     std::free(scratch.data);
     scratch.size = 0;
