@@ -1,0 +1,102 @@
+// Plain descriptions of the fused operators, shared by the baseline code that prepares them and the
+// units compiled once per instruction set that run them. No code, no std types (see dispatch.h).
+#pragma once
+
+#include "dispatch.h"
+
+namespace sdan_fast {
+
+// A tensor N x C x H x W of any strides (in elements). Rows with stride_w == 1 and pixels with
+// stride_c == 1 are read and written by vectors, everything else element by element.
+struct ImageView {
+  void* data;
+  DType dtype;
+  int64_t stride_n, stride_c, stride_h, stride_w;
+};
+
+// A 1x1 convolution: weights as pack_pointwise lays them out, one bias per output (never null).
+struct Pointwise {
+  const float* weight;
+  const float* bias;
+  int ci, co;
+};
+
+// One StarConv, outer(GELU(DW(PW1 z)) * PW2 z) with z = LN(x). The affine part of LN is folded into
+// pw1 and pw2, so that z here is the normalised x alone. distill.co is 0 where the level has none;
+// it is a 1x1 convolution of x followed by GELU.
+struct StarLevel {
+  Pointwise pw1, pw2, distill;
+  const float* dw;       // co x kh x kw
+  const float* dw_bias;  // co
+  int kh, kw;
+  Activation outer;
+  float eps;
+};
+
+constexpr int kMaxLevels = 8;
+
+// Levels one after another; with fuse.co > 0 the output is the 1x1 convolution of all distilled
+// outputs followed by the last level's, else it is the last level's alone.
+struct StarChain {
+  int64_t height, width;
+  int channels;  // of the input
+  int level_count;
+  StarLevel levels[kMaxLevels];
+  Pointwise fuse;
+  ImageView x, out;
+};
+
+// Output rows [y0, y1) and columns [x0, x1) of image n.
+struct Region {
+  int64_t n, y0, y1, x0, x1;
+};
+
+// One depth-wise convolution of a branch, for the channels of that branch.
+struct BranchConv {
+  const float* weight;  // channels x kh x kw
+  const float* bias;    // channels
+  int kh, kw, dh, dw;
+};
+
+struct Branch {
+  int first_channel, channels;
+  int first_conv, conv_count;
+};
+
+// The depth-wise half of MM-LKA: `out` receives the concatenated branches of `x`.
+struct BranchPlan {
+  int64_t height, width;
+  const Branch* branches;
+  const BranchConv* convs;
+  ImageView x, out;
+};
+
+// The point-wise half: out = x * gate(u); with project.co > 0 it goes on as
+// out = residual + LN(project(x * gate(u))), LN with weight and bias of its own.
+struct GatePlan {
+  int64_t height, width;
+  Pointwise gate, project;
+  const float* norm_weight;
+  const float* norm_bias;
+  float eps;
+  ImageView u, x, residual, out;
+};
+
+}  // namespace sdan_fast
+
+// Packs the co x ci row-major weights of a 1x1 convolution for pointwise.h; co * ci floats.
+SDAN_DECLARE_KERNEL(pack_pointwise, const float* weight, int co, int ci, float* packed)
+
+// Bytes of scratch that star_chain_run needs for a region `width` columns wide.
+SDAN_DECLARE_KERNEL(star_chain_scratch, const StarChain* chain, int64_t width, int64_t* bytes)
+SDAN_DECLARE_KERNEL(star_chain_run, const StarChain* chain, const Region* region, void* scratch)
+
+// Bytes of scratch that branch_run needs for a region of that size.
+SDAN_DECLARE_KERNEL(branch_scratch, const BranchPlan* plan, int branch, int64_t height, int64_t width,
+                    int64_t* bytes)
+// `channel` counts within the branch.
+SDAN_DECLARE_KERNEL(branch_run, const BranchPlan* plan, int branch, int channel, const Region* region,
+                    void* scratch)
+
+SDAN_DECLARE_KERNEL(gate_scratch, const GatePlan* plan, int64_t* bytes)
+SDAN_DECLARE_KERNEL(gate_run, const GatePlan* plan, const Region* region, void* scratch)

@@ -1,0 +1,183 @@
+// Preparing and scheduling the fused operators: parameters converted and packed, images described,
+// regions cut and handed to threads.
+//
+// For baseline sources only. Parameters are packed on every call: they are a few thousand floats a
+// layer, and so an update in place can never leave a stale copy behind.
+#pragma once
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <string>
+#include <vector>
+
+#include "fused.h"
+#include "tensor_util.h"
+
+namespace sdan_fast {
+
+// Floats that live as long as one call, in 64-byte aligned pieces.
+class FloatArena {
+ public:
+  float* take(int64_t count) {
+    const size_t bytes = (static_cast<size_t>(count) * sizeof(float) + 63) & ~size_t{63};
+    if (chunks_.empty() || used_ + bytes > size_) {
+      size_ = std::max<size_t>(bytes, 64 * 1024);
+      void* p = std::aligned_alloc(64, size_);
+      if (p == nullptr) throw std::bad_alloc();
+      chunks_.emplace_back(static_cast<char*>(p));
+      used_ = 0;
+    }
+    float* p = reinterpret_cast<float*>(chunks_.back().get() + used_);
+    used_ += bytes;
+    return p;
+  }
+
+  float* zeros(int64_t count) {
+    float* p = take(count);
+    std::fill_n(p, count, 0.0f);
+    return p;
+  }
+
+  // The tensor's values as float32 in row-major order.
+  float* values(const Tensor& t);
+
+  // The same of an optional vector of `count`, `fallback` where it is absent.
+  float* values_or(const std::optional<Tensor>& t, int64_t count, float fallback) {
+    if (t.has_value()) return values(*t);
+    float* p = take(count);
+    std::fill_n(p, count, fallback);
+    return p;
+  }
+
+ private:
+  struct Free {
+    void operator()(char* p) const { std::free(p); }
+  };
+  std::vector<std::unique_ptr<char, Free>> chunks_;
+  size_t used_ = 0, size_ = 0;
+};
+
+inline float float_of(bfloat16 v) {
+  const uint32_t bits = static_cast<uint32_t>(v.bits) << 16;
+  float f;
+  static_assert(sizeof(f) == sizeof(bits));
+  __builtin_memcpy(&f, &bits, 4);
+  return f;
+}
+
+inline float float_of(float16 v) {
+  const uint32_t magnitude = v.bits & 0x7fffu;
+  float f;
+  if (magnitude >= 0x0400u) {
+    const uint32_t bits = magnitude >= 0x7c00u ? 0x7f800000u | (magnitude << 13) : (magnitude << 13) + 0x38000000u;
+    __builtin_memcpy(&f, &bits, 4);
+  } else {
+    f = static_cast<float>(magnitude) * 5.9604644775390625e-8f;  // 2^-24
+  }
+  return (v.bits & 0x8000u) != 0 ? -f : f;
+}
+
+inline float* FloatArena::values(const Tensor& t) {
+  const Tensor dense = in_format(t, Format::kContiguous);
+  const int64_t n = dense.numel();
+  float* p = take(n);
+  const void* data = dense.const_data_ptr();
+  switch (kernel_dtype(dense, "sdan_fast", "a parameter")) {
+    case DType::kFloat32:
+      std::copy_n(static_cast<const float*>(data), n, p);
+      break;
+    case DType::kBFloat16:
+      for (int64_t i = 0; i < n; ++i) p[i] = float_of(static_cast<const bfloat16*>(data)[i]);
+      break;
+    case DType::kFloat16:
+      for (int64_t i = 0; i < n; ++i) p[i] = float_of(static_cast<const float16*>(data)[i]);
+      break;
+  }
+  return p;
+}
+
+inline Pointwise pack(FloatArena& arena, const float* weight, const float* bias, int64_t co, int64_t ci) {
+  static const auto pack_kernel = SDAN_PICK_KERNEL(pack_pointwise);
+  float* packed = arena.take(co * ci);
+  pack_kernel(weight, static_cast<int>(co), static_cast<int>(ci), packed);
+  return {packed, bias, static_cast<int>(ci), static_cast<int>(co)};
+}
+
+inline Pointwise pack(FloatArena& arena, const Tensor& weight, const std::optional<Tensor>& bias) {
+  return pack(arena, arena.values(weight), arena.values_or(bias, weight.size(0), 0.0f), weight.size(0),
+              weight.size(1));
+}
+
+// The 1x1 convolution of weight * z + bias, so that the affine part of a LayerNorm needs no pass of its own.
+inline Pointwise pack_after_norm(FloatArena& arena, const Tensor& weight, const float* norm_weight,
+                                 const float* norm_bias) {
+  const int64_t co = weight.size(0), ci = weight.size(1);
+  float* w = arena.values(weight);
+  float* bias = arena.take(co);
+  for (int64_t m = 0; m < co; ++m) {
+    double sum = 0;
+    for (int64_t k = 0; k < ci; ++k) {
+      sum += static_cast<double>(w[m * ci + k]) * norm_bias[k];
+      w[m * ci + k] *= norm_weight[k];
+    }
+    bias[m] = static_cast<float>(sum);
+  }
+  return pack(arena, w, bias, co, ci);
+}
+
+inline ImageView view_of(const Tensor& t, DType dtype) {
+  const auto s = t.strides();
+  // A dimension of one element has no stride to speak of; say what the fast paths look for.
+  return {t.data_ptr(), dtype, s[0], t.size(1) == 1 ? 1 : s[1], s[2], t.size(3) == 1 && s[1] != 1 ? 1 : s[3]};
+}
+
+// f(i) for i in [0, n), each thread taking the next one as it gets free: which thread runs a task never
+// shows in its result, and an unlucky core holds nobody up.
+template <typename F>
+void run_tasks(int64_t n, const F& f) {
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), n);
+  if (threads <= 1) {
+    for (int64_t i = 0; i < n; ++i) f(i);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t i = next.fetch_add(1); i < n; i = next.fetch_add(1)) f(i);
+  });
+}
+
+// Bytes of second-level cache to plan for.
+inline int64_t cache_bytes() {
+  static const int64_t bytes = [] {
+    int64_t found = 0;
+#ifdef _SC_LEVEL2_CACHE_SIZE
+    found = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#endif
+    return std::clamp<int64_t>(found > 0 ? found : 1 << 20, 256 << 10, 2 << 20);
+  }();
+  return bytes;
+}
+
+// Equal parts of [0, n), each at least `least` long where n allows, about `wanted` of them.
+inline int64_t part_count(int64_t n, int64_t wanted, int64_t least) {
+  return std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, n / std::max<int64_t>(least, 1)));
+}
+
+// images x rows x columns cut into equal regions.
+struct RegionGrid {
+  int64_t images, height, width, bands, tiles;
+
+  int64_t count() const { return images * bands * tiles; }
+  Region at(int64_t i) const {
+    const int64_t tile = i % tiles, band = i / tiles % bands, n = i / (tiles * bands);
+    return {n, height * band / bands, height * (band + 1) / bands, width * tile / tiles,
+            width * (tile + 1) / tiles};
+  }
+};
+
+}  // namespace sdan_fast

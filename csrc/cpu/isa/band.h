@@ -1,0 +1,240 @@
+// Tiles of a few channels x a row of pixels: moving them between an image and float32 scratch, and the
+// LayerNorm and depth-wise steps that run on them while they are in cache.
+#pragma once
+
+#include "../fused.h"
+#include "vec.h"
+
+namespace sdan_fast {
+namespace SDAN_ISA {
+
+// Pixels of one block: what a chain of steps keeps in L1 for all channels at once.
+constexpr int kBlockVecs = 4;
+constexpr int kBlock = kBlockVecs * kLanes;
+
+SDAN_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// Distance in floats between the rows of a tile `width` wide: an odd number of cache lines, so that the
+// channels of one pixel spread over the cache's sets.
+SDAN_INLINE int64_t tile_stride(int64_t width) {
+  const int64_t lines = round_up(width, 16) / 16;
+  return 16 * (lines | 1);
+}
+
+// Hands out 64-byte aligned pieces of one scratch area; with a null base it only adds up.
+struct ScratchCursor {
+  char* base;
+  int64_t used;
+
+  SDAN_INLINE float* take(int64_t floats) {
+    float* p = base == nullptr ? nullptr : reinterpret_cast<float*>(base + used);
+    used += round_up(floats * static_cast<int64_t>(sizeof(float)), 64);
+    return p;
+  }
+};
+
+SDAN_INLINE void fill_zero(float* p, int64_t n) { std::memset(p, 0, static_cast<size_t>(n) * sizeof(float)); }
+
+// ---- image <-> tile ------------------------------------------------------------------------------
+
+// dst[c][0, n) = image row; up to the next multiple of kLanes dst is filled with zeros.
+template <typename T>
+static void load_tile_as(const ImageView& view, int64_t image, int64_t y, int64_t x, int first_channel,
+                         int channels, int64_t n, float* dst, ptrdiff_t dst_stride) {
+  const T* src = static_cast<const T*>(view.data) + image * view.stride_n + y * view.stride_h +
+                 x * view.stride_w + first_channel * view.stride_c;
+  if (view.stride_w == 1) {
+    for (int c = 0; c < channels; ++c) {
+      const T* s = src + c * view.stride_c;
+      float* d = dst + c * dst_stride;
+      int64_t i = 0;
+      for (; i + kLanes <= n; i += kLanes) store(d + i, load(s + i));
+      if (i < n) store(d + i, load_n(s + i, static_cast<int>(n - i)));
+    }
+    return;
+  }
+  const int64_t padded = round_up(n, kLanes);
+  for (int64_t i = 0; i < n; ++i) {
+    const T* s = src + i * view.stride_w;
+    for (int c = 0; c < channels; ++c) dst[c * dst_stride + i] = to_float(s[c * view.stride_c]);
+  }
+  for (int c = 0; c < channels; ++c) {
+    for (int64_t i = n; i < padded; ++i) dst[c * dst_stride + i] = 0.0f;
+  }
+}
+
+static inline void load_tile(const ImageView& view, int64_t image, int64_t y, int64_t x, int first_channel,
+                             int channels, int64_t n, float* dst, ptrdiff_t dst_stride) {
+  switch (view.dtype) {
+    case DType::kFloat32:
+      load_tile_as<float>(view, image, y, x, first_channel, channels, n, dst, dst_stride);
+      break;
+    case DType::kBFloat16:
+      load_tile_as<bfloat16>(view, image, y, x, first_channel, channels, n, dst, dst_stride);
+      break;
+    case DType::kFloat16:
+      load_tile_as<float16>(view, image, y, x, first_channel, channels, n, dst, dst_stride);
+      break;
+  }
+}
+
+// Image row = src[c][0, n).
+template <typename T>
+static void store_tile_as(const ImageView& view, int64_t image, int64_t y, int64_t x, int channels,
+                          int64_t n, const float* src, ptrdiff_t src_stride) {
+  T* dst = static_cast<T*>(view.data) + image * view.stride_n + y * view.stride_h + x * view.stride_w;
+  if (view.stride_w == 1) {
+    for (int c = 0; c < channels; ++c) {
+      const float* s = src + c * src_stride;
+      T* d = dst + c * view.stride_c;
+      int64_t i = 0;
+      for (; i + kLanes <= n; i += kLanes) store(d + i, load(s + i));
+      if (i < n) store_n(d + i, load_n(s + i, static_cast<int>(n - i)), static_cast<int>(n - i));
+    }
+    return;
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    T* d = dst + i * view.stride_w;
+    for (int c = 0; c < channels; ++c) d[c * view.stride_c] = from_float<T>(src[c * src_stride + i]);
+  }
+}
+
+static inline void store_tile(const ImageView& view, int64_t image, int64_t y, int64_t x, int channels,
+                              int64_t n, const float* src, ptrdiff_t src_stride) {
+  switch (view.dtype) {
+    case DType::kFloat32:
+      store_tile_as<float>(view, image, y, x, channels, n, src, src_stride);
+      break;
+    case DType::kBFloat16:
+      store_tile_as<bfloat16>(view, image, y, x, channels, n, src, src_stride);
+      break;
+    case DType::kFloat16:
+      store_tile_as<float16>(view, image, y, x, channels, n, src, src_stride);
+      break;
+  }
+}
+
+// ---- LayerNorm -----------------------------------------------------------------------------------
+
+// z[c] = (x[c] - mean) / sqrt(var + eps) over the channels, for V vectors of pixels. A mean far above the
+// deviation costs no digits: it is subtracted before squaring, and what its own rounding left over, the
+// mean of the differences, is taken off as well.
+template <int V>
+static void normalise_vecs(const float* x, ptrdiff_t x_stride, int channels, float eps, float* z,
+                           ptrdiff_t z_stride) {
+  const Vec inverse = set1(1.0f / static_cast<float>(channels));
+  Vec sum[V], sum2[V], mean[V];
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v) sum[v] = sum2[v] = zero();
+  int c = 0;
+  for (; c + 2 <= channels; c += 2) {
+    const float* p = x + c * x_stride;
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      sum[v] = sum[v] + load(p + v * kLanes);
+      sum2[v] = sum2[v] + load(p + x_stride + v * kLanes);
+    }
+  }
+  if (c < channels) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) sum[v] = sum[v] + load(x + c * x_stride + v * kLanes);
+  }
+  Vec square[V];
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v) {
+    mean[v] = (sum[v] + sum2[v]) * inverse;
+    sum[v] = square[v] = zero();
+  }
+#pragma GCC unroll 2
+  for (c = 0; c < channels; ++c) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      const Vec d = load(x + c * x_stride + v * kLanes) - mean[v];
+      sum[v] = sum[v] + d;
+      square[v] = fma(d, d, square[v]);
+    }
+  }
+  Vec scale[V], shift[V];
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v) {
+    const Vec rest = sum[v] * inverse;
+    const Vec variance = fnma(rest, rest, square[v] * inverse);
+    scale[v] = set1(1.0f) / sqrt(variance + set1(eps));
+    shift[v] = zero() - rest * scale[v];
+  }
+  for (c = 0; c < channels; ++c) {
+    const float* p = x + c * x_stride;
+    float* q = z + c * z_stride;
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      store(q + v * kLanes, fma(load(p + v * kLanes) - mean[v], scale[v], shift[v]));
+    }
+  }
+}
+
+static inline void normalise_block(const float* x, ptrdiff_t x_stride, int channels, float eps, float* z,
+                                   ptrdiff_t z_stride, int vecs) {
+  int v = 0;
+  for (; v + 4 <= vecs; v += 4) {
+    normalise_vecs<4>(x + v * kLanes, x_stride, channels, eps, z + v * kLanes, z_stride);
+  }
+  for (; v < vecs; ++v) {
+    normalise_vecs<1>(x + v * kLanes, x_stride, channels, eps, z + v * kLanes, z_stride);
+  }
+}
+
+static inline void gelu_block(float* p, ptrdiff_t stride, int channels, int vecs) {
+  for (int c = 0; c < channels; ++c) {
+    float* q = p + c * stride;
+    for (int v = 0; v < vecs; ++v) store(q + v * kLanes, gelu(load(q + v * kLanes)));
+  }
+}
+
+// ---- the star ------------------------------------------------------------------------------------
+
+// A row of all channels; channel_stride is 0 for the row of zeros outside the image.
+struct TileRow {
+  const float* data;
+  ptrdiff_t channel_stride;
+};
+
+// out = outer(gelu(dw(rows) + bias) * b) for one channel and `vecs` vectors. rows[i] is already
+// advanced to this channel and to this block's first pixel.
+template <Activation kOuter>
+static void star_channel_3x3(const float* const* rows, const float* weight, float bias, const float* b,
+                             float* out, int vecs) {
+  const float *above = rows[0], *here = rows[1], *below = rows[2];
+  Vec w[9];
+#pragma GCC unroll 9
+  for (int i = 0; i < 9; ++i) w[i] = set1(weight[i]);
+  const Vec start = set1(bias);
+  for (int v = 0; v < vecs; ++v) {
+    const ptrdiff_t x = v * kLanes;
+    Vec s = fma(load(above + x - 1), w[0], start);
+    Vec t = load(here + x - 1) * w[3];
+    Vec u = load(below + x - 1) * w[6];
+    s = fma(load(above + x), w[1], s);
+    t = fma(load(here + x), w[4], t);
+    u = fma(load(below + x), w[7], u);
+    s = fma(load(above + x + 1), w[2], s);
+    t = fma(load(here + x + 1), w[5], t);
+    u = fma(load(below + x + 1), w[8], u);
+    store(out + x, activate<kOuter>(gelu((s + t) + u) * load(b + x)));
+  }
+}
+
+template <Activation kOuter>
+static void star_channel_any(const float* const* rows, int kh, int kw, const float* weight, float bias,
+                             const float* b, float* out, int vecs) {
+  for (int v = 0; v < vecs; ++v) {
+    const ptrdiff_t x = v * kLanes - kw / 2;
+    Vec s = set1(bias);
+    for (int i = 0; i < kh; ++i) {
+      for (int j = 0; j < kw; ++j) s = fma(load(rows[i] + x + j), set1(weight[i * kw + j]), s);
+    }
+    store(out + v * kLanes, activate<kOuter>(gelu(s) * load(b + v * kLanes)));
+  }
+}
+
+}  // namespace SDAN_ISA
+}  // namespace sdan_fast
