@@ -651,7 +651,11 @@ def without(*names: str) -> dict[str, str]:
     return {**env, "PATH": os.pathsep.join(keep), "SDAN_FAST_CUDA_ROOTS": ""}
 
 
+# An editable install of the checkout would lend its modules to the package under test, so its finder goes
+# first.
 USE_WITHOUT_KERNELS = """
+import sys
+sys.meta_path[:] = [f for f in sys.meta_path if not getattr(f, "__module__", "").startswith("__editable__")]
 import torch, sdan_fast
 from sdan_fast import functional as F
 a, b = torch.randn(2, 1, 4, 5, 6).unbind(0)
