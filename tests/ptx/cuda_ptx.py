@@ -1,0 +1,86 @@
+"""Compiles the CUDA kernels to PTX with nvcc and runs them in the PTX interpreter on torch CPU tensors."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+HERE = Path(__file__).resolve().parent
+CUDA = HERE.parents[1] / "csrc" / "cuda"
+sys.path.insert(0, str(HERE.parent / "ptxrun"))
+sys.path.insert(0, str(HERE.parent / "cuda_host"))
+import ptxrun  # noqa: E402
+
+
+@functools.cache
+def nvcc() -> str | None:
+    """The nvcc to use: CUDA_HOME's, the one on PATH, or one in a usual place; None if there is none."""
+    places = [os.environ[v] for v in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(v)]
+    found = [os.path.join(p, "bin", "nvcc") for p in places] + [shutil.which("nvcc") or ""]
+    found += [str(p / "bin" / "nvcc") for p in sorted(Path("/usr/local").glob("cuda*"), reverse=True)]
+    return next((path for path in found if path and os.path.exists(path)), None)
+
+
+@functools.cache
+def ptx(header: str, instances: tuple[str, ...], arch: int = 80) -> str:
+    """PTX of explicit instances of the kernels of one header.
+
+    instances: like "void star_forward_kernel<float, 4>(const float*, ...)".
+    """
+    lines = "\n".join(f"template __global__ {instance};" for instance in instances)
+    source = f'#include "{header}"\nnamespace sdan_fast::cuda {{\n{lines}\n}}\n'
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "k.cu"
+        path.write_text(source)
+        command = [
+            str(nvcc()), "-ptx", f"-arch=sm_{arch}", "-std=c++20", "-O3", "-lineinfo",
+            "-Werror", "all-warnings", f"-I{CUDA}", str(path), "-o", str(path.with_suffix(".ptx")),
+        ]  # fmt: skip
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        assert done.returncode == 0, done.stdout
+        return path.with_suffix(".ptx").read_text()
+
+
+def entry(text: str, *parts: str) -> str:
+    """The mangled name of the one kernel whose name has all the parts."""
+    names = [n for n in re.findall(r"\.entry (\w+)", text) if all(p in n for p in parts)]
+    assert len(names) == 1, (parts, names, re.findall(r"\.entry (\w+)", text))
+    return names[0]
+
+
+def as_array(t: Tensor | None) -> np.ndarray | None:
+    """The memory span of a tensor as bytes, shared with it."""
+    if t is None:
+        return None
+    whole = torch.empty(0, dtype=torch.uint8).set_(t.untyped_storage()).numpy()
+    size = t.element_size()
+    start = size * t.storage_offset()
+    span = size * (1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)))
+    return whole[start : start + span]
+
+
+def run(
+    text: str,
+    kernel: str,
+    grid: int | tuple[int, ...],
+    block: int | tuple[int, ...],
+    args: Sequence[Any],
+    *,
+    shared_bytes: int = 0,
+    approx: str = "exact",
+) -> ptxrun.Stats:
+    """Run one kernel; tensors among `args` are changed in place. Faults, races and deadlocks raise."""
+    values = [as_array(a) if isinstance(a, Tensor) else a for a in args]
+    return ptxrun.run(text, kernel, grid, block, values, shared_bytes, approx=approx, batch_lanes=1 << 15)
