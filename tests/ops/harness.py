@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -358,13 +360,11 @@ class OpContract:
 
         def count(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
             graphs.append(graph)
-            return graph.forward
-
-        from torch._dynamo.backends.common import aot_autograd
+            return make_boxed_func(graph.forward)
 
         torch._dynamo.reset()
         compiled = torch.compile(
-            lambda *a: self.ours(*a, **kwargs), fullgraph=True, dynamic=True, backend=aot_autograd(fw_compiler=count)
+            lambda *a: self.ours(*a, **kwargs), fullgraph=True, backend=aot_autograd(fw_compiler=count)
         )
         sizes = [(2, 7, 9), (3, 12, 10), (4, 6, 15)]
         for training in (False, True):
@@ -375,6 +375,8 @@ class OpContract:
                     torch.randn(n, a.shape[1], h, w, requires_grad=training) if i < self.images else a
                     for i, a in enumerate(leaves)
                 ]
+                for image in call[: self.images]:
+                    torch._dynamo.mark_dynamic(image, [0, 2, 3])  # raises where a size gets baked in
                 with sdan_fast.use_backend(backend), torch.set_grad_enabled(training):
                     y = compiled(*call)
                     expected = self.plain(*call, **kwargs)

@@ -32,8 +32,8 @@ def case(name: str, shape: tuple[int, int, int, int], *stages: tuple, biases: st
 class TestStripConvChain(OpContract):
     fn_name = "strip_conv_chain"
     cases = (
-        case("lka-3", (2, 3, 6, 7), (3, 1), (3, 2)),
-        case("mixed-biases", (1, 4, 7, 6), (3, 1), (5, 2), biases="0110"),
+        case("lka-3", (2, 2, 4, 5), (3, 1), (3, 2)),
+        case("mixed-biases", (1, 2, 5, 4), (3, 1), (5, 2), biases="0110"),
         case("no-bias", (1, 2, 9, 8), (3, 1), (3, 2), biases="0000"),
         case("sdan-11", (1, 3, 37, 41), (11, 1), (11, 6)),
         case("one-stage", (1, 5, 13, 11), (7, 1), biases="11"),
@@ -52,8 +52,8 @@ class TestStripConvChain(OpContract):
 class TestSeparableConv2d(OpContract):
     fn_name = "separable_conv2d"
     cases = (
-        Case("plain", lambda t: ((t(1, 3, 6, 7), t(3, 1, 1, 5), t(3), t(3, 1, 5, 1), t(3)), {})),
-        Case("dilated", lambda t: ((t(1, 4, 9, 8), t(4, 1, 1, 3), None, t(4, 1, 7, 1), t(4)), {"dilation": 3})),
+        Case("plain", lambda t: ((t(1, 2, 5, 4), t(2, 1, 1, 5), t(2), t(2, 1, 5, 1), t(2)), {})),
+        Case("dilated", lambda t: ((t(1, 2, 5, 4), t(2, 1, 1, 3), None, t(2, 1, 7, 1), t(2)), {"dilation": 3})),
     )
 
 
