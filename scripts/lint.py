@@ -1,7 +1,6 @@
 """Run every checker that CI runs: ruff, clang-format and mypy, over the files that git knows.
 
-    python scripts/lint.py          # complain
-    python scripts/lint.py --fix    # rewrite what can be rewritten
+With --fix, rewrite what can be rewritten instead of complaining about it.
 """
 
 from __future__ import annotations
@@ -35,7 +34,9 @@ def main() -> int:
         ("ruff format", [*python, "ruff", "format", *([] if fix else ["--check", "--diff"]), "."]),
     ]
     if cxx:
-        commands.append(("clang-format", [clang_format, *(["-i"] if fix else ["--dry-run", "-Werror"]), *cxx]))
+        commands.append(
+            ("clang-format", [clang_format, *(["-i"] if fix else ["--dry-run", "-Werror"]), *cxx])
+        )
     commands.append(("mypy", [*python, "mypy"]))
     failed = []
     for name, command in commands:
