@@ -1,0 +1,82 @@
+// sdan_fast::depthwise_conv2d.cpu: checks, memory format, tiling and threads.
+#include "isa/depthwise_conv2d.h"
+
+#include "tensor_util.h"
+#include "tiling.h"
+
+namespace sdan_fast {
+namespace {
+
+const auto kernel = SDAN_PICK_KERNEL(depthwise_conv2d_run);
+
+Tensor depthwise_conv2d(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
+                        std::vector<int64_t> dilation) {
+  constexpr const char* op = "depthwise_conv2d";
+  check_cpu(x, op, "x");
+  DepthwiseArgs args{};
+  args.dtype = kernel_dtype(x, op, "x");
+  check_like(x, x, 4, op, "x");
+  check_like(weight, x, 4, op, "weight");
+  args.n = x.size(0);
+  args.c = x.size(1);
+  args.h = x.size(2);
+  args.w = x.size(3);
+  args.kh = weight.size(2);
+  args.kw = weight.size(3);
+  STD_TORCH_CHECK(weight.size(0) == args.c && weight.size(1) == 1 && args.kh % 2 == 1 &&
+                      args.kw % 2 == 1,
+                  op, ": weight must have shape (", args.c, ", 1, kh, kw) with odd kh and kw, got ",
+                  shape_of(weight));
+  STD_TORCH_CHECK(dilation.size() == 2 && dilation[0] >= 1 && dilation[1] >= 1, op,
+                  ": dilation must be two positive integers");
+  STD_TORCH_CHECK(args.kh < (1 << 20) && args.kw < (1 << 20) && dilation[0] < (1 << 30) &&
+                      dilation[1] < (1 << 30),
+                  op, ": kernel size or dilation is too large");
+  if (bias.has_value()) check_vector(*bias, x, args.c, op, "bias");
+
+  const Format format = output_format(x);
+  Tensor y = empty_in_format(x.sizes(), x, format);
+  if (x.numel() == 0) return y;
+  const Tensor x_dense = in_format(x, format);
+  const Tensor weight_dense = in_format(weight, Format::kContiguous);
+  std::optional<Tensor> bias_dense;
+  if (bias.has_value()) bias_dense = in_format(*bias, Format::kContiguous);
+  args.x = x_dense.const_data_ptr();
+  args.weight = weight_dense.const_data_ptr();
+  args.bias = bias_dense.has_value() ? bias_dense->const_data_ptr() : nullptr;
+  args.y = y.mutable_data_ptr();
+
+  const UsedTaps rows = used_taps(args.kh, dilation[0], args.h);
+  const UsedTaps columns = used_taps(args.kw, dilation[1], args.w);
+  args.i0 = rows.first;
+  args.kh_used = rows.count;
+  args.dh = rows.count == 1 ? 1 : dilation[0];
+  args.j0 = columns.first;
+  args.kw_used = columns.count;
+  args.dw = columns.count == 1 ? 1 : dilation[1];
+  // A plane of one pixel is laid out the same in both formats; only one of them has lanes to fill.
+  args.channels_last = format == Format::kChannelsLast || args.h * args.w == 1;
+  args.lanes = args.channels_last ? vector_lanes() : 1;
+
+  const int64_t halo_h = (args.kh_used - 1) * args.dh;
+  const int64_t halo_w = (args.kw_used - 1) * args.dw;
+  const int64_t per_tile = args.n * ((args.c + args.lanes - 1) / args.lanes);
+  const int64_t taps = args.kh_used * args.kw_used;
+  args.grid = make_tiles(args.h, args.w, halo_h, halo_w, args.lanes, 1);
+  const int64_t work = x.numel() * (taps + 8);
+  if (work > (1 << 20)) {
+    refine_tiles(&args.grid, args.h, halo_h, per_tile, 4 * torch::stable::get_num_threads());
+  }
+  const int64_t tasks = per_tile * args.grid.tiles_h * args.grid.tiles_w;
+  // About 16 multiply-adds a nanosecond: a thread's share should last some ten microseconds.
+  parallel_for(tasks, grain_for(work / tasks / 4),
+               [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  return y;
+}
+
+}  // namespace
+}  // namespace sdan_fast
+
+STABLE_TORCH_LIBRARY_IMPL(sdan_fast, CPU, m) {
+  m.impl("depthwise_conv2d.cpu", TORCH_BOX(&sdan_fast::depthwise_conv2d));
+}
