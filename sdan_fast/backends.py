@@ -10,10 +10,12 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import json
 import os
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -67,11 +69,10 @@ def _load_extension(name: str) -> str | None:
 def _build_reason(name: str) -> str | None:
     """What setup.py recorded about an extension that it did not build."""
     try:
-        from ._build_info import EXTENSIONS
-    except ImportError:
-        return None
-    entry = EXTENSIONS.get(name)
-    return None if entry is None or entry.get("built") else entry.get("reason")
+        recorded = json.loads(Path(__file__).with_name("_build_info.json").read_text())
+        return recorded[name.removeprefix("_C_")]["reason"]
+    except (OSError, ValueError, KeyError):
+        return None  # not built by setup.py; the import error says what there is to say
 
 
 def _triton_missing() -> str | None:
@@ -158,6 +159,8 @@ def choose(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     if name == _EXPLAIN:
         raise _Explained(op, args, kwargs)
     reason = BACKENDS[name].refuses(op, args, kwargs)
+    if reason is not None and op.composed:
+        return "reference"  # its parts, each of which runs on the named backend or raises
     if reason is not None:
         raise RuntimeError(f"{op.name} cannot run on the backend {name!r}: {reason}")
     return name

@@ -19,13 +19,15 @@ from typing import Any
 from torch import Tensor
 
 from . import ops
-from .reference import BranchConv, Dilation, StripStage
+from .reference import BranchConv, Dilation, Pointwise, SDMParameters, StarParameters, StripStage
 
 __all__ = [
     "depthwise_conv2d",
     "layer_norm2d",
     "mm_lka",
     "pointwise_gate",
+    "rsdam",
+    "sdm",
     "separable_conv2d",
     "star",
     "star_conv",
@@ -142,6 +144,8 @@ def star(a: Tensor, b: Tensor, *, activation: str = "gelu", outer: str = "none")
     Raises:
         TypeError, ValueError: see the module's documentation.
     """
+    if activation == "gelu" and outer == "none":  # the defaults: parsing two strings costs as much as the op itself
+        return ops.star(a, b)
     return ops.star(a, b, activation=activation, outer=outer)
 
 
@@ -240,6 +244,12 @@ def mm_lka(
     Raises:
         TypeError, ValueError: see the module's documentation; branches that do not cover the channels are refused.
     """
+    weights, biases, layout = _flat_branches(branches)
+    return ops.mm_lka(x, weights, biases, proj_weight, proj_bias, **layout)
+
+
+def _flat_branches(branches: Sequence[Sequence[BranchConv]]) -> tuple[list[Tensor], list[Tensor], dict[str, Any]]:
+    """Branches as the ops' schemas take them: weights, present biases, and how they are laid out."""
     weights: list[Tensor] = []
     biases: list[Tensor] = []
     bias_mask: list[bool] = []
@@ -254,13 +264,78 @@ def mm_lka(
             if bias is not None:
                 biases.append(bias)
             dilations += _pair(dilation, f"branches[{b}][{j}].dilation")
-    return ops.mm_lka(
+    lengths = [len(branch) for branch in branches]
+    return weights, biases, {"bias_mask": bias_mask, "dilations": dilations, "lengths": lengths}
+
+
+def sdm(
+    x: Tensor, distill: Sequence[Pointwise], star: Sequence[StarParameters], fuse: Pointwise, *, eps: float = 1e-5
+) -> Tensor:
+    """The star distillation module: levels that distil a part of the channels and refine the rest, then a fusion.
+
+    d_i = GELU(c_i r_{i-1}), r_i = GELU(S_i r_{i-1}), r_0 = x; the result is fuse([d_1, d_2, ..., r_n]). SDAN has four
+    levels, the last without a distilled part. In inference a fused kernel runs it where there is one; else, and
+    where a gradient is needed, its parts run, each on its own backend.
+
+    Args:
+        x: (N, C, H, W).
+        distill: for each level that distils (weight (h, Ci, 1, 1), bias (h,)).
+        star: for each level the parameters of its `star_conv`, in its order; at least one level.
+        fuse: (weight (Co, sum of h + channels of the last level, 1, 1), bias (Co,)).
+        eps: of the LayerNorms, positive.
+
+    Returns:
+        (N, Co, H, W), the dtype of `x`.
+
+    Raises:
+        TypeError, ValueError: see the module's documentation. All biases have to be there.
+    """
+    return ops.sdm(x, _flat(distill), _flat(star), list(fuse), eps=eps)
+
+
+def rsdam(
+    x: Tensor,
+    distillation: SDMParameters,
+    branches: Sequence[Sequence[BranchConv]],
+    attention_proj: Pointwise,
+    proj: Pointwise,
+    norm: tuple[Tensor, Tensor | None],
+    *,
+    eps: float = 1e-5,
+) -> Tensor:
+    """SDAN's block: x + LN(proj(MMLKA(SDM(x)))), fused in inference where a kernel can.
+
+    Args:
+        x: (N, C, H, W).
+        distillation: (distill, star, fuse) as `sdm` takes them.
+        branches: of MM-LKA, as `mm_lka` takes them.
+        attention_proj: MM-LKA's (weight (C, C, 1, 1), bias (C,)).
+        proj: (weight (C, C, 1, 1), bias (C,)).
+        norm: of the LayerNorm, (weight (C,), bias (C,)).
+        eps: of all LayerNorms, positive.
+
+    Returns:
+        (N, C, H, W), the dtype of `x`.
+
+    Raises:
+        TypeError, ValueError: see the module's documentation. Only the biases of branches may be None.
+    """
+    distill, star_parameters, fuse = distillation
+    weights, biases, layout = _flat_branches(branches)
+    return ops.rsdam(
         x,
+        _flat(distill),
+        _flat(star_parameters),
+        list(fuse),
         weights,
         biases,
-        proj_weight,
-        proj_bias,
-        bias_mask=bias_mask,
-        dilations=dilations,
-        lengths=[len(branch) for branch in branches],
+        list(attention_proj),
+        list(proj),
+        list(norm),
+        **layout,
+        eps=eps,
     )
+
+
+def _flat(groups: Sequence[Sequence[Any]]) -> list[Any]:
+    return [item for group in groups for item in group]

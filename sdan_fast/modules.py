@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional as F
-from .reference import ACTIVATIONS
+from .reference import ACTIVATIONS, BranchConv, SDMParameters, StarParameters
 
 __all__ = ["BRANCHES", "MMLKA", "RSDAM", "SDM", "LayerNorm2d", "StarConv"]
 
@@ -118,18 +118,13 @@ class StarConv(nn.Module):
         self.dw = depthwise(channels_out, (3, 3))
         self.pw2 = pointwise(channels_in, channels_out, bias=False)
 
+    def parameters_in_order(self) -> StarParameters:
+        """As `sdan_fast.functional.star_conv` takes them."""
+        norm, dw = self.norm, self.dw
+        return norm.weight, norm.bias, self.pw1.weight, dw.weight, dw.bias, self.pw2.weight
+
     def forward(self, x: Tensor) -> Tensor:
-        return F.star_conv(
-            x,
-            self.norm.weight,
-            self.norm.bias,
-            self.pw1.weight,
-            self.dw.weight,
-            self.dw.bias,
-            self.pw2.weight,
-            outer=self.outer,
-            eps=self.norm.eps,
-        )
+        return F.star_conv(x, *self.parameters_in_order(), outer=self.outer, eps=self.norm.eps)
 
     def extra_repr(self) -> str:
         return f"outer={self.outer!r}"
@@ -156,13 +151,13 @@ class SDM(nn.Module):
         self.star = nn.ModuleList(StarConv(channels, co, outer="gelu") for co in (channels, channels, channels, half))
         self.fuse = pointwise(4 * half, channels)
 
+    def parameters_in_order(self) -> SDMParameters:
+        """(distill, star, fuse) as `sdan_fast.functional.sdm` takes them."""
+        distill = [(conv.weight, conv.bias) for conv in self.distill]
+        return distill, [star.parameters_in_order() for star in self.star], (self.fuse.weight, self.fuse.bias)
+
     def forward(self, x: Tensor) -> Tensor:
-        parts = []
-        for distill, star in zip(self.distill, self.star[:3], strict=True):
-            parts.append(nn.functional.gelu(distill(x)))
-            x = star(x)
-        parts.append(self.star[3](x))
-        return self.fuse(torch.cat(parts, dim=1))
+        return F.sdm(x, *self.parameters_in_order(), eps=self.star[0].norm.eps)
 
 
 class MMLKA(nn.Module):
@@ -194,9 +189,12 @@ class MMLKA(nn.Module):
         )
         self.proj = pointwise(channels, channels)
 
+    def branches_in_order(self) -> list[list[BranchConv]]:
+        """As `sdan_fast.functional.mm_lka` takes them."""
+        return [[(conv.weight, conv.bias, conv.dilation) for conv in branch] for branch in self.branches]
+
     def forward(self, x: Tensor) -> Tensor:
-        branches = [[(conv.weight, conv.bias, conv.dilation) for conv in branch] for branch in self.branches]
-        return F.mm_lka(x, branches, self.proj.weight, self.proj.bias)
+        return F.mm_lka(x, self.branches_in_order(), self.proj.weight, self.proj.bias)
 
     def extra_repr(self) -> str:
         return f"{self.channels}, groups={self.groups}"
@@ -220,4 +218,13 @@ class RSDAM(nn.Module):
         self.norm = LayerNorm2d(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.norm(self.proj(self.attn(self.sdm(x))))
+        attn, proj, norm = self.attn, self.proj, self.norm
+        return F.rsdam(
+            x,
+            self.sdm.parameters_in_order(),
+            attn.branches_in_order(),
+            (attn.proj.weight, attn.proj.bias),
+            (proj.weight, proj.bias),
+            (norm.weight, norm.bias),
+            eps=norm.eps,
+        )

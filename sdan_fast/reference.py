@@ -16,6 +16,9 @@ from torch import Tensor
 Dilation = int | Sequence[int]
 StripStage = tuple[Tensor, "Tensor | None", Tensor, "Tensor | None", Dilation]
 BranchConv = tuple[Tensor, "Tensor | None", Dilation]
+Pointwise = tuple[Tensor, "Tensor | None"]  # weight (Co, Ci, 1, 1), bias (Co,)
+StarParameters = tuple[Tensor, "Tensor | None", Tensor, Tensor, "Tensor | None", Tensor]  # as star_conv takes them
+SDMParameters = tuple[Sequence[Pointwise], Sequence[StarParameters], Pointwise]  # distill, star, fuse
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
@@ -118,3 +121,31 @@ def mm_lka(
             chunk = depthwise_conv2d(chunk, weight, bias, dilation=dilation)
         outputs.append(chunk)
     return pointwise_gate(x, torch.cat(outputs, dim=1), proj_weight, proj_bias)
+
+
+def sdm(
+    x: Tensor, distill: Sequence[Pointwise], star: Sequence[StarParameters], fuse: Pointwise, *, eps: float = 1e-5
+) -> Tensor:
+    """The star distillation module; see `sdan_fast.functional.sdm`."""
+    parts = []
+    for conv, level in zip(distill, star, strict=False):
+        parts.append(F.gelu(F.conv2d(x, *conv)))
+        x = star_conv(x, *level, outer="gelu", eps=eps)
+    for level in star[len(distill) :]:
+        x = star_conv(x, *level, outer="gelu", eps=eps)
+    return F.conv2d(torch.cat([*parts, x], dim=1), *fuse)
+
+
+def rsdam(
+    x: Tensor,
+    distillation: SDMParameters,
+    branches: Sequence[Sequence[BranchConv]],
+    attention_proj: Pointwise,
+    proj: Pointwise,
+    norm: tuple[Tensor, Tensor | None],
+    *,
+    eps: float = 1e-5,
+) -> Tensor:
+    """The residual block around SDM and MM-LKA; see `sdan_fast.functional.rsdam`."""
+    t = mm_lka(sdm(x, *distillation, eps=eps), branches, *attention_proj)
+    return x + layer_norm2d(F.conv2d(t, *proj), *norm, eps)

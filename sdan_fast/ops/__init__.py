@@ -8,6 +8,8 @@ from .depthwise_conv2d import depthwise_conv2d
 from .layer_norm2d import layer_norm2d
 from .mm_lka import mm_lka
 from .pointwise_gate import pointwise_gate
+from .rsdam import rsdam
+from .sdm import sdm
 from .star import star
 from .star_conv import star_conv
 from .strip_conv_chain import strip_conv_chain
@@ -21,6 +23,8 @@ __all__ = [
     "layer_norm2d",
     "mm_lka",
     "pointwise_gate",
+    "rsdam",
+    "sdm",
     "star",
     "star_conv",
     "strip_conv_chain",

@@ -27,6 +27,11 @@ OPS: dict[str, Op] = {}
 
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _transforms_active = torch._C._are_functorch_transforms_active
+_autocasting = torch._C._is_any_autocast_enabled
+
+
+def _no_backward(*_: Any, **__: Any) -> Any:
+    raise NotImplementedError("a composed op is differentiated through its parts")
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,12 +43,12 @@ class Op:
         arguments: its schema between the parentheses.
         check: raises ValueError or TypeError for arguments that the op refuses; takes the op's arguments.
         reference: the op in plain PyTorch; takes the op's arguments.
+        flops: takes the op's arguments with shapes for tensors.
         reference_backward: its gradient in plain PyTorch; takes (grad_output, the op's arguments, output_mask) and
             returns one gradient or None for every tensor slot.
-        autocast: takes (arguments, lower precision dtype, device type) and returns (the dtype to compute in,
-            the dtype that the reference sequence returns).
-        flops: takes the op's arguments with shapes for tensors.
         backward_flops: takes (the op's arguments with shapes for tensors, output_mask).
+        autocast: takes (the tensors, lower precision dtype, device type) and returns (the dtype to compute in,
+            the dtype that the reference sequence returns).
         output_channels: takes the op's arguments; the number of output channels where they are not the first tensor's.
     """
 
@@ -51,11 +56,13 @@ class Op:
     arguments: str
     check: Callable[..., None]
     reference: Callable[..., Tensor]
-    reference_backward: Callable[..., Sequence[Tensor | None]]
-    autocast: Callable[[Sequence[Tensor], torch.dtype, str], tuple[torch.dtype, torch.dtype]]
     flops: Callable[..., int]
-    backward_flops: Callable[..., int]
+    reference_backward: Callable[..., Sequence[Tensor | None]] = _no_backward
+    backward_flops: Callable[..., int] = _no_backward
+    autocast: Callable[[Sequence[Tensor], torch.dtype, str], tuple[torch.dtype, torch.dtype]] | None = None
     output_channels: Callable[..., int] | None = None
+
+    composed = False  # see ComposedOp
 
     def __post_init__(self) -> None:
         set_ = object.__setattr__  # frozen: what follows is derived once, and never changes for the user
@@ -73,30 +80,40 @@ class Op:
         self._register_dispatched()
         self._register_flops()
 
+    def requires_grad(self, args: Sequence[Any]) -> bool:
+        """Whether autograd has to record a call with these arguments."""
+        return torch.is_grad_enabled() and any(t.requires_grad for t in self.flatten(args))
+
     # -- calling ----------------------------------------------------------------------------------------------
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """Check the arguments, choose a backend, run it; differentiable, compilable, autocast-aware."""
-        device_type = _device_type(args)
-        if torch.is_autocast_enabled(device_type):
-            cast = self._autocast_arguments(args, device_type)
-            if cast is not None:
-                cast_args, returned = cast
-                self.check(*cast_args, **kwargs)
-                if backends.choose(self, cast_args, kwargs) == "reference":
-                    return self.reference(*args, **kwargs)  # autocast does there what it always does
-                with torch.autocast(device_type, enabled=False):
-                    return self._run(cast_args, kwargs).to(returned)
+        if _autocasting():
+            return self._autocast_call(args, kwargs)
         self.check(*args, **kwargs)
-        return self._run(args, kwargs)
-
-    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         backend = backends.choose(self, args, kwargs)
         if backend == "reference" or _transforms_active():  # vmap, jvp and the like see through plain PyTorch best
             return self.reference(*args, **kwargs)
         if torch.compiler.is_compiling():
             return self.overloads[backend](*args, **kwargs)
-        return self.differentiable(backend, args, kwargs)
+        if torch.is_grad_enabled():
+            return self.differentiable(backend, args, kwargs)
+        with _below_autograd():
+            return self.overloads[backend](*args, **kwargs)
+
+    def _autocast_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Compute in the dtype that the op's rule says, and return what the reference sequence would."""
+        device_type = _device_type(args)
+        cast = self._autocast_arguments(args, device_type) if torch.is_autocast_enabled(device_type) else None
+        if cast is None:
+            with torch.autocast(device_type, enabled=False):
+                return self(*args, **kwargs)
+        cast_args, returned = cast
+        self.check(*cast_args, **kwargs)
+        if backends.choose(self, cast_args, kwargs) == "reference":
+            return self.reference(*args, **kwargs)  # autocast does there what it always does
+        with torch.autocast(device_type, enabled=False):
+            return self(*cast_args, **kwargs).to(returned)
 
     def differentiable(self, backend: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Run one overload with its autograd. The dispatcher's own way here costs about 10 us more a call."""
@@ -226,9 +243,10 @@ class Op:
                 return self.overloads[""](*cast[0], **kwargs).to(cast[1])
 
         LIBRARY.impl(self.name, forward, "CompositeExplicitAutograd")
-        LIBRARY.impl(f"{self.name}_backward", backward, "CompositeExplicitAutograd")
+        if not self.composed:
+            LIBRARY.impl(f"{self.name}_backward", backward, "CompositeExplicitAutograd")
         for key in ("AutocastCPU", "AutocastCUDA"):
-            LIBRARY.impl(self.name, autocast, key)
+            LIBRARY.impl(self.name, self.reference if self.composed else autocast, key)
 
     def _register_flops(self) -> None:
         packet = getattr(torch.ops.sdan_fast, self.name)
@@ -265,6 +283,7 @@ class Op:
         tensors = self.flatten(args)
         if any(t.dtype not in FLOATING or t.dtype == torch.float64 for t in tensors):
             return None
+        assert self.autocast is not None
         computed, returned = self.autocast(tensors, torch.get_autocast_dtype(device_type), device_type)
         return self.unflatten(args, [t.to(computed) for t in tensors]), returned
 
@@ -282,6 +301,45 @@ def output_format(x: Tensor) -> torch.memory_format:
     from ..reference import output_format as rule
 
     return rule(x)
+
+
+@dataclass(frozen=True, eq=False)
+class ComposedOp(Op):
+    """An op made of other ops, whose kernels fuse them for inference.
+
+    Where a gradient is needed, under autocast, or where no kernel can run the call, it is its parts: `reference` is
+    here their composition, which chooses a backend for each. So it has no backward of its own.
+    """
+
+    composed = True
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.check(*args, **kwargs)
+        backend = backends.choose(self, args, kwargs)
+        if backend == "reference" or self._needs_parts(args):
+            return self.reference(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            return self.overloads[backend](*args, **kwargs)
+        with _below_autograd():
+            return self.overloads[backend](*args, **kwargs)
+
+    def _needs_parts(self, args: tuple[Any, ...]) -> bool:
+        return _autocasting() or _transforms_active() or self.requires_grad(args)
+
+    def differentiable(self, backend: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """What the dispatcher runs where autograd is looking."""
+        if self.requires_grad(args):
+            return self.reference(*args, **kwargs)
+        with _below_autograd():
+            return self.overloads[backend](*args, **kwargs)
+
+    def define_backward(self, backend: str) -> None:
+        """There is none: the parts have theirs."""
+
+    def _register_flops(self) -> None:
+        @register_flop_formula(getattr(torch.ops.sdan_fast, self.name))
+        def forward_flops(*args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+            return self.flops(*args, **kwargs)
 
 
 # --- autograd ----------------------------------------------------------------------------------------------------
@@ -396,7 +454,7 @@ def attach_compiled(backend: str, dispatch_key: str) -> None:
     for op in OPS.values():
         if has(f"{NAMESPACE}::{op.name}.{backend}", dispatch_key):
             op.kernels.add(backend)
-        if has(f"{NAMESPACE}::{op.name}_backward.{backend}", dispatch_key):
+        if not op.composed and has(f"{NAMESPACE}::{op.name}_backward.{backend}", dispatch_key):
             op.backward_kernels.add(backend)
 
 
@@ -406,7 +464,7 @@ def _attach_stubs() -> None:
         missing = backends.BACKENDS[backend].missing
         for op in OPS.values():
             for kernels, name in ((op.kernels, op.name), (op.backward_kernels, f"{op.name}_backward")):
-                if backend in kernels:
+                if backend in kernels or op.composed and name != op.name:
                     continue
                 reason = missing or f"the {backend} backend has no kernel for {name}"
 

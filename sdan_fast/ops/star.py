@@ -17,15 +17,16 @@ ACTIVATIONS = tuple(reference.ACTIVATIONS)
 
 
 def check(a: Any, b: Any, *, activation: Any = "gelu", outer: Any = "none") -> None:
-    try:
+    try:  # the cheapest op pays for its checks the most: one look where nothing is wrong
         if (
-            activation in ACTIVATIONS
-            and outer in ACTIVATIONS
-            and a.dtype == b.dtype
+            a.shape == b.shape
+            and a.dtype is b.dtype
             and a.dtype in FLOATING
-            and a.shape == b.shape
             and a.device == b.device
-            and a.layout == b.layout == torch.strided
+            and activation in ACTIVATIONS
+            and outer in ACTIVATIONS
+            and a.layout is torch.strided
+            and b.layout is torch.strided
         ):
             return
     except AttributeError:
