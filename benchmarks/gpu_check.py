@@ -1,7 +1,7 @@
 """Everything that only a GPU can show, in one run: tests, compute-sanitizer, and times, written as JSON named after it.
 
     python benchmarks/gpu_check.py                # all of it; exit status 1 if anything fails or there is no GPU
-    python benchmarks/gpu_check.py --only bench   # one stage: tests, sanitizer or bench
+    python benchmarks/gpu_check.py --only bench   # one of tests, sanitizer, bench; writes nothing
     python benchmarks/gpu_check.py --rehearse     # the benchmark's own code on the CPU, tiny, writing nothing
 
 A kernel is held against the float64 reference right before it is timed, and a wrong one gets no time. The times of
@@ -67,7 +67,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def arguments(
     subject: Subject, shape: tuple[int, int, int, int], dtype: torch.dtype, layout: str, device: str
-):
+) -> list[Tensor]:
     """The tensors of one case: the same numbers on every machine, in one memory layout."""
     generator = torch.Generator().manual_seed(0)
 
@@ -331,7 +331,9 @@ def results_file(gpu: str) -> Path:
 def main() -> int:
     """0 if every stage that ran passed, 1 if one failed or no GPU was found."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", choices=("tests", "sanitizer", "bench"), help="run one stage")
+    parser.add_argument(
+        "--only", choices=("tests", "sanitizer", "bench"), help="run one stage, write nothing"
+    )
     parser.add_argument(
         "--rounds", type=int, default=50, help="timed calls of each function (default: %(default)s)"
     )
@@ -381,10 +383,11 @@ def main() -> int:
             found[stage] = {"ok": ok, "rounds": options.rounds, "rows": rows}
         if found[stage]["ok"] is False:
             failed.append(stage)
-    target = results_file(gpu)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print(f"written: {target.relative_to(ROOT)}")
+    if not options.only:
+        target = results_file(gpu)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        print(f"written: {target.relative_to(ROOT)}")
     print(f"gpu-check: {', '.join(failed)} failed" if failed else "gpu-check: every stage that ran passed")
     return 1 if failed else 0
 
