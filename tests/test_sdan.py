@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_modules import PlainRSDAM
+from .test_modules import PlainRSDAM
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 

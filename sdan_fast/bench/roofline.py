@@ -12,6 +12,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 
+LEAST_ROUNDS = 3  # fewer have no median to speak of
+
+
 @dataclass(frozen=True)
 class Roofline:
     """A device's measured limits.
@@ -64,6 +67,7 @@ def interleaved(
     *,
     rounds: int,
     warmup: int = 1,
+    budget: float = math.inf,
     device: torch.device | str = "cpu",
     on_call: Callable[[str], object] = lambda name: None,
 ) -> dict[str, Timing]:
@@ -73,6 +77,7 @@ def interleaved(
         functions: what to call, by name.
         rounds: timed calls of each.
         warmup: calls of each before, not timed.
+        budget: seconds after which no further round begins, once there are `LEAST_ROUNDS` or `rounds` of them.
         device: what to wait for after each call.
         on_call: told the name after each call, for a progress bar; its time is not counted.
 
@@ -82,7 +87,10 @@ def interleaved(
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, and it is {rounds}")
     timings = {name: Timing() for name in functions}
+    start = time.perf_counter()
     for turn in range(-warmup, rounds):
+        if turn >= LEAST_ROUNDS and time.perf_counter() - start > budget:
+            break
         for name, function in functions.items():
             seconds = timed(function, device)
             if turn >= 0:

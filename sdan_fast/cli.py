@@ -1,0 +1,63 @@
+"""The command line `sdan-fast`: this module only puts the commands of `sdan_fast.commands` together."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+# What `pip install 'sdan-fast[cli]'` adds. Without one of these the package works and only the commands do not.
+_EXTRA = {"typer", "rich", "PIL", "safetensors", "skimage", "click"}
+
+
+def _without(package: str) -> Callable[..., Any]:
+    """An entry point that says which package is missing."""
+
+    def app(*args: Any, **kwargs: Any) -> None:
+        print(
+            f"sdan-fast: the command line needs {package}, which is not installed: pip install 'sdan-fast[cli]'",
+            file=sys.stderr,
+        )
+        raise SystemExit(2)
+
+    return app
+
+
+def _build_app() -> Callable[..., Any]:
+    try:
+        import rich  # noqa: F401 - asked for first, because typer makes do without it
+        import typer
+
+        from .commands import demo, info, upscale, verify
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in _EXTRA:
+            raise
+        return _without(package)
+
+    app = typer.Typer(
+        name="sdan-fast",
+        no_args_is_help=True,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+        help="SDAN image super-resolution and its kernels for CPUs and GPUs: look, check, run.",
+        epilog="Exit codes: 0 all well; 1 a check or a picture failed; 2 wrong use, nothing was done.",
+    )
+
+    @app.callback()
+    def root(
+        version: bool = typer.Option(
+            False, "--version", help="Print the version and exit.", callback=info.print_version, is_eager=True
+        ),
+    ) -> None:
+        pass
+
+    app.command("info")(info.info)
+    app.command("verify")(verify.verify)
+    app.command("demo")(demo.demo)
+    app.command("upscale")(upscale.upscale)
+    return app
+
+
+app = _build_app()

@@ -1,0 +1,355 @@
+"""`sdan-fast verify`: every op and the model, forward and gradients, on each backend here against float64."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from sdan_fast import backends, explain, functional, reference, use_backend
+from sdan_fast.models.fitted import seeded_sdan
+
+from . import terminal
+from .check import Agreement, agreement, worst
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+Make = Callable[..., Tensor]  # (*shape) -> a random float64 tensor
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_SHAPES = [(2, 9, 13), (1, 33, 70), (1, 1, 1)]
+_CHANNELS = 12
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: one function in one dtype on one backend, the worst over all its cases."""
+
+    function: str
+    dtype: str
+    device: str
+    backend: str
+    forward: Agreement | None
+    gradients: Agreement | None
+    note: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return all(a is None or a.ok for a in (self.forward, self.gradients))
+
+
+# --- the cases of each op ----------------------------------------------------------------------------------------
+
+
+def _depthwise(r: Make, n: int, h: int, w: int) -> Iterator[Arguments]:
+    for kh, kw, dilation in ((3, 3, 1), (7, 7, 4), (1, 11, 6), (11, 1, (6, 1))):
+        weight = r(_CHANNELS, 1, kh, kw) / math.sqrt(kh * kw)
+        yield (r(n, _CHANNELS, h, w), weight, r(_CHANNELS)), {"dilation": dilation}
+        yield (r(n, _CHANNELS, h, w), weight, None), {"dilation": dilation}
+
+
+def _strips(r: Make, k: int, biases: tuple[bool, bool], dilation: int) -> tuple[Any, ...]:
+    b_h, b_v = (r(_CHANNELS) if present else None for present in biases)
+    return (
+        r(_CHANNELS, 1, 1, k) / math.sqrt(k),
+        b_h,
+        r(_CHANNELS, 1, k, 1) / math.sqrt(k),
+        b_v,
+        dilation,
+    )
+
+
+def _chain(r: Make, n: int, h: int, w: int) -> Iterator[Arguments]:
+    for k, biases in ((11, (True, True)), (7, (False, True)), (3, (False, False))):
+        stages = [_strips(r, k, biases, 1), _strips(r, k, biases, (k + 1) // 2)]
+        yield (r(n, _CHANNELS, h, w), stages), {}
+
+
+def _separable(r: Make, n: int, h: int, w: int) -> Iterator[Arguments]:
+    *tensors, dilation = _strips(r, 7, (True, True), 2)
+    yield (r(n, _CHANNELS, h, w), *tensors), {"dilation": dilation}
+
+
+def _star(r: Make, n: int, h: int, w: int) -> Iterator[Arguments]:
+    for activation in ("none", "gelu", "relu6", "relu", "silu"):
+        for outer in ("none", "gelu"):
+            a, b = r(n, _CHANNELS, h, w), r(n, _CHANNELS, h, w)
+            yield (a, b), {"activation": activation, "outer": outer}
+
+
+def _norm(r: Make, n: int, h: int, w: int) -> Iterator[Arguments]:
+    yield (r(n, _CHANNELS, h, w), r(_CHANNELS), r(_CHANNELS)), {}
+    yield (r(n, _CHANNELS, h, w), r(_CHANNELS), None), {"eps": 1e-3}
+
+
+def _gate(r: Make, n: int, h: int, w: int) -> Iterator[Arguments]:
+    for ci in (_CHANNELS, 7):
+        weight = r(_CHANNELS, ci, 1, 1) / math.sqrt(ci)
+        yield (r(n, _CHANNELS, h, w), r(n, ci, h, w), weight, r(_CHANNELS)), {}
+
+
+def _star_conv(r: Make, n: int, h: int, w: int) -> Iterator[Arguments]:
+    for co, outer in ((_CHANNELS, "gelu"), (_CHANNELS // 2, "none")):
+        pw1, pw2 = (r(co, _CHANNELS, 1, 1) / math.sqrt(_CHANNELS) for _ in range(2))
+        x = r(n, _CHANNELS, h, w)
+        yield (x, r(_CHANNELS), r(_CHANNELS), pw1, r(co, 1, 3, 3) / 3, r(co), pw2), {"outer": outer}
+
+
+def _mm_lka(r: Make, n: int, h: int, w: int) -> Iterator[Arguments]:
+    from sdan_fast.modules import MMLKA
+
+    for groups in (1, 2, 3, 4):
+        with torch.device("meta"):
+            module = MMLKA(_CHANNELS, groups)
+        branches = [
+            [
+                (r(*conv.weight.shape) / math.sqrt(conv.weight[0].numel()), r(*conv.bias.shape), conv.dilation)
+                for conv in branch
+            ]
+            for branch in module.branches
+        ]
+        proj = r(_CHANNELS, _CHANNELS, 1, 1) / math.sqrt(_CHANNELS)
+        yield (r(n, _CHANNELS, h, w), branches, proj, r(_CHANNELS)), {}
+
+
+CASES: dict[str, Callable[[Make, int, int, int], Iterator[Arguments]]] = {
+    "depthwise_conv2d": _depthwise,
+    "layer_norm2d": _norm,
+    "mm_lka": _mm_lka,
+    "pointwise_gate": _gate,
+    "separable_conv2d": _separable,
+    "star": _star,
+    "star_conv": _star_conv,
+    "strip_conv_chain": _chain,
+}
+
+
+# --- running one -------------------------------------------------------------------------------------------------
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _as(arguments: Arguments, device: str, dtype: torch.dtype, layout: torch.memory_format) -> Arguments:
+    """Leaves of a graph with the same values on a device, in a dtype; activations in a memory format."""
+
+    def move(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        moved = leaf.detach().to(device, dtype)
+        if moved.dim() == 4 and moved.shape[-1] * moved.shape[-2] > 1:
+            moved = moved.contiguous(memory_format=layout)
+        return moved.requires_grad_()
+
+    return pytree.tree_map(move, arguments)
+
+
+def _run(function: Callable[..., Tensor], arguments: Arguments, seed: Tensor) -> tuple[Tensor, list[Tensor]]:
+    args, kwargs = arguments
+    y = function(*args, **kwargs)
+    grads = torch.autograd.grad(y, _tensors(arguments), seed.to(y))
+    return y.detach(), list(grads)
+
+
+def _compare(
+    ours: Callable[..., Tensor],
+    plain: Callable[..., Tensor],
+    arguments: Arguments,
+    device: str,
+    dtype: torch.dtype,
+    backend: str,
+    layout: torch.memory_format,
+) -> tuple[Agreement, Agreement]:
+    """Forward and gradients of `ours` on a backend against `plain` in float64, with `plain` in `dtype` as yardstick.
+
+    The yardstick sees the same layout, but for bfloat16: there eager's weight gradient of a dilated depth-wise
+    convolution is garbage in channels_last on some CPUs (oneDNN 3.12), and would be a yardstick of any length.
+    """
+    rounded = _as(arguments, device, dtype, torch.contiguous_format if dtype == torch.bfloat16 else layout)
+    exact = _as(rounded, device, torch.float64, torch.contiguous_format)
+    args, kwargs = exact
+    generator = torch.Generator().manual_seed(2)
+    seed = torch.randn(plain(*args, **kwargs).shape, generator=generator, dtype=torch.float64).to(device, dtype)
+    y64, grads64 = _run(plain, exact, seed)
+    y, grads = _run(plain, rounded, seed)
+    with use_backend(backend):
+        ours_y, ours_grads = _run(ours, _as(rounded, device, dtype, layout), seed)
+    pairs = [agreement(a, b, c) for a, b, c in zip(ours_grads, grads, grads64, strict=True)]
+    return agreement(ours_y, y, y64), worst(pairs)
+
+
+def _verify_op(function: str, device: str, dtype_name: str, backend: str) -> Row:
+    dtype = DTYPES[dtype_name]
+    generator = torch.Generator().manual_seed(0)
+
+    def make(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    ours, plain = getattr(functional, function), getattr(reference, function)
+    forward: list[Agreement] = []
+    gradients: list[Agreement] = []
+    refused = ""
+    for n, h, w in _SHAPES:
+        for arguments in CASES[function](make, n, h, w):
+            for layout in (torch.contiguous_format, torch.channels_last):
+                args, kwargs = _as(arguments, device, dtype, layout)
+                with use_backend(backend):
+                    explanation = explain(function, *args, **kwargs)
+                if explanation.backend is None:
+                    refused = explanation.reasons[backend]
+                    continue
+                f, g = _compare(ours, plain, arguments, device, dtype, backend, layout)
+                forward.append(f)
+                gradients.append(g)
+    if not forward:
+        return Row(function, dtype_name, device, backend, None, None, f"not run: {refused}")
+    note = f"some cases not run: {refused}" if refused else ""
+    return Row(function, dtype_name, device, backend, worst(forward), worst(gradients), note)
+
+
+def _verify_model(groups: int, device: str, dtype_name: str, backend: str) -> Row:
+    """SDAN with two blocks: whole models differ from their blocks only in how many there are."""
+    name = f"SDAN, groups={groups}"
+    model = seeded_sdan(2, 24, 2, groups)
+    names, parameters = zip(*model.named_parameters(), strict=True)
+
+    def run(x: Tensor, *values: Tensor) -> Tensor:
+        return torch.func.functional_call(model, dict(zip(names, values, strict=True)), (x,))
+
+    def plain(x: Tensor, *values: Tensor) -> Tensor:
+        with use_backend("reference"):
+            return run(x, *values)
+
+    x = torch.rand(1, 3, 20, 28, generator=torch.Generator().manual_seed(1))
+    try:
+        forward, gradients = _compare(
+            run, plain, ((x, *parameters), {}), device, DTYPES[dtype_name], backend, torch.contiguous_format
+        )
+    except RuntimeError as error:
+        if "cannot run on the backend" not in str(error):
+            raise
+        return Row(name, dtype_name, device, backend, None, None, f"not run: {error}")
+    return Row(name, dtype_name, device, backend, forward, gradients)
+
+
+def _devices(backend: str) -> tuple[str, ...]:
+    if backend == "reference":
+        return ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    return backends.BACKENDS[backend].devices
+
+
+def _share(a: Agreement | None) -> str:
+    return "-" if a is None else f"{a.share:.2f}"
+
+
+def verify(
+    backend: Annotated[
+        str, typer.Option("--backend", "-b", help="Check this backend only; auto checks all that can run here.")
+    ] = "auto",
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="float32, bfloat16, float16, or all of them.")
+    ] = "all",
+    op: Annotated[str, typer.Option("--op", help="Check this op only, or `model`.")] = "all",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
+) -> None:
+    """Check every op and the model, forward and gradients, on each backend here against float64.
+
+    A result may be off by twice what eager PyTorch is off in the same dtype, plus two units in the last place of the
+    largest value. The numbers are shares of that bound: above 1 is a failure, and the exit code is then 1.
+    """
+    terminal.check_backend(backend)
+    if dtype not in (*DTYPES, "all"):
+        raise typer.BadParameter(f"must be all or one of {', '.join(DTYPES)}, and it is {dtype!r}", param_hint="--dtype")
+    if op not in (*CASES, "model", "all"):
+        raise typer.BadParameter(f"must be all, model or one of {', '.join(CASES)}, and it is {op!r}", param_hint="--op")
+    available = {line.name: line.reason for line in backends.status()}
+    chosen = list(available) if backend == "auto" else [backend]
+    if backend != "auto" and available[backend]:
+        terminal.fail(f"the backend {backend!r} cannot run here: {available[backend]}")
+    dtypes = list(DTYPES) if dtype == "all" else [dtype]
+
+    jobs: list[Callable[[], Row]] = []
+    for name in chosen:
+        if available[name]:
+            continue
+        for device in _devices(name):
+            for kind in dtypes:
+                if name == "reference" and kind != "float32":
+                    continue  # it is the yardstick itself; one dtype shows that calls reach it
+                for function in CASES if op == "all" else [op] if op != "model" else []:
+                    jobs.append(functools.partial(_verify_op, function, device, kind, name))
+                for groups in (1, 2, 3, 4) if op in ("all", "model") else ():
+                    jobs.append(functools.partial(_verify_model, groups, device, kind, name))
+    rows = []
+    with terminal.progress() as bar:
+        for job in bar.track(jobs, description="verifying"):
+            rows.append(job())
+    rows.sort(key=lambda row: (row.function, row.dtype, row.backend))
+    missing = {name: reason for name, reason in available.items() if reason and name in chosen}
+    failed = [row for row in rows if not row.ok]
+    if as_json:
+        _print_json(rows, missing)
+    else:
+        _print_table(rows, missing)
+    if failed:
+        terminal.fail(f"{len(failed)} of {len(rows)} checks failed", terminal.FAILED)
+
+
+def _print_table(rows: list[Row], missing: dict[str, str]) -> None:
+    out = terminal.console()
+    grid = terminal.table(
+        "function",
+        "dtype",
+        "device",
+        "backend",
+        "forward",
+        "gradients",
+        "verdict",
+        title="Errors against float64, as a share of the bound (2 x eager's error + 2 eps)",
+        right=("forward", "gradients"),
+    )
+    for row in rows:
+        verdict = row.note if row.forward is None else ("ok" if row.ok else "FAILED") + (row.note and f"; {row.note}")
+        grid.add_row(
+            row.function, row.dtype, row.device, row.backend, _share(row.forward), _share(row.gradients), verdict
+        )
+    out.print(grid)
+    for name, reason in missing.items():
+        out.print(f"{name}: not checked: {reason}")
+    ran = [row for row in rows if row.forward is not None]
+    out.print(f"{sum(row.ok for row in ran)} of {len(ran)} checks passed")
+
+
+def _print_json(rows: list[Row], missing: dict[str, str]) -> None:
+    def entry(a: Agreement | None) -> dict[str, float] | None:
+        return None if a is None else {"error": a.error, "bound": a.bound}
+
+    print(
+        json.dumps(
+            {
+                "checks": [
+                    {
+                        "function": row.function,
+                        "dtype": row.dtype,
+                        "device": row.device,
+                        "backend": row.backend,
+                        "forward": entry(row.forward),
+                        "gradients": entry(row.gradients),
+                        "ok": row.ok,
+                        "note": row.note,
+                    }
+                    for row in rows
+                ],
+                "not_checked": missing,
+            },
+            indent=1,
+        )
+    )
