@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../fused.h"
+#include "gelu_short.h"
 #include "vec.h"
 
 namespace sdan_fast {
@@ -183,10 +184,22 @@ static inline void normalise_block(const float* x, ptrdiff_t x_stride, int chann
   }
 }
 
+template <int V>
+SDAN_INLINE void gelu_vecs(float* p) {
+  Vec x[V];
+#pragma GCC unroll 8
+  for (int v = 0; v < V; ++v) x[v] = load(p + v * kLanes);
+  gelu_short(x);
+#pragma GCC unroll 8
+  for (int v = 0; v < V; ++v) store(p + v * kLanes, x[v]);
+}
+
 static inline void gelu_block(float* p, ptrdiff_t stride, int channels, int vecs) {
   for (int c = 0; c < channels; ++c) {
     float* q = p + c * stride;
-    for (int v = 0; v < vecs; ++v) store(q + v * kLanes, gelu(load(q + v * kLanes)));
+    int v = 0;
+    for (; v + 4 <= vecs; v += 4) gelu_vecs<4>(q + v * kLanes);
+    for (; v < vecs; ++v) gelu_vecs<1>(q + v * kLanes);
   }
 }
 
@@ -198,29 +211,49 @@ struct TileRow {
   ptrdiff_t channel_stride;
 };
 
+// out = outer(gelu(s) * b) for V vectors of s.
+template <Activation kOuter, int V>
+SDAN_INLINE void star_store(Vec (&s)[V], const float* b, float* out) {
+  gelu_short(s);
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v) s[v] = s[v] * load(b + v * kLanes);
+  if constexpr (kOuter == Activation::kGelu) {
+    gelu_short(s);
+  } else {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) s[v] = activate<kOuter>(s[v]);
+  }
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v) store(out + v * kLanes, s[v]);
+}
+
+template <Activation kOuter, int V>
+SDAN_INLINE void star_vecs_3x3(const float* const* rows, ptrdiff_t x, const float* weight, float bias,
+                               const float* b, float* out) {
+  Vec s[V];
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v) s[v] = set1(bias);
+#pragma GCC unroll 3
+  for (int i = 0; i < 3; ++i) {
+    const float* row = rows[i] + x - 1;
+#pragma GCC unroll 3
+    for (int j = 0; j < 3; ++j) {
+      const Vec w = set1(weight[3 * i + j]);
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) s[v] = fma(load(row + v * kLanes + j), w, s[v]);
+    }
+  }
+  star_store<kOuter, V>(s, b + x, out + x);
+}
+
 // out = outer(gelu(dw(rows) + bias) * b) for one channel and `vecs` vectors. rows[i] is already
 // advanced to this channel and to this block's first pixel.
 template <Activation kOuter>
 static void star_channel_3x3(const float* const* rows, const float* weight, float bias, const float* b,
                              float* out, int vecs) {
-  const float *above = rows[0], *here = rows[1], *below = rows[2];
-  Vec w[9];
-#pragma GCC unroll 9
-  for (int i = 0; i < 9; ++i) w[i] = set1(weight[i]);
-  const Vec start = set1(bias);
-  for (int v = 0; v < vecs; ++v) {
-    const ptrdiff_t x = v * kLanes;
-    Vec s = fma(load(above + x - 1), w[0], start);
-    Vec t = load(here + x - 1) * w[3];
-    Vec u = load(below + x - 1) * w[6];
-    s = fma(load(above + x), w[1], s);
-    t = fma(load(here + x), w[4], t);
-    u = fma(load(below + x), w[7], u);
-    s = fma(load(above + x + 1), w[2], s);
-    t = fma(load(here + x + 1), w[5], t);
-    u = fma(load(below + x + 1), w[8], u);
-    store(out + x, activate<kOuter>(gelu((s + t) + u) * load(b + x)));
-  }
+  int v = 0;
+  for (; v + 4 <= vecs; v += 4) star_vecs_3x3<kOuter, 4>(rows, v * kLanes, weight, bias, b, out);
+  for (; v < vecs; ++v) star_vecs_3x3<kOuter, 1>(rows, v * kLanes, weight, bias, b, out);
 }
 
 template <Activation kOuter>
@@ -228,11 +261,11 @@ static void star_channel_any(const float* const* rows, int kh, int kw, const flo
                              const float* b, float* out, int vecs) {
   for (int v = 0; v < vecs; ++v) {
     const ptrdiff_t x = v * kLanes - kw / 2;
-    Vec s = set1(bias);
+    Vec s[1] = {set1(bias)};
     for (int i = 0; i < kh; ++i) {
-      for (int j = 0; j < kw; ++j) s = fma(load(rows[i] + x + j), set1(weight[i * kw + j]), s);
+      for (int j = 0; j < kw; ++j) s[0] = fma(load(rows[i] + x + j), set1(weight[i * kw + j]), s[0]);
     }
-    store(out + v * kLanes, activate<kOuter>(gelu(s) * load(b + v * kLanes)));
+    star_store<kOuter, 1>(s, b + v * kLanes, out + v * kLanes);
   }
 }
 
