@@ -51,7 +51,7 @@ void run_tile(const DepthwiseArgs& a, int64_t n, int64_t block, int64_t tile) {
   }
   T* y = static_cast<T*>(a.y) + plane + (h0 * a.w + w0) * pixel;
   const int64_t row = a.w * pixel;
-  const auto init = [bias](int64_t, int64_t) __attribute__((always_inline)) { return bias; };
+  const auto add = [bias](int64_t, int64_t) __attribute__((always_inline)) { return bias; };
   const auto sink = [=](int64_t r, int64_t c, Vec v) __attribute__((always_inline)) {
     if constexpr (kLanewise) {
       if (c < columns) {
@@ -71,7 +71,7 @@ void run_tile(const DepthwiseArgs& a, int64_t n, int64_t block, int64_t tile) {
   };
   const Taps taps = {weights, static_cast<int>(a.kh_used), static_cast<int>(a.kw_used),
                      static_cast<int>(a.dh), static_cast<int>(a.dw)};
-  conv_tile<kLanewise>(staged, taps, row_floats, rows, columns, init, sink);
+  conv_tile<kLanewise>(staged, taps, row_floats, rows, columns, add, sink);
 }
 
 template <bool kLanewise, typename T>

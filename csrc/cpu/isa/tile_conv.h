@@ -117,31 +117,36 @@ SDAN_INLINE void accumulate(Vec (&acc)[R][V], const float* x, const Taps& taps, 
   }
 }
 
-// One block: R rows dh apart by V vectors. `init(row, column)` gives the sums' start and
-// `sink(row, column, sum)` takes the result; rows and columns count output pixels of the tile.
-template <bool kLanewise, int R, int V, int KH, typename Init, typename Sink>
+// One block: R rows dh apart by V vectors. `bias(row, column)` is added to the sums, last, since starting
+// from a large bias would round every product to its unit; `sink(row, column, sum)` takes the result. Rows
+// and columns count output pixels of the tile.
+template <bool kLanewise, int R, int V, int KH, typename Bias, typename Sink>
 SDAN_INLINE void conv_block(const float* x, const Taps& taps, ptrdiff_t row_floats, int64_t row0,
-                            int64_t column0, const Init& init, const Sink& sink) {
+                            int64_t column0, const Bias& bias, const Sink& sink) {
   constexpr int kVecPixels = kLanewise ? 1 : kLanes;
   Vec acc[R][V];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) acc[r][v] = init(row0 + r * taps.dh, column0 + v * kVecPixels);
+    for (int v = 0; v < V; ++v) acc[r][v] = zero();
   }
   accumulate<kLanewise, R, V, KH>(acc, x, taps, row_floats * taps.dh,
                                   static_cast<ptrdiff_t>(taps.dw) * pixel_floats<kLanewise>());
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) sink(row0 + r * taps.dh, column0 + v * kVecPixels, acc[r][v]);
+    for (int v = 0; v < V; ++v) {
+      const int64_t row = row0 + r * taps.dh;
+      const int64_t column = column0 + v * kVecPixels;
+      sink(row, column, acc[r][v] + bias(row, column));
+    }
   }
 }
 
 // A group of R rows over all columns. Not inlined: each instance is one hot loop.
-template <bool kLanewise, int R, int V, int KH, typename Init, typename Sink>
+template <bool kLanewise, int R, int V, int KH, typename Bias, typename Sink>
 __attribute__((noinline)) void conv_rows(const float* x, const Taps& taps, ptrdiff_t row_floats,
-                                         int64_t row0, int64_t columns, const Init& init,
+                                         int64_t row0, int64_t columns, const Bias& bias,
                                          const Sink& sink) {
   constexpr int kStep = pixel_floats<kLanewise>();
   constexpr int kVecPixels = kLanewise ? 1 : kLanes;
@@ -151,31 +156,31 @@ __attribute__((noinline)) void conv_rows(const float* x, const Taps& taps, ptrdi
     // Three vectors left of four are cheaper as four: the sums are more independent chains.
     const int64_t left = (columns - c + kVecPixels - 1) / kVecPixels;
     if (left >= V || (V >= 4 && left == V - 1)) {
-      conv_block<kLanewise, R, V, KH>(x + c * kStep, taps, row_floats, row0, c, init, sink);
+      conv_block<kLanewise, R, V, KH>(x + c * kStep, taps, row_floats, row0, c, bias, sink);
       c += V * kVecPixels;
     } else if (V >= 8 && left >= 3) {
-      conv_block<kLanewise, R, (V >= 8 ? V / 2 : 1), KH>(x + c * kStep, taps, row_floats, row0, c, init,
+      conv_block<kLanewise, R, (V >= 8 ? V / 2 : 1), KH>(x + c * kStep, taps, row_floats, row0, c, bias,
                                                         sink);
       c += (V / 2) * kVecPixels;
     } else if (V >= 4 && left >= 2) {
-      conv_block<kLanewise, R, (V >= 4 ? 2 : 1), KH>(x + c * kStep, taps, row_floats, row0, c, init,
+      conv_block<kLanewise, R, (V >= 4 ? 2 : 1), KH>(x + c * kStep, taps, row_floats, row0, c, bias,
                                                     sink);
       c += 2 * kVecPixels;
     } else {
-      conv_block<kLanewise, R, 1, KH>(x + c * kStep, taps, row_floats, row0, c, init, sink);
+      conv_block<kLanewise, R, 1, KH>(x + c * kStep, taps, row_floats, row0, c, bias, sink);
       c += kVecPixels;
     }
   }
 }
 
 // rows x columns outputs of the tile whose padded input starts at x, rows `row_floats` floats apart.
-// init and sink see whole vectors; sink has to cut the last one of a row, and to ignore columns past it.
-template <bool kLanewise, typename Init, typename Sink>
+// bias and sink see whole vectors; sink has to cut the last one of a row, and to ignore columns past it.
+template <bool kLanewise, typename Bias, typename Sink>
 SDAN_INLINE void conv_tile(const float* x, const Taps& taps, ptrdiff_t row_floats, int64_t rows,
-                           int64_t columns, const Init& init, const Sink& sink) {
+                           int64_t columns, const Bias& bias, const Sink& sink) {
   if (taps.kh == 1) {
     for (int64_t r = 0; r < rows; ++r) {
-      conv_rows<kLanewise, 1, kRowConvVecs, 1>(x, taps, row_floats, r, columns, init, sink);
+      conv_rows<kLanewise, 1, kRowConvVecs, 1>(x, taps, row_floats, r, columns, bias, sink);
     }
     return;
   }
@@ -184,18 +189,18 @@ SDAN_INLINE void conv_tile(const float* x, const Taps& taps, ptrdiff_t row_float
     int64_t r = phase;
     if (taps.kh == 3) {
       for (; r + 3 * dh < rows; r += 4 * dh) {
-        conv_rows<kLanewise, 4, kConvVecs, 3>(x, taps, row_floats, r, columns, init, sink);
+        conv_rows<kLanewise, 4, kConvVecs, 3>(x, taps, row_floats, r, columns, bias, sink);
       }
     } else {
       for (; r + 3 * dh < rows; r += 4 * dh) {
-        conv_rows<kLanewise, 4, kConvVecs, 0>(x, taps, row_floats, r, columns, init, sink);
+        conv_rows<kLanewise, 4, kConvVecs, 0>(x, taps, row_floats, r, columns, bias, sink);
       }
     }
     for (; r + dh < rows; r += 2 * dh) {
-      conv_rows<kLanewise, 2, kConvVecs, 0>(x, taps, row_floats, r, columns, init, sink);
+      conv_rows<kLanewise, 2, kConvVecs, 0>(x, taps, row_floats, r, columns, bias, sink);
     }
     for (; r < rows; r += dh) {
-      conv_rows<kLanewise, 1, kConvVecs, 0>(x, taps, row_floats, r, columns, init, sink);
+      conv_rows<kLanewise, 1, kConvVecs, 0>(x, taps, row_floats, r, columns, bias, sink);
     }
   }
 }

@@ -1,0 +1,243 @@
+// The gated 1x1 convolution, a register-blocked small matrix product over tiles of pixels.
+//
+// NCHW: vectors run along the pixels, the tile is staged as float32 channels x pixels. channels_last:
+// vectors run along the output channels, and each pixel's inputs are broadcast one at a time.
+#include "pointwise_gate.h"
+
+#include "pointwise.h"
+#include "vec.h"
+
+namespace sdan_fast {
+namespace SDAN_ISA {
+namespace {
+
+#if SDAN_IS_AVX512
+constexpr int kGateVecs = 4;   // output vectors of a block at most
+constexpr int kGateSums = 24;  // sums in registers
+constexpr int kGatePixels = 14;
+#elif SDAN_IS_AVX2
+constexpr int kGateVecs = 2;
+constexpr int kGateSums = 12;
+constexpr int kGatePixels = 6;
+#else
+constexpr int kGateVecs = 2;
+constexpr int kGateSums = 4;
+constexpr int kGatePixels = 4;
+#endif
+
+template <int V>
+constexpr int gate_rows() {
+  return kGateSums / V < kGatePixels ? kGateSums / V : kGatePixels;
+}
+
+// Output vectors are split as evenly as possible into blocks of at most kGateVecs.
+SDAN_INLINE int64_t gate_blocks(int64_t vecs) { return (vecs + kGateVecs - 1) / kGateVecs; }
+
+SDAN_INLINE int64_t output_vecs(int64_t co) { return (co + kLanes - 1) / kLanes; }
+
+// NCHW: weights as pack_pointwise_weight lays them out, then the bias. channels_last: for each block of
+// output vectors [ci][vectors of the block], zero past the last channel, then the bias.
+template <typename T>
+void pack(const PointwiseGateArgs& a) {
+  const T* weight = static_cast<const T*>(a.weight);
+  const T* bias = static_cast<const T*>(a.bias);
+  float* out = a.packed;
+  if (!a.channels_last) {
+    const int co = static_cast<int>(a.co);
+    const int ci = static_cast<int>(a.ci);
+    const int groups = pointwise_groups(co);
+    for (int g = 0; g < groups; ++g) {
+      const int begin = pointwise_group_begin(co, groups, g);
+      const int end = pointwise_group_begin(co, groups, g + 1);
+      for (int k = 0; k < ci; ++k) {
+        for (int m = begin; m < end; ++m) *out++ = to_float(weight[static_cast<int64_t>(m) * ci + k]);
+      }
+    }
+    for (int m = 0; m < co; ++m) *out++ = bias == nullptr ? 0.0f : to_float(bias[m]);
+    return;
+  }
+  const int64_t vecs = output_vecs(a.co);
+  const int64_t blocks = gate_blocks(vecs);
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t first = vecs * b / blocks * kLanes;
+    const int64_t last = vecs * (b + 1) / blocks * kLanes;
+    for (int64_t k = 0; k < a.ci; ++k) {
+      for (int64_t m = first; m < last; ++m) *out++ = m < a.co ? to_float(weight[m * a.ci + k]) : 0.0f;
+    }
+  }
+  for (int64_t m = 0; m < vecs * kLanes; ++m) {
+    *out++ = bias == nullptr || m >= a.co ? 0.0f : to_float(bias[m]);
+  }
+}
+
+// Tile [first, last) of the pixels of one image.
+template <typename T>
+void tile_nchw(const PointwiseGateArgs& a, int64_t image, int64_t first, int64_t last) {
+  const int64_t count = last - first;
+  const int64_t vecs = (count + kLanes - 1) / kLanes;
+  // A stride that is not a multiple of 4 KB: the channels of a pixel must not share a cache set.
+  const int64_t stride = vecs * kLanes + kLanes;
+  float* staged =
+      static_cast<float*>(thread_scratch(static_cast<size_t>((a.ci + a.co) * stride) * sizeof(float)));
+  float* product = staged + a.ci * stride;
+  const T* x = static_cast<const T*>(a.x) + image * a.ci * a.pixels + first;
+  const int64_t whole = count / kLanes * kLanes;
+  const int tail = static_cast<int>(count - whole);
+  for (int64_t c = 0; c < a.ci; ++c, x += a.pixels) {
+    float* out = staged + c * stride;
+    for (int64_t i = 0; i < whole; i += kLanes) store(out + i, load(x + i));
+    if (tail != 0) store(out + whole, load_n(x + whole, tail));
+  }
+  const PointwiseInput input = {staged, static_cast<ptrdiff_t>(stride), static_cast<int>(a.ci)};
+  pointwise_block(&input, 1, 0, a.packed, a.packed + a.ci * a.co, static_cast<int>(a.co), product,
+                  static_cast<ptrdiff_t>(stride), static_cast<int>(vecs));
+  const int64_t base = image * a.co * a.pixels + first;
+  const T* u = static_cast<const T*>(a.u) + base;
+  T* y = static_cast<T*>(a.y) + base;
+  for (int64_t c = 0; c < a.co; ++c, u += a.pixels, y += a.pixels) {
+    const float* p = product + c * stride;
+    for (int64_t i = 0; i < whole; i += kLanes) store(y + i, load(u + i) * load(p + i));
+    if (tail != 0) store_n(y + whole, load_n(u + whole, tail) * load(p + whole), tail);
+  }
+}
+
+// R pixels by V output vectors. x: float rows of ci; `lanes` of the last vector are real channels.
+template <typename T, int R, int V>
+SDAN_INLINE void gate_kernel(const float* x, int64_t ci, const float* weight, const float* bias, const T* u,
+                             T* y, int64_t co, int lanes) {
+  Vec acc[R][V];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) acc[r][v] = zero();
+  }
+  for (int64_t k = 0; k < ci; ++k, weight += V * kLanes) {
+    Vec w[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) w[v] = load(weight + v * kLanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const Vec in = set1(x[r * ci + k]);
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) acc[r][v] = fma(in, w[v], acc[r][v]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      const int64_t at = r * co + v * kLanes;
+      const Vec sum = acc[r][v] + load(bias + v * kLanes);
+      if (v + 1 < V || lanes == kLanes) {
+        store(y + at, load(u + at) * sum);
+      } else {
+        store_n(y + at, load_n(u + at, lanes) * sum, lanes);
+      }
+    }
+  }
+}
+
+// All pixels of a tile by one block of V output vectors.
+template <typename T, int V>
+void gate_block(const float* x, int64_t count, int64_t ci, const float* weight, const float* bias,
+                const T* u, T* y, int64_t co, int lanes) {
+  constexpr int R = gate_rows<V>();
+  int64_t i = 0;
+  for (; i + R <= count; i += R) {
+    gate_kernel<T, R, V>(x + i * ci, ci, weight, bias, u + i * co, y + i * co, co, lanes);
+  }
+  for (; i < count; ++i) {
+    gate_kernel<T, 1, V>(x + i * ci, ci, weight, bias, u + i * co, y + i * co, co, lanes);
+  }
+}
+
+SDAN_INLINE const float* as_floats(const float* x, int64_t, float*) { return x; }
+
+template <typename T>
+SDAN_INLINE const float* as_floats(const T* x, int64_t n, float* out) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(out + i, load(x + i));
+  if (i < n) store_n(out + i, load_n(x + i, static_cast<int>(n - i)), static_cast<int>(n - i));
+  return out;
+}
+
+template <typename T>
+void tile_channels_last(const PointwiseGateArgs& a, int64_t first, int64_t last) {
+  const int64_t count = last - first;
+  float* scratch = nullptr;
+  if (a.dtype != DType::kFloat32) {
+    scratch = static_cast<float*>(thread_scratch(static_cast<size_t>(count * a.ci) * sizeof(float)));
+  }
+  const float* x = as_floats(static_cast<const T*>(a.x) + first * a.ci, count * a.ci, scratch);
+  const T* u = static_cast<const T*>(a.u) + first * a.co;
+  T* y = static_cast<T*>(a.y) + first * a.co;
+  const int64_t vecs = output_vecs(a.co);
+  const int64_t blocks = gate_blocks(vecs);
+  const float* bias = a.packed + vecs * kLanes * a.ci;
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t begin = vecs * b / blocks;
+    const int64_t end = vecs * (b + 1) / blocks;
+    const int64_t c0 = begin * kLanes;
+    const int64_t left = a.co - (end - 1) * kLanes;
+    const int lanes = static_cast<int>(left < kLanes ? left : kLanes);
+    const float* w = a.packed + c0 * a.ci;
+    switch (end - begin) {
+      case 1:
+        gate_block<T, 1>(x, count, a.ci, w, bias + c0, u + c0, y + c0, a.co, lanes);
+        break;
+      case 2:
+        gate_block<T, 2>(x, count, a.ci, w, bias + c0, u + c0, y + c0, a.co, lanes);
+        break;
+      case 3:
+        if constexpr (kGateVecs >= 3) {
+          gate_block<T, 3>(x, count, a.ci, w, bias + c0, u + c0, y + c0, a.co, lanes);
+        }
+        break;
+      default:
+        if constexpr (kGateVecs >= 4) {
+          gate_block<T, 4>(x, count, a.ci, w, bias + c0, u + c0, y + c0, a.co, lanes);
+        }
+        break;
+    }
+  }
+}
+
+template <typename T>
+void run(const PointwiseGateArgs& a, int64_t begin, int64_t end) {
+  for (int64_t t = begin; t < end; ++t) {
+    const int64_t first = t % a.tiles * a.tile;
+    const int64_t last = first + a.tile < a.pixels ? first + a.tile : a.pixels;
+    if (a.channels_last) {
+      tile_channels_last<T>(a, first, last);
+    } else {
+      tile_nchw<T>(a, t / a.tiles, first, last);
+    }
+  }
+}
+
+}  // namespace
+
+void pointwise_gate_pack(const PointwiseGateArgs& args) {
+  switch (args.dtype) {
+    case DType::kFloat32:
+      return pack<float>(args);
+    case DType::kBFloat16:
+      return pack<bfloat16>(args);
+    default:
+      return pack<float16>(args);
+  }
+}
+
+void pointwise_gate_run(const PointwiseGateArgs& args, int64_t begin, int64_t end) {
+  switch (args.dtype) {
+    case DType::kFloat32:
+      return run<float>(args, begin, end);
+    case DType::kBFloat16:
+      return run<bfloat16>(args, begin, end);
+    default:
+      return run<float16>(args, begin, end);
+  }
+}
+
+}  // namespace SDAN_ISA
+}  // namespace sdan_fast

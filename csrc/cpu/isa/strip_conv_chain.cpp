@@ -1,0 +1,365 @@
+// A chain of strip convolutions as one horizontal and one vertical pass over a resident tile.
+//
+// On a zero-padded grid the horizontal convolutions act on rows and the vertical ones on columns, so they
+// commute: all horizontal ones run first, row by row while the row is hot, then all vertical ones. The
+// biases, which the reordering would misplace, add a field that is exactly
+//   sum over stages s of  (bh_s a_s + bv_s a_{s+1})(h)  r_s(w),
+// a_s = V_S ... V_s 1 (a column), r_s = H_S ... H_{s+1} 1 (a row), every operator zero-padded to the image.
+#include "strip_conv_chain.h"
+
+#include "tile_conv.h"
+
+namespace sdan_fast {
+namespace SDAN_ISA {
+namespace {
+
+// Pixels [first, first + count) of an axis of the image.
+struct Span {
+  int64_t first, count;
+};
+
+// Where a tile lies on one axis: its outputs, and the image's length.
+struct Axis {
+  int64_t out_first, out_count, size;
+};
+
+SDAN_INLINE int64_t strip_pad(const StripArgs& s) { return (s.used - 1) / 2 * s.d; }
+
+// Sum of the pads of strips [from, stages).
+SDAN_INLINE int64_t pad_from(const StripArgs* strips, int64_t from, int64_t stages) {
+  int64_t pad = 0;
+  for (int64_t s = from; s < stages; ++s) pad += strip_pad(strips[s]);
+  return pad;
+}
+
+// The part inside the image of the tile's outputs widened by `pad` on either side.
+SDAN_INLINE Span clipped(const Axis& axis, int64_t pad) {
+  int64_t first = axis.out_first - pad;
+  int64_t last = axis.out_first + axis.out_count + pad;
+  first = first < 0 ? 0 : first;
+  last = last > axis.size ? axis.size : last;
+  return {first, last - first};
+}
+
+// Stores whole vectors of a line of `count` pixels at `out`, cutting the last one.
+template <bool kLanewise>
+struct LineSink {
+  float* out;
+  int64_t count;
+  SDAN_INLINE void operator()(int64_t, int64_t c, Vec v) const {
+    if constexpr (kLanewise) {
+      if (c < count) store(out + c * kLanes, v);
+    } else {
+      if (c + kLanes <= count) {
+        store(out + c, v);
+      } else if (c < count) {
+        store_n(out + c, v, static_cast<int>(count - c));
+      }
+    }
+  }
+};
+
+struct NoBias {
+  SDAN_INLINE Vec operator()(int64_t, int64_t) const { return zero(); }
+};
+
+// Runs strips [from, stages) along one line of pixels; `taps` holds each as a row convolution. The line
+// lies in `a`, zero outside the image, and pixel 0 of `a` and of `b`, the other buffer, stands at
+// axis.out_first - pad_from(strips, 0, stages). The tile's outputs go to `dest`.
+template <bool kLanewise>
+void run_line(float* a, float* b, const StripArgs* strips, const Taps* taps, int64_t from, int64_t stages,
+              const Axis& axis, float* dest) {
+  constexpr int kStep = pixel_floats<kLanewise>();
+  const int64_t pad = pad_from(strips, 0, stages);
+  if (from == stages) {
+    std::memcpy(dest, a + pad * kStep, static_cast<size_t>(axis.out_count * kStep) * sizeof(float));
+    return;
+  }
+  const int64_t origin = axis.out_first - pad;
+  for (int64_t s = from; s < stages; ++s) {
+    // Stage s is wanted as far as the later ones reach; outside the image it is zero.
+    const int64_t later = pad_from(strips, s + 1, stages);
+    const Span span = clipped(axis, later);
+    const int64_t begin = span.first - origin;
+    const int64_t end = begin + span.count;
+    const bool last = s + 1 == stages;
+    if (!last) {
+      const int64_t wanted = axis.out_first - later - origin;
+      const int64_t wanted_end = wanted + axis.out_count + 2 * later;
+      fill_zero(b + wanted * kStep, (begin - wanted) * kStep);
+      fill_zero(b + end * kStep, (wanted_end - end) * kStep);
+    }
+    const LineSink<kLanewise> sink = {last ? dest : b + begin * kStep, span.count};
+    conv_rows<kLanewise, 1, kRowConvVecs, 1>(a + (begin - strip_pad(strips[s])) * kStep, taps[s], 0, 0,
+                                             span.count, NoBias{}, sink);
+    float* t = a;
+    a = b;
+    b = t;
+  }
+}
+
+// Ones inside the image, zero outside: what a bias adds along one axis.
+template <bool kLanewise>
+void ones_line(float* line, const StripArgs* strips, int64_t stages, const Axis& axis) {
+  constexpr int kStep = pixel_floats<kLanewise>();
+  const int64_t pad = pad_from(strips, 0, stages);
+  const Span span = clipped(axis, pad);
+  const int64_t begin = (span.first - (axis.out_first - pad)) * kStep;
+  const int64_t end = begin + span.count * kStep;
+  fill_zero(line, begin);
+  for (int64_t i = begin; i < end; ++i) line[i] = 1.0f;
+  fill_zero(line + end, (axis.out_count + 2 * pad) * kStep - end);
+}
+
+SDAN_INLINE int64_t round_up(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+
+// Hands out pieces of one scratch allocation; with a null base it only counts.
+struct Arena {
+  float* base;
+  int64_t used;
+  float* take(int64_t floats) {
+    float* p = base == nullptr ? nullptr : base + used;
+    used += round_up(floats);
+    return p;
+  }
+};
+
+struct Buffers {
+  float* tile[2];    // (rows + halo_h) x row_floats
+  float* line[2];    // (columns + halo_w) pixels
+  float* column[2];  // (rows + halo_h) pixels
+  float* field_row;  // stages x row_floats: r_s
+  float* field_col;  // stages x col_floats: bh_s a_s + bv_s a_{s+1}
+  float* work;       // col_floats
+  Taps* horizontal;  // the strips as row convolutions
+  Taps* vertical;    // as column convolutions
+  Taps* turned;      // the vertical strips as row convolutions, for the field's column factors
+  int64_t row_floats, col_floats;
+};
+
+template <bool kLanewise>
+Buffers lay_out(const StripChainArgs& a, int64_t rows, int64_t columns, Arena* arena) {
+  constexpr int kStep = pixel_floats<kLanewise>();
+  constexpr int64_t kSlack = kConvSlack * kLanes;
+  Buffers b;
+  b.row_floats = round_up(columns * kStep) + kLanes;
+  b.col_floats = round_up(rows * kStep) + kLanes;
+  for (int i = 0; i < 2; ++i) {
+    b.tile[i] = arena->take((rows + a.halo_h) * b.row_floats + kSlack);
+    b.line[i] = arena->take((columns + a.halo_w) * kStep + kSlack);
+    b.column[i] = arena->take((rows + a.halo_h) * kStep + kSlack);
+  }
+  b.field_row = arena->take(a.stages * b.row_floats + kSlack);
+  b.field_col = arena->take(a.stages * b.col_floats);
+  b.work = arena->take(b.col_floats);
+  const int64_t tap_floats = static_cast<int64_t>((sizeof(Taps) + 3) / 4) * a.stages;
+  b.horizontal = reinterpret_cast<Taps*>(arena->take(tap_floats));
+  b.vertical = reinterpret_cast<Taps*>(arena->take(tap_floats));
+  b.turned = reinterpret_cast<Taps*>(arena->take(tap_floats));
+  for (int64_t s = 0; s < a.stages; ++s) {
+    const int kw = static_cast<int>(a.horizontal[s].used);
+    const int kh = static_cast<int>(a.vertical[s].used);
+    float* wh = arena->take(static_cast<int64_t>(kw) * kStep);
+    float* wv = arena->take(static_cast<int64_t>(kh) * kStep);
+    if (arena->base == nullptr) continue;
+    b.horizontal[s] = {wh, 1, kw, 1, static_cast<int>(a.horizontal[s].d)};
+    b.vertical[s] = {wv, kh, 1, static_cast<int>(a.vertical[s].d), 1};
+    b.turned[s] = {wv, 1, kh, 1, static_cast<int>(a.vertical[s].d)};
+  }
+  return b;
+}
+
+template <bool kLanewise, typename T>
+SDAN_INLINE Vec channel_vec(const void* p, int64_t c0, int channels) {
+  if (p == nullptr) return zero();
+  const T* t = static_cast<const T*>(p) + c0;
+  return kLanewise ? load_n(t, channels) : set1(to_float(*t));
+}
+
+// The row and column factors of the bias field for this tile.
+template <bool kLanewise, typename T>
+void make_field(const StripChainArgs& a, const Buffers& b, const Axis& rows, const Axis& columns, int64_t c0,
+                int channels) {
+  constexpr int kStep = pixel_floats<kLanewise>();
+  for (int64_t s = 0; s < a.stages; ++s) {
+    ones_line<kLanewise>(b.line[0], a.horizontal, a.stages, columns);
+    run_line<kLanewise>(b.line[0], b.line[1], a.horizontal, b.horizontal, s + 1, a.stages, columns,
+                        b.field_row + s * b.row_floats);
+    float* q = b.field_col + s * b.col_floats;
+    for (int64_t i = 0; i < rows.out_count * kStep; i += kLanes) store(q + i, zero());
+    for (int term = 0; term < 2; ++term) {  // bh_s a_s, then bv_s a_{s+1}
+      const void* bias = term == 0 ? a.horizontal[s].bias : a.vertical[s].bias;
+      if (bias == nullptr) continue;
+      const Vec scale = channel_vec<kLanewise, T>(bias, c0, channels);
+      ones_line<kLanewise>(b.column[0], a.vertical, a.stages, rows);
+      run_line<kLanewise>(b.column[0], b.column[1], a.vertical, b.turned, s + term, a.stages, rows, b.work);
+      for (int64_t i = 0; i < rows.out_count * kStep; i += kLanes) {
+        store(q + i, fma(load(b.work + i), scale, load(q + i)));
+      }
+    }
+  }
+}
+
+// The field at an output vector: sum over stages of column factor times row factor.
+template <bool kLanewise>
+struct FieldBias {
+  const float* row;
+  const float* col;
+  int64_t row_floats, col_floats, stages;
+  SDAN_INLINE Vec operator()(int64_t r, int64_t c) const {
+    constexpr int kStep = pixel_floats<kLanewise>();
+    Vec sum = zero();
+    for (int64_t s = 0; s < stages; ++s) {
+      const Vec q = load_weight<kLanewise>(col + s * col_floats + r * kStep);
+      sum = fma(q, load(row + s * row_floats + c * kStep), sum);
+    }
+    return sum;
+  }
+};
+
+// Stores whole vectors of a float tile; lanes past the last column are never read back as pixels.
+template <bool kLanewise>
+struct TileSink {
+  float* out;
+  int64_t row_floats, columns;
+  SDAN_INLINE void operator()(int64_t r, int64_t c, Vec v) const {
+    if (c < columns) store(out + r * row_floats + c * pixel_floats<kLanewise>(), v);
+  }
+};
+
+template <bool kLanewise, typename T>
+struct ImageSink {
+  T* y;
+  int64_t row, pixel, columns;
+  int channels;
+  SDAN_INLINE void operator()(int64_t r, int64_t c, Vec v) const {
+    T* p = y + r * row + c * pixel;
+    if constexpr (kLanewise) {
+      if (c >= columns) return;
+      if (channels == kLanes) {
+        store(p, v);
+      } else {
+        store_n(p, v, channels);
+      }
+    } else {
+      if (c + kLanes <= columns) {
+        store(p, v);
+      } else if (c < columns) {
+        store_n(p, v, static_cast<int>(columns - c));
+      }
+    }
+  }
+};
+
+template <bool kLanewise, typename T>
+void run_tile(const StripChainArgs& a, int64_t n, int64_t block, int64_t tile) {
+  const int64_t h0 = tile / a.grid.tiles_w * a.grid.tile_h;
+  const int64_t w0 = tile % a.grid.tiles_w * a.grid.tile_w;
+  const Axis rows = {h0, a.h - h0 < a.grid.tile_h ? a.h - h0 : a.grid.tile_h, a.h};
+  const Axis columns = {w0, a.w - w0 < a.grid.tile_w ? a.w - w0 : a.grid.tile_w, a.w};
+  const int64_t c0 = block * a.lanes;
+  const int channels = static_cast<int>(a.c - c0 < a.lanes ? a.c - c0 : a.lanes);
+
+  Arena arena = {nullptr, 0};
+  lay_out<kLanewise>(a, rows.out_count, columns.out_count, &arena);
+  arena = {static_cast<float*>(thread_scratch(static_cast<size_t>(arena.used) * sizeof(float))), 0};
+  const Buffers b = lay_out<kLanewise>(a, rows.out_count, columns.out_count, &arena);
+  for (int64_t s = 0; s < a.stages; ++s) {
+    for (int axis = 0; axis < 2; ++axis) {
+      const StripArgs& strip = axis == 0 ? a.horizontal[s] : a.vertical[s];
+      float* out = const_cast<float*>(axis == 0 ? b.horizontal[s].weights : b.vertical[s].weights);
+      stage_weights<kLanewise>(out, static_cast<const T*>(strip.weight) + c0 * strip.k, strip.k,
+                               static_cast<int>(strip.k), 0, static_cast<int>(strip.first), 1,
+                               static_cast<int>(strip.used), channels);
+    }
+  }
+  if (a.any_bias) make_field<kLanewise, T>(a, b, rows, columns, c0, channels);
+
+  const int64_t pixel = kLanewise ? a.c : 1;  // elements from one pixel to the next
+  const int64_t plane = kLanewise ? n * a.h * a.w * a.c + c0 : (n * a.c + c0) * a.h * a.w;
+  const T* x = static_cast<const T*>(a.x) + plane;
+
+  // The horizontal pass over every row that the vertical one will read.
+  const int64_t pad_h = a.halo_h / 2;
+  const int64_t pad_w = a.halo_w / 2;
+  const int64_t in_rows = rows.out_count + a.halo_h;
+  float* from = b.tile[0];
+  float* to = b.tile[1];
+  for (int64_t r = 0; r < in_rows; ++r) {
+    const int64_t h = h0 - pad_h + r;
+    float* out = from + r * b.row_floats;
+    if (h < 0 || h >= a.h) {
+      fill_zero(out, b.row_floats);
+      continue;
+    }
+    stage_row<kLanewise>(b.line[0], x + h * a.w * pixel, w0 - pad_w, columns.out_count + a.halo_w, a.w,
+                         pixel, channels);
+    run_line<kLanewise>(b.line[0], b.line[1], a.horizontal, b.horizontal, 0, a.stages, columns, out);
+  }
+
+  // The vertical pass. Row 0 of either tile buffer stands at h0 - pad_h.
+  for (int64_t s = 0; s < a.stages; ++s) {
+    const int64_t later = pad_from(a.vertical, s + 1, a.stages);
+    const Span span = clipped(rows, later);
+    const int64_t begin = span.first - (h0 - pad_h);
+    const int64_t end = begin + span.count;
+    const float* in = from + (begin - strip_pad(a.vertical[s])) * b.row_floats;
+    if (s + 1 < a.stages) {
+      const int64_t wanted = pad_h - later;
+      const int64_t wanted_end = wanted + rows.out_count + 2 * later;
+      fill_zero(to + wanted * b.row_floats, (begin - wanted) * b.row_floats);
+      fill_zero(to + end * b.row_floats, (wanted_end - end) * b.row_floats);
+      const TileSink<kLanewise> sink = {to + begin * b.row_floats, b.row_floats, columns.out_count};
+      conv_tile<kLanewise>(in, b.vertical[s], b.row_floats, span.count, columns.out_count, NoBias{}, sink);
+      float* t = from;
+      from = to;
+      to = t;
+      continue;
+    }
+    T* y = static_cast<T*>(a.y) + plane + (h0 * a.w + w0) * pixel;
+    const ImageSink<kLanewise, T> sink = {y, a.w * pixel, pixel, columns.out_count, channels};
+    const FieldBias<kLanewise> field = {b.field_row, b.field_col, b.row_floats, b.col_floats,
+                                       a.any_bias ? a.stages : 0};
+    conv_tile<kLanewise>(in, b.vertical[s], b.row_floats, span.count, columns.out_count, field, sink);
+  }
+}
+
+template <bool kLanewise, typename T>
+void run(const StripChainArgs& a, int64_t begin, int64_t end) {
+  const int64_t blocks = (a.c + a.lanes - 1) / a.lanes;
+  const int64_t tiles = a.grid.tiles_h * a.grid.tiles_w;
+  for (int64_t t = begin; t < end; ++t) {
+    const int64_t n = t / (blocks * tiles);
+    const int64_t rest = t % (blocks * tiles);
+    if constexpr (kLanewise) {
+      run_tile<kLanewise, T>(a, n, rest % blocks, rest / blocks);
+    } else {
+      run_tile<kLanewise, T>(a, n, rest / tiles, rest % tiles);
+    }
+  }
+}
+
+template <typename T>
+void run_format(const StripChainArgs& a, int64_t begin, int64_t end) {
+  if (a.channels_last) {
+    run<true, T>(a, begin, end);
+  } else {
+    run<false, T>(a, begin, end);
+  }
+}
+
+}  // namespace
+
+void strip_conv_chain_run(const StripChainArgs& args, int64_t begin, int64_t end) {
+  switch (args.dtype) {
+    case DType::kFloat32:
+      return run_format<float>(args, begin, end);
+    case DType::kBFloat16:
+      return run_format<bfloat16>(args, begin, end);
+    default:
+      return run_format<float16>(args, begin, end);
+  }
+}
+
+}  // namespace SDAN_ISA
+}  // namespace sdan_fast

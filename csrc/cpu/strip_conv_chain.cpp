@@ -1,0 +1,105 @@
+// sdan_fast::strip_conv_chain.cpu: checks, memory format, tiling and threads.
+#include "isa/strip_conv_chain.h"
+
+#include <vector>
+
+#include "tensor_util.h"
+#include "tiling.h"
+
+namespace sdan_fast {
+namespace {
+
+const auto kernel = SDAN_PICK_KERNEL(strip_conv_chain_run);
+
+Tensor strip_conv_chain(const Tensor& x, std::vector<Tensor> weights, std::vector<Tensor> biases,
+                        std::vector<bool> bias_mask, std::vector<int64_t> dilations) {
+  constexpr const char* op = "strip_conv_chain";
+  check_cpu(x, op, "x");
+  StripChainArgs args{};
+  args.dtype = kernel_dtype(x, op, "x");
+  check_like(x, x, 4, op, "x");
+  args.n = x.size(0);
+  args.c = x.size(1);
+  args.h = x.size(2);
+  args.w = x.size(3);
+  const size_t strips = weights.size();
+  STD_TORCH_CHECK(strips >= 2 && strips % 2 == 0, op,
+                  ": weights must hold a horizontal and a vertical strip per stage, got ", strips,
+                  " tensors");
+  STD_TORCH_CHECK(bias_mask.size() == strips && dilations.size() == strips, op, ": bias_mask and dilations",
+                  " must have one entry per weight, ", strips, ", got ", bias_mask.size(), " and ",
+                  dilations.size());
+  size_t present = 0;
+  for (const bool b : bias_mask) present += b ? 1 : 0;
+  STD_TORCH_CHECK(biases.size() == present, op, ": bias_mask announces ", present, " biases, got ",
+                  biases.size());
+
+  args.stages = static_cast<int64_t>(strips / 2);
+  std::vector<StripArgs> axes[2];
+  std::vector<Tensor> kept;  // dense copies, alive until the kernel has run
+  kept.reserve(2 * strips);
+  int64_t work_per_pixel = 8;
+  int64_t halo[2] = {0, 0};
+  for (size_t i = 0, b = 0; i < strips; ++i) {
+    const bool horizontal = i % 2 == 0;
+    const Tensor& weight = weights[i];
+    check_like(weight, x, 4, op, "a weight");
+    const int64_t k = weight.size(horizontal ? 3 : 2);
+    STD_TORCH_CHECK(weight.size(0) == args.c && weight.size(1) == 1 &&
+                        weight.size(horizontal ? 2 : 3) == 1 && k % 2 == 1,
+                    op, ": weight ", i, " must have shape (", args.c,
+                    horizontal ? ", 1, 1, k)" : ", 1, k, 1)", " with odd k, got ", shape_of(weight));
+    STD_TORCH_CHECK(dilations[i] >= 1 && dilations[i] < (1 << 30) && k < (1 << 20), op, ": dilation ", i,
+                    " must be a positive integer, got ", dilations[i]);
+    kept.push_back(in_format(weight, Format::kContiguous));
+    StripArgs strip{};
+    strip.weight = kept.back().const_data_ptr();
+    if (bias_mask[i]) {
+      check_vector(biases[b], x, args.c, op, "a bias");
+      kept.push_back(in_format(biases[b], Format::kContiguous));
+      strip.bias = kept.back().const_data_ptr();
+      ++b;
+    }
+    const UsedTaps used = used_taps(k, dilations[i], horizontal ? args.w : args.h);
+    strip.k = k;
+    strip.first = used.first;
+    strip.used = used.count;
+    strip.d = used.count == 1 ? 1 : dilations[i];
+    halo[horizontal ? 0 : 1] += (strip.used - 1) * strip.d;
+    work_per_pixel += strip.used;
+    axes[horizontal ? 0 : 1].push_back(strip);
+  }
+
+  const Format format = output_format(x);
+  Tensor y = empty_in_format(x.sizes(), x, format);
+  if (x.numel() == 0) return y;
+  const Tensor x_dense = in_format(x, format);
+  args.x = x_dense.const_data_ptr();
+  args.y = y.mutable_data_ptr();
+  args.any_bias = present != 0;
+  args.horizontal = axes[0].data();
+  args.vertical = axes[1].data();
+  args.halo_w = halo[0];
+  args.halo_h = halo[1];
+  // A plane of one pixel is laid out the same in both formats; only one of them has lanes to fill.
+  args.channels_last = format == Format::kChannelsLast || args.h * args.w == 1;
+  args.lanes = args.channels_last ? vector_lanes() : 1;
+
+  const int64_t per_tile = args.n * ((args.c + args.lanes - 1) / args.lanes);
+  args.grid = make_tiles(args.h, args.w, args.halo_h, args.halo_w, args.lanes, 2);
+  const int64_t work = x.numel() * work_per_pixel;
+  if (work > (1 << 20)) {
+    refine_tiles(&args.grid, args.h, args.halo_h, per_tile, 4 * torch::stable::get_num_threads());
+  }
+  const int64_t tasks = per_tile * args.grid.tiles_h * args.grid.tiles_w;
+  parallel_for(tasks, grain_for(work / tasks / 4),
+               [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  return y;
+}
+
+}  // namespace
+}  // namespace sdan_fast
+
+STABLE_TORCH_LIBRARY_IMPL(sdan_fast, CPU, m) {
+  m.impl("strip_conv_chain.cpu", TORCH_BOX(&sdan_fast::strip_conv_chain));
+}
