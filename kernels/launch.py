@@ -98,3 +98,48 @@ def output_format(x: Tensor) -> torch.memory_format:
     if not x.is_contiguous() and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
         return torch.channels_last
     return torch.contiguous_format
+
+
+def pair(dilation: Sequence[int]) -> tuple[int, int]:
+    """(dh, dw) of an `int[2]` argument, which a schema also lets be one int."""
+    return (dilation, dilation) if isinstance(dilation, int) else (dilation[0], dilation[-1])
+
+
+def rows_are_dense(x: Tensor) -> bool:
+    """Whether the planes of an N x C x H x W tensor lie as those of a contiguous one; the batch stride is free."""
+    _, C, H, W = x.shape
+    _, sc, sh, sw = x.stride()
+    return (W == 1 or sw == 1) and (H == 1 or sh == W) and (C == 1 or sc == H * W)
+
+
+def pixel_stride(x: Tensor) -> int:
+    """Elements from one pixel to the next of a channels_last tensor, or of a slice of its channels."""
+    return x.stride(3) if x.shape[3] > 1 else (x.stride(2) if x.shape[2] > 1 else x.shape[1])
+
+
+def is_aligned(*tensors: Tensor) -> bool:
+    """Whether every tensor, and each of its images, starts at a multiple of 16 bytes."""
+    return all(
+        _base(t) % (16 // t.element_size()) == 0 and t.stride(0) % (16 // t.element_size()) == 0
+        for t in tensors
+    )
+
+
+def channel_vector(*tensors: Tensor) -> int:
+    """The largest power of two up to 16 bytes by which channels, pixels and images of all these tensors are aligned."""
+    v = 16 // tensors[0].element_size()
+    while v > 1 and any(n % v for t in tensors for n in (_base(t), t.shape[1], pixel_stride(t), t.stride(0))):
+        v //= 2
+    return v
+
+
+def _base(x: Tensor) -> Any:
+    """Where a tensor starts, in elements; tracing knows only its place in its storage, which allocators align."""
+    if type(x) is Tensor and x.device.type != "meta" and not torch.compiler.is_compiling():
+        return x.data_ptr() // x.element_size()
+    return x.storage_offset()
+
+
+def wide_plane(*tensors: Tensor) -> bool:
+    """Whether an offset inside one image can exceed 32 bits."""
+    return any(t.shape[2] * t.shape[3] * max(t.shape[1], pixel_stride(t)) >= 2**31 for t in tensors)

@@ -17,9 +17,9 @@ if os.environ.get("TRITON_INTERPRET", "0") == "1":
     )
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "triton"))
-from triton_harness import DTYPES, check_op, ptx_interpreted  # noqa: E402
+from triton_harness import DTYPES, check_op, ptx_interpreted
 
-from sdan_fast.kernels import star  # noqa: E402
+from sdan_fast.kernels import star
 
 ACT = {"none": lambda x: x, "gelu": F.gelu, "relu6": F.relu6, "relu": F.relu, "silu": F.silu}
 

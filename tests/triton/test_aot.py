@@ -14,9 +14,9 @@ if os.environ.get("TRITON_INTERPRET", "0") == "1":
         allow_module_level=True,
     )
 
-from triton_harness import CUDA_TARGETS, DTYPES, compiled_for, wide  # noqa: E402
+from triton_harness import CUDA_TARGETS, DTYPES, compiled_for, wide
 
-from sdan_fast.kernels import star  # noqa: E402
+from sdan_fast.kernels import depthwise_conv2d, star
 
 TARGETS = (*CUDA_TARGETS, "gfx942")
 
@@ -65,3 +65,54 @@ def test_star_unaligned():
         star.forward(a, a)
     check(done, wide_loads=False)
     assert not wide(done[0])
+
+
+def depthwise(kernel, dtype, fmt=torch.contiguous_format, dilation=1, width=32):
+    """Forward, input gradient and weight gradient of one filter."""
+    x = torch.zeros(1, 8, 16, width, dtype=dtype).contiguous(memory_format=fmt)
+    weight, bias = torch.zeros(8, 1, *kernel, dtype=dtype), torch.zeros(8, dtype=dtype)
+    depthwise_conv2d.forward(x, weight, bias, dilation=(dilation, dilation))
+    depthwise_conv2d.backward(
+        x, x, weight, bias, dilation=(dilation, dilation), output_mask=[True, True, True]
+    )
+
+
+def check_convolutions(done):
+    """The kernels that read and write images do it 128 bits at a time; the sums of the weight gradient are small."""
+    check(done, wide_loads=False)
+    for c in done:
+        if isinstance(c.target, int) and c.name != "reduce_rows":
+            assert wide(c, "ld"), c.name
+            assert "wgrad" in c.name or wide(c, "st"), c.name
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_depthwise(target):
+    with compiled_for(target) as done:
+        depthwise((1, 3), torch.bfloat16)
+    check_convolutions(done)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fmt", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("k", [3, 5, 7, 9, 11, 13, 17, 19, 21, 23, 31, 35, 63])
+@pytest.mark.parametrize("target", TARGETS)
+def test_depthwise_sweep(target, k, fmt):
+    """K in {3, 7, 9, 11, 23, 63} for every target, the rest for sm_80; strips, and squares up to 9."""
+    if k not in (3, 7, 9, 11, 23, 63) and target != 80:
+        pytest.skip("compiled for sm_80 only")
+    with compiled_for(target) as done:
+        for dtype in (torch.float32, torch.bfloat16):
+            for kernel in [(1, k), (k, 1), (k, k)][: 3 if k <= 9 else 2]:
+                for dilation in (1, (k + 1) // 2):
+                    depthwise(kernel, dtype, fmt, dilation)
+    check_convolutions(done)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_depthwise_unaligned(target):
+    with compiled_for(target) as done:
+        for kernel in ((1, 11), (11, 1), (3, 3)):
+            depthwise(kernel, torch.bfloat16, width=33)
+    check(done, wide_loads=False)

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "ptxrun"))
 
-from sdan_fast.kernels.launch import launched_by  # noqa: E402
+from sdan_fast.kernels.launch import launched_by
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORMATS = (torch.contiguous_format, torch.channels_last)
