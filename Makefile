@@ -32,9 +32,8 @@ test-slow: build  ## the tests that make test leaves out (ARGS: for pytest)
 	@echo "==> slow tests"
 	$(PY) -m pytest -m slow --durations=8 $(ARGS)
 
-bench: build  ## the benchmark suite on this machine (ARGS: for sdan-fast bench)
-	@echo "==> benchmarks"
-	$(VENV)/bin/sdan-fast bench $(ARGS)
+bench: build  ## every benchmarks/bench_<op>.py on this machine (ARGS: for each of them)
+	@set -e; for script in benchmarks/bench_*.py; do echo "==> $$script"; $(PY) $$script $(ARGS); done
 
 lint: $(VENV)/.installed  ## ruff, clang-format and mypy, changing nothing
 	@echo "==> lint"

@@ -1,4 +1,4 @@
-"""The GPU check where there is no GPU: it says so and fails, and its benchmark's own code is sound."""
+"""The benchmarks' own code is sound, and the GPU check says so and fails where there is no GPU."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ import torch
 SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "gpu_check.py"
 sys.path.insert(0, str(SCRIPT.parent))
 
+import bench_star  # noqa: E402
 import gpu_check  # noqa: E402
+import measuring  # noqa: E402
 
 
 def test_without_a_gpu_it_says_so_and_fails() -> None:
@@ -25,16 +27,16 @@ def test_without_a_gpu_it_says_so_and_fails() -> None:
     assert done.stdout == ""
 
 
-def rehearse(subject: gpu_check.Subject) -> list[dict]:
-    return gpu_check.measure(
+def rehearse(subject: measuring.Subject) -> list[dict]:
+    return measuring.measure(
         subject, (1, 4, 7, 9), torch.float32, "channels_last",
-        device="cpu", backends=("cpu", "reference", "cuda"), clock=gpu_check.Clock("cpu"), rounds=3,
+        device="cpu", backends=("cpu", "reference", "cuda"), clock=measuring.Clock("cpu"), rounds=3,
     )  # fmt: skip
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the cuda backend would not refuse here")
 def test_every_case_is_timed_or_refused() -> None:
-    rows = rehearse(gpu_check.SUBJECTS[0])
+    rows = rehearse(bench_star.SUBJECT)
     json.dumps(rows)
     refused = [row for row in rows if "refused" in row]
     assert [row["backend"] for row in refused] == ["cuda"]
@@ -47,19 +49,19 @@ def test_every_case_is_timed_or_refused() -> None:
             share = tensors / 2 * row["clone_ms"]["p50"] / row["ms"]["p50"]
             assert row["share_of_clone_bandwidth"] == pytest.approx(share)
     for row in rows:
-        assert gpu_check.line(row).startswith("star")
+        assert measuring.line(row).startswith("star")
 
 
 def test_a_wrong_kernel_gets_no_time() -> None:
-    star = gpu_check.SUBJECTS[0]
+    star = bench_star.SUBJECT
 
     def off(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return star.run(a, b) * (1 + 1e-5)
 
-    rows = rehearse(gpu_check.Subject("star", star.make, off, star.plain, 3, 5))
+    rows = rehearse(measuring.Subject("star", star.make, off, star.plain, 3, 5))
     assert [row["backend"] for row in rows if row.get("wrong")] == ["cpu", "reference"] or not has_cpu()
     assert {row["backend"] for row in rows if "ms" in row} == {"eager"}
-    assert any("WRONG, not timed" in gpu_check.line(row) for row in rows)
+    assert any("WRONG, not timed" in measuring.line(row) for row in rows)
 
 
 def has_cpu() -> bool:
@@ -68,9 +70,14 @@ def has_cpu() -> bool:
     return any(line.name == "cpu" and line.available for line in sdan_fast.status())
 
 
+def test_every_benchmark_is_part_of_the_check() -> None:
+    assert bench_star.SUBJECT in gpu_check.subjects()
+    assert len(gpu_check.subjects()) == len(list(SCRIPT.parent.glob("bench_*.py")))
+
+
 def test_percentiles_are_runs_that_took_place() -> None:
-    assert gpu_check.percentiles([5.0, 1.0, 2.0, 4.0, 3.0]) == {"p20": 2.0, "p50": 3.0, "p80": 4.0}
-    assert gpu_check.percentiles([7.0]) == {"p20": 7.0, "p50": 7.0, "p80": 7.0}
+    assert measuring.percentiles([5.0, 1.0, 2.0, 4.0, 3.0]) == {"p20": 2.0, "p50": 3.0, "p80": 4.0}
+    assert measuring.percentiles([7.0]) == {"p20": 7.0, "p50": 7.0, "p80": 7.0}
 
 
 def test_results_are_named_after_the_gpu() -> None:
