@@ -72,14 +72,28 @@ struct BranchPlan {
 };
 
 // The point-wise half: out = x * gate(u); with project.co > 0 it goes on as
-// out = residual + LN(project(x * gate(u))), LN with weight and bias of its own.
+// out = residual + LN(project(x * gate(u))), LN with weight and bias of its own; with collect.co > 0 then also
+// collected = collect(out), added to what is there unless `collect_first`.
 struct GatePlan {
   int64_t height, width;
-  Pointwise gate, project;
+  Pointwise gate, project, collect;
   const float* norm_weight;
   const float* norm_bias;
   float eps;
-  ImageView u, x, residual, out;
+  bool collect_first;
+  ImageView u, x, residual, out, collected;
+};
+
+// f = DW3x3(PW(x)), or of GELU(x), plus a residual unless its data is null. With up.co > 0 the output is
+// PixelShuffle(up(f)), `up` a dense 3x3 convolution packed as nine 1x1 ones, row by row; else it is f.
+struct EdgePlan {
+  int64_t height, width;
+  Pointwise pw, up;
+  const float* dw;       // co x 9
+  const float* dw_bias;  // co
+  bool gelu_input;
+  int scale;
+  ImageView x, residual, out;
 };
 
 }  // namespace sdan_fast
@@ -100,3 +114,6 @@ SDAN_DECLARE_KERNEL(branch_run, const BranchPlan* plan, int branch, int channel,
 
 SDAN_DECLARE_KERNEL(gate_scratch, const GatePlan* plan, int64_t* bytes)
 SDAN_DECLARE_KERNEL(gate_run, const GatePlan* plan, const Region* region, void* scratch)
+
+SDAN_DECLARE_KERNEL(edge_scratch, const EdgePlan* plan, int64_t width, int64_t* bytes)
+SDAN_DECLARE_KERNEL(edge_run, const EdgePlan* plan, const Region* region, void* scratch)

@@ -146,6 +146,26 @@ inline void run_gate(const GatePlan& plan, int64_t images) {
   });
 }
 
+inline void run_edge(const EdgePlan& plan, int64_t images) {
+  static const auto scratch_kernel = SDAN_PICK_KERNEL(edge_scratch);
+  static const auto run_kernel = SDAN_PICK_KERNEL(edge_run);
+  if (images == 0 || plan.height == 0 || plan.width == 0) return;
+  const int64_t threads = torch::stable::get_num_threads();
+  RegionGrid grid{images, plan.height, plan.width, 1, 1};
+  int64_t bytes = 0;
+  for (;; ++grid.tiles) {
+    scratch_kernel(&plan, (plan.width + grid.tiles - 1) / grid.tiles, &bytes);
+    if (bytes <= cache_bytes() || plan.width / grid.tiles < 256) break;
+  }
+  if (threads > 1) {
+    grid.bands = part_count(plan.height, (2 * threads + images * grid.tiles - 1) / (images * grid.tiles), 16);
+  }
+  run_tasks(grid.count(), [&](int64_t i) {
+    const Region region = grid.at(i);
+    run_kernel(&plan, &region, thread_scratch(static_cast<size_t>(bytes)));
+  });
+}
+
 // Whether the depth-wise half may read t's planes and write them directly.
 inline bool planar(const Tensor& t) { return t.stride(3) == 1 || t.size(3) == 1; }
 

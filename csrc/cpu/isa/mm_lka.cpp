@@ -292,15 +292,17 @@ void branch_run(const BranchPlan* plan, int branch, int channel, const Region* r
 namespace {
 
 struct GateScratch {
-  float *u, *x, *p, *q;
+  float *u, *x, *p, *q, *r;
 };
 
 int64_t place_gate(const GatePlan& plan, char* base, GateScratch* s) {
   ScratchCursor cursor{base, 0};
   s->u = cursor.take(static_cast<int64_t>(plan.gate.ci) * kBlock);
-  s->x = cursor.take(static_cast<int64_t>(plan.gate.co) * kBlock);
+  const int widest = plan.gate.co > plan.collect.co ? plan.gate.co : plan.collect.co;
+  s->x = cursor.take(static_cast<int64_t>(widest) * kBlock);
   s->p = cursor.take(static_cast<int64_t>(plan.gate.co) * kBlock);
   s->q = cursor.take(static_cast<int64_t>(plan.project.co) * kBlock);
+  s->r = cursor.take(static_cast<int64_t>(plan.collect.co) * kBlock);
   return cursor.used;
 }
 
@@ -311,6 +313,15 @@ void affine_add(float* q, const float* r, const float* weight, const float* bias
     for (int v = 0; v < vecs; ++v) {
       const int i = c * kBlock + v * kLanes;
       store(q + i, fma(load(q + i), w, b) + load(r + i));
+    }
+  }
+}
+
+void add_block(float* p, const float* r, int channels, int vecs) {
+  for (int c = 0; c < channels; ++c) {
+    for (int v = 0; v < vecs; ++v) {
+      const int i = c * kBlock + v * kLanes;
+      store(p + i, load(p + i) + load(r + i));
     }
   }
 }
@@ -351,6 +362,14 @@ void gate_run(const GatePlan* plan, const Region* region, void* scratch) {
       load_tile(plan->residual, region->n, y, x, 0, co, n, s.x, kBlock);
       affine_add(s.q, s.x, plan->norm_weight, plan->norm_bias, co, vecs);
       store_tile(plan->out, region->n, y, x, co, n, s.q, kBlock);
+      if (plan->collect.co == 0) continue;
+      const PointwiseInput q{s.q, kBlock, co};
+      pointwise_block(&q, 1, 0, plan->collect.weight, plan->collect.bias, plan->collect.co, s.r, kBlock, vecs);
+      if (!plan->collect_first) {
+        load_tile(plan->collected, region->n, y, x, 0, plan->collect.co, n, s.x, kBlock);
+        add_block(s.r, s.x, plan->collect.co, vecs);
+      }
+      store_tile(plan->collected, region->n, y, x, plan->collect.co, n, s.r, kBlock);
     }
   }
 }

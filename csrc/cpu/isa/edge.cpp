@@ -1,0 +1,212 @@
+// The two ends of the network, streamed over image rows: a blueprint convolution (1x1, then depth-wise 3x3)
+// with the activation before it and the residual after it, and the dense 3x3 convolution with its pixel
+// shuffle. Rings of three rows between the steps, as in star_levels.cpp.
+#include "band.h"
+#include "pointwise.h"
+
+namespace sdan_fast {
+namespace SDAN_ISA {
+
+namespace {
+
+constexpr int kMargin = 16;
+
+struct EdgeBand {
+  const EdgePlan* plan;
+  Region region;
+  int64_t x0, width;  // the tile's columns, halo included
+  bool right_edge;
+  int vecs;
+  int64_t stride;  // of rows with margins
+  float *x, *a, *f, *block, *zeros;
+};
+
+int64_t place(const EdgePlan& plan, int64_t width, char* base, EdgeBand* band) {
+  ScratchCursor cursor{base, 0};
+  const int64_t padded = round_up(width, kLanes);
+  band->vecs = static_cast<int>(padded / kLanes);
+  band->stride = tile_stride(padded + 2 * kMargin);
+  band->x = cursor.take(band->stride * plan.pw.ci);
+  band->a = cursor.take(band->stride * 3 * plan.pw.co);
+  band->f = cursor.take(band->stride * 3 * plan.pw.co);
+  band->block = cursor.take(static_cast<int64_t>(plan.up.co) * kBlock);
+  band->zeros = cursor.take(band->stride);
+  return cursor.used;
+}
+
+SDAN_INLINE int block_vecs(const EdgeBand& band, int block) {
+  const int left = band.vecs - block * kBlockVecs;
+  return left < kBlockVecs ? left : kBlockVecs;
+}
+
+// What lies outside the image on the right is zero to the next convolution.
+void clear_tail(const EdgeBand& band, float* row, int channels) {
+  if (!band.right_edge) return;
+  const int64_t tail = static_cast<int64_t>(band.vecs) * kLanes - band.width;
+  for (int c = 0; c < channels; ++c) fill_zero(row + c * band.stride + band.width, tail);
+}
+
+TileRow ring_row(const EdgeBand& band, const float* ring, int64_t y) {
+  if (y < 0 || y >= band.plan->height) return {band.zeros + kMargin, 0};
+  return {ring + (y % 3) * band.plan->pw.co * band.stride + kMargin, static_cast<ptrdiff_t>(band.stride)};
+}
+
+template <int V>
+SDAN_INLINE void depthwise_vecs(const float* const* rows, ptrdiff_t x, const float* weight, float bias, float* out) {
+  Vec s[V];
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v) s[v] = set1(bias);
+#pragma GCC unroll 3
+  for (int i = 0; i < 3; ++i) {
+    const float* row = rows[i] + x - 1;
+#pragma GCC unroll 3
+    for (int j = 0; j < 3; ++j) {
+      const Vec w = set1(weight[3 * i + j]);
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) s[v] = fma(load(row + v * kLanes + j), w, s[v]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v) store(out + x + v * kLanes, s[v]);
+}
+
+void depthwise_row(const EdgeBand& band, int64_t q, float* out) {
+  const EdgePlan& plan = *band.plan;
+  const TileRow rows[3] = {ring_row(band, band.a, q - 1), ring_row(band, band.a, q), ring_row(band, band.a, q + 1)};
+  for (int c = 0; c < plan.pw.co; ++c) {
+    const float* at[3];
+    for (int i = 0; i < 3; ++i) at[i] = rows[i].data + c * rows[i].channel_stride;
+    const float* w = plan.dw + c * 9;
+    float* o = out + c * band.stride;
+    int v = 0;
+    for (; v + 4 <= band.vecs; v += 4) depthwise_vecs<4>(at, v * kLanes, w, plan.dw_bias[c], o);
+    for (; v < band.vecs; ++v) depthwise_vecs<1>(at, v * kLanes, w, plan.dw_bias[c], o);
+  }
+}
+
+// out[c][y s + i][x s + j] = block[c s^2 + i s + j][x]
+template <typename T>
+void shuffle_as(const EdgePlan& plan, int64_t n, int64_t y, int64_t x, int64_t count, const float* block) {
+  const int s = plan.scale;
+  const ImageView& out = plan.out;
+  for (int m = 0; m < plan.up.co; ++m) {
+    const int c = m / (s * s), i = m / s % s, j = m % s;
+    T* p = static_cast<T*>(out.data) + n * out.stride_n + c * out.stride_c + (y * s + i) * out.stride_h +
+           (x * s + j) * out.stride_w;
+    const float* b = block + m * kBlock;
+    const int64_t step = s * out.stride_w;
+    for (int64_t k = 0; k < count; ++k) p[k * step] = from_float<T>(b[k]);
+  }
+}
+
+void up_row(EdgeBand& band, int64_t p) {
+  const EdgePlan& plan = *band.plan;
+  PointwiseInput inputs[9];
+  for (int i = 0; i < 3; ++i) {
+    const TileRow row = ring_row(band, band.f, p - 1 + i);
+    for (int j = 0; j < 3; ++j) inputs[3 * i + j] = {row.data + j - 1, row.channel_stride, plan.pw.co};
+  }
+  const int64_t skip = band.region.x0 - band.x0;
+  const int64_t limit = skip + band.region.x1 - band.region.x0;
+  const int blocks = (band.vecs + kBlockVecs - 1) / kBlockVecs;
+  for (int j = 0; j < blocks; ++j) {
+    const int64_t column = static_cast<int64_t>(j) * kBlock;
+    const int vecs = block_vecs(band, j);
+    const int64_t begin = column > skip ? column : skip;
+    const int64_t end = column + vecs * kLanes < limit ? column + vecs * kLanes : limit;
+    if (begin >= end) continue;
+    pointwise_block(inputs, 9, column, plan.up.weight, plan.up.bias, plan.up.co, band.block, kBlock, vecs);
+    const float* block = band.block + (begin - column);
+    switch (plan.out.dtype) {
+      case DType::kFloat32:
+        shuffle_as<float>(plan, band.region.n, p, band.x0 + begin, end - begin, block);
+        break;
+      case DType::kBFloat16:
+        shuffle_as<bfloat16>(plan, band.region.n, p, band.x0 + begin, end - begin, block);
+        break;
+      case DType::kFloat16:
+        shuffle_as<float16>(plan, band.region.n, p, band.x0 + begin, end - begin, block);
+        break;
+    }
+  }
+}
+
+// Row q of f, once the rows of `a` around it are there; then what it completes of `up`.
+void f_row(EdgeBand& band, int64_t q) {
+  const EdgePlan& plan = *band.plan;
+  const int channels = plan.pw.co;
+  float* f = band.f + (q % 3) * channels * band.stride + kMargin;
+  depthwise_row(band, q, f);
+  if (plan.residual.data != nullptr) {
+    // The first row of x is free by now and takes the residual, one channel at a time.
+    for (int c = 0; c < channels; ++c) {
+      load_tile(plan.residual, band.region.n, q, band.x0, c, 1, band.width, band.x, 0);
+      float* row = f + c * band.stride;
+      for (int v = 0; v < band.vecs; ++v) {
+        store(row + v * kLanes, load(row + v * kLanes) + load(band.x + v * kLanes));
+      }
+    }
+  }
+  if (plan.up.co == 0) {
+    store_tile(plan.out, band.region.n, q, band.region.x0, channels, band.region.x1 - band.region.x0,
+               f + (band.region.x0 - band.x0), band.stride);
+    return;
+  }
+  clear_tail(band, f, channels);
+  if (q - 1 >= band.region.y0 && q - 1 < band.region.y1) up_row(band, q - 1);
+  if (q + 1 == band.plan->height && q < band.region.y1) up_row(band, q);
+}
+
+SDAN_INLINE int64_t clip(int64_t v, int64_t low, int64_t high) { return v < low ? low : (v > high ? high : v); }
+
+}  // namespace
+
+void edge_scratch(const EdgePlan* plan, int64_t width, int64_t* bytes) {
+  EdgeBand band;
+  const int64_t halo = plan->up.co > 0 ? 2 : 1;
+  *bytes = place(*plan, width + 2 * halo < plan->width ? width + 2 * halo : plan->width, nullptr, &band);
+}
+
+void edge_run(const EdgePlan* plan, const Region* region, void* scratch) {
+  EdgeBand band;
+  band.plan = plan;
+  band.region = *region;
+  const int64_t halo = plan->up.co > 0 ? 2 : 1;
+  band.x0 = clip(region->x0 - halo, 0, plan->width);
+  const int64_t x1 = clip(region->x1 + halo, 0, plan->width);
+  band.width = x1 - band.x0;
+  band.right_edge = x1 == plan->width;
+  place(*plan, band.width, static_cast<char*>(scratch), &band);
+  const int co = plan->pw.co;
+  fill_zero(band.zeros, band.stride);
+  const int64_t padded = static_cast<int64_t>(band.vecs) * kLanes;
+  for (int64_t r = 0; r < 3 * static_cast<int64_t>(co); ++r) {
+    float* const rings[2] = {band.a, band.f};
+    for (float* ring : rings) {
+      fill_zero(ring + r * band.stride, kMargin);
+      fill_zero(ring + r * band.stride + kMargin + padded, band.stride - kMargin - padded);
+    }
+  }
+  const int64_t f_begin = clip(region->y0 - (halo - 1), 0, plan->height);
+  const int64_t f_end = clip(region->y1 + (halo - 1), 0, plan->height);
+  const int64_t a_begin = clip(f_begin - 1, 0, plan->height);
+  const int64_t a_end = clip(f_end + 1, 0, plan->height);
+  const int blocks = (band.vecs + kBlockVecs - 1) / kBlockVecs;
+  for (int64_t y = a_begin; y < a_end; ++y) {
+    load_tile(plan->x, region->n, y, band.x0, 0, plan->pw.ci, band.width, band.x, band.stride);
+    float* a = band.a + (y % 3) * co * band.stride + kMargin;
+    const PointwiseInput in{band.x, static_cast<ptrdiff_t>(band.stride), plan->pw.ci};
+    for (int j = 0; j < blocks; ++j) {
+      const int64_t column = static_cast<int64_t>(j) * kBlock;
+      const int vecs = block_vecs(band, j);
+      if (plan->gelu_input) gelu_block(band.x + column, band.stride, plan->pw.ci, vecs);
+      pointwise_block(&in, 1, column, plan->pw.weight, plan->pw.bias, co, a + column, band.stride, vecs);
+    }
+    clear_tail(band, a, co);
+    if (y - 1 >= f_begin && y - 1 < f_end) f_row(band, y - 1);
+    if (y + 1 == plan->height && y < f_end) f_row(band, y);
+  }
+}
+
+}  // namespace SDAN_ISA
+}  // namespace sdan_fast
