@@ -47,8 +47,8 @@ gpu-check: build  ## on a machine with a GPU: tests, compute-sanitizer, benchmar
 	$(PY) benchmarks/gpu_check.py $(ARGS)
 
 wheel-check: $(VENV)/.installed  ## one wheel, built once, tested under two torch releases
-	@echo "==> wheel check"
-	$(PY) scripts/wheel_check.py $(ARGS)
+	@echo "==> wheel check (CUDA architectures: $(BUILD_ARCH))"
+	@TORCH_CUDA_ARCH_LIST="$(BUILD_ARCH)" $(PY) scripts/wheel_check.py $(ARGS)
 
 wheel: $(VENV)/.installed  ## a wheel for every supported GPU architecture, into dist/
 	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
