@@ -1,4 +1,4 @@
-// How the depth-wise kernels cut a plane into tiles that stay in the second-level cache.
+// How the depth-wise kernels cut a plane into tiles that stay in a cache.
 #pragma once
 
 #include <cstdint>
@@ -23,36 +23,53 @@ inline UsedTaps used_taps(int64_t k, int64_t d, int64_t size) {
   return {radius - used, 2 * used + 1};
 }
 
-// Tiles of h x w outputs with a halo of `halo_h`, `halo_w` pixels in all, `pixel_floats` floats each, in
-// `buffers` buffers. The cut with the least recomputed halo among those that fit the budget wins.
-inline TileGrid make_tiles(int64_t h, int64_t w, int64_t halo_h, int64_t halo_w, int64_t pixel_floats,
-                           int64_t buffers) {
-  constexpr int64_t kBudget = 128 * 1024;  // floats: half of a 1 MB second-level cache
-  const auto cost = [&](int64_t th, int64_t tw) {
-    return (th + halo_h) * (tw + halo_w) * pixel_floats * buffers;
-  };
-  if (cost(h, w) <= kBudget) return {h, w, 1, 1};
-  const int64_t align = pixel_floats == 1 ? 64 : 8;
-  TileGrid best = {1, w, h, 1};
-  double best_ratio = 0.0;
-  bool fits = false;
-  for (int64_t tiles_w = 1; tiles_w <= 64; ++tiles_w) {
-    int64_t tw = ((w + tiles_w - 1) / tiles_w + align - 1) / align * align;
-    if (tw > w) tw = w;
-    int64_t th = kBudget / ((tw + halo_w) * pixel_floats * buffers) - halo_h;
-    if (th > h) th = h;
-    const bool ok = th >= 1;
-    if (th < 4) th = h < 4 ? h : 4;
-    th = (h + (h + th - 1) / th - 1) / ((h + th - 1) / th);  // even rows of tiles
-    const double ratio = static_cast<double>(cost(th, tw)) / (static_cast<double>(th) * tw);
-    if (best_ratio == 0.0 || (ok && !fits) || (ok == fits && ratio < best_ratio)) {
-      best = {th, tw, (h + th - 1) / th, (w + tw - 1) / tw};
-      best_ratio = ratio;
-      fits = ok;
+struct TileProblem {
+  int64_t h, w;
+  int64_t halo_h, halo_w;   // input pixels beyond the outputs, both sides together
+  int64_t pixel_floats;     // of the buffer
+  bool columns_have_halo;   // whether the buffer holds halo_w too
+};
+
+// Cuts into tiles whose buffer has at most `budget` floats, with the least input read twice. *ratio is
+// what is read over what there is, zero if nothing fits.
+inline TileGrid tiles_within(const TileProblem& p, int64_t budget, double* ratio) {
+  const int64_t align = p.pixel_floats == 1 ? 64 : 8;
+  TileGrid best = {1, 1, p.h, p.w};
+  *ratio = 0.0;
+  for (int64_t wanted = 1; wanted <= 32; ++wanted) {
+    int64_t tw = ((p.w + wanted - 1) / wanted + align - 1) / align * align;
+    if (tw > p.w) tw = p.w;
+    const int64_t columns = tw + (p.columns_have_halo ? p.halo_w : 0);
+    int64_t th = budget / (columns * p.pixel_floats) - p.halo_h;
+    if (th >= 1) {
+      if (th > p.h) th = p.h;
+      const int64_t tiles_h = (p.h + th - 1) / th;
+      const int64_t tiles_w = (p.w + tw - 1) / tw;
+      th = (p.h + tiles_h - 1) / tiles_h;  // even rows of tiles
+      const double rows_read = static_cast<double>(p.h + (tiles_h - 1) * p.halo_h);
+      const double columns_read = static_cast<double>(p.w + (tiles_w - 1) * p.halo_w);
+      const double r = rows_read * columns_read / (static_cast<double>(p.h) * static_cast<double>(p.w));
+      if (*ratio == 0.0 || r < *ratio) {
+        *ratio = r;
+        best = {th, tw, (p.h + th - 1) / th, tiles_w};
+      }
     }
     if (tw <= align) break;
   }
   return best;
+}
+
+// The smallest of the two budgets that reads little twice; else the large one; else, for halos beyond any
+// cache, short tiles of the whole width.
+inline TileGrid make_tiles(const TileProblem& p, int64_t small_budget, int64_t large_budget) {
+  double ratio = 0.0;
+  TileGrid grid = tiles_within(p, small_budget, &ratio);
+  if (ratio != 0.0 && ratio <= 1.3) return grid;
+  grid = tiles_within(p, large_budget, &ratio);
+  if (ratio != 0.0) return grid;
+  const int64_t th = p.h < 64 ? p.h : 64;
+  const int64_t tw = p.w < 512 ? p.w : 512;
+  return {th, tw, (p.h + th - 1) / th, (p.w + tw - 1) / tw};
 }
 
 // Cuts rows further until there are about `wanted` tasks, `per_tile` of them for each tile; never below

@@ -82,46 +82,79 @@ void tile_nchw(const LayerNormArgs& a, int64_t image, int64_t first, int64_t las
   }
 }
 
+// G neighbouring pixels, whose sums are independent chains. `valid` is one in the lanes of the last, partial
+// vector that hold a channel, else zero: the others must not count as deviations.
+template <typename T, int G>
+SDAN_INLINE void pixels_channels_last(const LayerNormArgs& a, const T* x, T* y, const float* weight,
+                                      const float* bias, Vec valid, int tail) {
+  const float scale = 1.0f / static_cast<float>(a.c);
+  const int64_t whole = a.c - tail;
+  Vec mean[G], square[G], rest[G];
+#pragma GCC unroll 4
+  for (int g = 0; g < G; ++g) mean[g] = square[g] = rest[g] = zero();
+  for (int64_t c = 0; c < whole; c += kLanes) {
+#pragma GCC unroll 4
+    for (int g = 0; g < G; ++g) mean[g] = mean[g] + load(x + g * a.c + c);
+  }
+#pragma GCC unroll 4
+  for (int g = 0; g < G; ++g) {
+    if (tail != 0) mean[g] = mean[g] + load_n(x + g * a.c + whole, tail);
+    mean[g] = set1(hsum(mean[g]) * scale);
+  }
+  for (int64_t c = 0; c < whole; c += kLanes) {
+#pragma GCC unroll 4
+    for (int g = 0; g < G; ++g) {
+      const Vec d = load(x + g * a.c + c) - mean[g];
+      rest[g] = rest[g] + d;
+      square[g] = fma(d, d, square[g]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int g = 0; g < G; ++g) {
+    if (tail != 0) {
+      const Vec d = (load_n(x + g * a.c + whole, tail) - mean[g]) * valid;
+      rest[g] = rest[g] + d;
+      square[g] = fma(d, d, square[g]);
+    }
+    rest[g] = set1(hsum(rest[g]) * scale);
+    const Vec variance = max(zero(), fnma(rest[g], rest[g], set1(hsum(square[g]) * scale)));
+    square[g] = set1(1.0f) / sqrt(variance + set1(a.eps));  // from here on 1 / std
+  }
+  for (int64_t c = 0; c < whole; c += kLanes) {
+    const Vec w = load(weight + c);
+    const Vec b = load(bias + c);
+#pragma GCC unroll 4
+    for (int g = 0; g < G; ++g) {
+      const Vec d = (load(x + g * a.c + c) - mean[g]) - rest[g];
+      store(y + g * a.c + c, fma(d * square[g], w, b));
+    }
+  }
+  if (tail != 0) {
+    const Vec w = load_n(weight + whole, tail);
+    const Vec b = load_n(bias + whole, tail);
+#pragma GCC unroll 4
+    for (int g = 0; g < G; ++g) {
+      const Vec d = (load_n(x + g * a.c + whole, tail) - mean[g]) - rest[g];
+      store_n(y + g * a.c + whole, fma(d * square[g], w, b), tail);
+    }
+  }
+}
+
 template <typename T>
 void tile_channels_last(const LayerNormArgs& a, int64_t first, int64_t last, const float* weight,
                         const float* bias) {
-  const float scale = 1.0f / static_cast<float>(a.c);
   const int tail = static_cast<int>(a.c % kLanes);
-  const int64_t whole = a.c - tail;
-  for (int64_t i = first; i < last; ++i) {
-    const T* x = static_cast<const T*>(a.x) + i * a.c;
-    T* y = static_cast<T*>(a.y) + i * a.c;
-    Vec sum = zero();
-    for (int64_t c = 0; c < whole; c += kLanes) sum = sum + load(x + c);
-    if (tail != 0) sum = sum + load_n(x + whole, tail);
-    const Vec mean = set1(hsum(sum) * scale);
-    Vec square = zero();
-    Vec rest = zero();
-    for (int64_t c = 0; c < whole; c += kLanes) {
-      const Vec d = load(x + c) - mean;
-      rest = rest + d;
-      square = fma(d, d, square);
-    }
-    if (tail != 0) {
-      // The lanes past the last channel must not count: give them the mean's own value.
-      float t[kLanes];
-      store(t, load_n(x + whole, tail) - mean);
-      for (int l = tail; l < kLanes; ++l) t[l] = 0.0f;
-      const Vec d = load(t);
-      rest = rest + d;
-      square = fma(d, d, square);
-    }
-    const Vec residue = set1(hsum(rest) * scale);
-    const Vec variance = max(zero(), fnma(residue, residue, set1(hsum(square) * scale)));
-    const Vec rstd = set1(1.0f) / sqrt(variance + set1(a.eps));
-    for (int64_t c = 0; c < whole; c += kLanes) {
-      const Vec d = (load(x + c) - mean) - residue;
-      store(y + c, fma(d * rstd, load(weight + c), load(bias + c)));
-    }
-    if (tail != 0) {
-      const Vec d = (load_n(x + whole, tail) - mean) - residue;
-      store_n(y + whole, fma(d * rstd, load_n(weight + whole, tail), load_n(bias + whole, tail)), tail);
-    }
+  float lanes[kLanes];
+  for (int l = 0; l < kLanes; ++l) lanes[l] = l < tail ? 1.0f : 0.0f;
+  const Vec valid = load(lanes);
+  const T* x = static_cast<const T*>(a.x);
+  T* y = static_cast<T*>(a.y);
+  int64_t i = first;
+  for (; i + 4 <= last; i += 4) {
+    pixels_channels_last<T, 4>(a, x + i * a.c, y + i * a.c, weight, bias, valid, tail);
+  }
+  for (; i < last; ++i) {
+    pixels_channels_last<T, 1>(a, x + i * a.c, y + i * a.c, weight, bias, valid, tail);
   }
 }
 

@@ -125,7 +125,8 @@ struct Arena {
 };
 
 struct Buffers {
-  float* tile[2];    // (rows + halo_h) x row_floats
+  float* tile;       // (rows + halo_h) x row_floats: the horizontal pass's result
+  float* part;       // (rows + halo_h) x part_floats: a vertical stage's, for some of the columns
   float* line[2];    // (columns + halo_w) pixels
   float* column[2];  // (rows + halo_h) pixels
   float* field_row;  // stages x row_floats: r_s
@@ -134,7 +135,8 @@ struct Buffers {
   Taps* horizontal;  // the strips as row convolutions
   Taps* vertical;    // as column convolutions
   Taps* turned;      // the vertical strips as row convolutions, for the field's column factors
-  int64_t row_floats, col_floats;
+  int64_t row_floats, col_floats, part_floats;
+  int64_t part_columns;  // a multiple of a vector's pixels
 };
 
 template <bool kLanewise>
@@ -144,8 +146,15 @@ Buffers lay_out(const StripChainArgs& a, int64_t rows, int64_t columns, Arena* a
   Buffers b;
   b.row_floats = round_up(columns * kStep) + kLanes;
   b.col_floats = round_up(rows * kStep) + kLanes;
+  // 128 KB of columns at a time, at least four vectors: the whole width if only one stage needs none.
+  constexpr int64_t kBlockPixels = kLanewise ? 4 : 4 * kLanes;
+  b.part_columns = 32 * 1024 / ((rows + a.halo_h) * kStep) / kBlockPixels * kBlockPixels;
+  if (b.part_columns < kBlockPixels) b.part_columns = kBlockPixels;
+  if (b.part_columns > columns || a.stages == 1) b.part_columns = columns;
+  b.part_floats = round_up(b.part_columns * kStep) + kLanes;
+  b.tile = arena->take((rows + a.halo_h) * b.row_floats + kSlack);
+  b.part = a.stages == 1 ? nullptr : arena->take((rows + a.halo_h) * b.part_floats + kSlack);
   for (int i = 0; i < 2; ++i) {
-    b.tile[i] = arena->take((rows + a.halo_h) * b.row_floats + kSlack);
     b.line[i] = arena->take((columns + a.halo_w) * kStep + kSlack);
     b.column[i] = arena->take((rows + a.halo_h) * kStep + kSlack);
   }
@@ -251,6 +260,45 @@ struct ImageSink {
   }
 };
 
+// The vertical stages of columns [c0, c0 + columns) of the tile, back and forth between the tile and the
+// part. Row 0 of either stands at the tile's first output row less the whole pad.
+template <bool kLanewise, typename T>
+void vertical_pass(const StripChainArgs& a, const Buffers& b, const Axis& rows, int64_t c0, int64_t columns,
+                   T* y, int64_t pixel, int channels) {
+  constexpr int kStep = pixel_floats<kLanewise>();
+  const int64_t pad = a.halo_h / 2;
+  float* from = b.tile + c0 * kStep;
+  float* to = b.part;
+  int64_t from_floats = b.row_floats;
+  int64_t to_floats = b.part_floats;
+  for (int64_t s = 0; s < a.stages; ++s) {
+    const int64_t later = pad_from(a.vertical, s + 1, a.stages);
+    const Span span = clipped(rows, later);
+    const int64_t begin = span.first - (rows.out_first - pad);
+    const int64_t end = begin + span.count;
+    const float* in = from + (begin - strip_pad(a.vertical[s])) * from_floats;
+    if (s + 1 == a.stages) {
+      const ImageSink<kLanewise, T> sink = {y, a.w * pixel, pixel, columns, channels};
+      const FieldBias<kLanewise> field = {b.field_row + c0 * kStep, b.field_col, b.row_floats, b.col_floats,
+                                          a.any_bias ? a.stages : 0};
+      conv_tile<kLanewise>(in, b.vertical[s], from_floats, span.count, columns, field, sink);
+      return;
+    }
+    const int64_t wanted = pad - later;
+    const int64_t wanted_end = wanted + rows.out_count + 2 * later;
+    for (int64_t r = wanted; r < begin; ++r) fill_zero(to + r * to_floats, columns * kStep);
+    for (int64_t r = end; r < wanted_end; ++r) fill_zero(to + r * to_floats, columns * kStep);
+    const TileSink<kLanewise> sink = {to + begin * to_floats, to_floats, columns};
+    conv_tile<kLanewise>(in, b.vertical[s], from_floats, span.count, columns, NoBias{}, sink);
+    float* t = from;
+    from = to;
+    to = t;
+    const int64_t f = from_floats;
+    from_floats = to_floats;
+    to_floats = f;
+  }
+}
+
 template <bool kLanewise, typename T>
 void run_tile(const StripChainArgs& a, int64_t n, int64_t block, int64_t tile) {
   const int64_t h0 = tile / a.grid.tiles_w * a.grid.tile_h;
@@ -283,11 +331,9 @@ void run_tile(const StripChainArgs& a, int64_t n, int64_t block, int64_t tile) {
   const int64_t pad_h = a.halo_h / 2;
   const int64_t pad_w = a.halo_w / 2;
   const int64_t in_rows = rows.out_count + a.halo_h;
-  float* from = b.tile[0];
-  float* to = b.tile[1];
   for (int64_t r = 0; r < in_rows; ++r) {
     const int64_t h = h0 - pad_h + r;
-    float* out = from + r * b.row_floats;
+    float* out = b.tile + r * b.row_floats;
     if (h < 0 || h >= a.h) {
       fill_zero(out, b.row_floats);
       continue;
@@ -297,30 +343,11 @@ void run_tile(const StripChainArgs& a, int64_t n, int64_t block, int64_t tile) {
     run_line<kLanewise>(b.line[0], b.line[1], a.horizontal, b.horizontal, 0, a.stages, columns, out);
   }
 
-  // The vertical pass. Row 0 of either tile buffer stands at h0 - pad_h.
-  for (int64_t s = 0; s < a.stages; ++s) {
-    const int64_t later = pad_from(a.vertical, s + 1, a.stages);
-    const Span span = clipped(rows, later);
-    const int64_t begin = span.first - (h0 - pad_h);
-    const int64_t end = begin + span.count;
-    const float* in = from + (begin - strip_pad(a.vertical[s])) * b.row_floats;
-    if (s + 1 < a.stages) {
-      const int64_t wanted = pad_h - later;
-      const int64_t wanted_end = wanted + rows.out_count + 2 * later;
-      fill_zero(to + wanted * b.row_floats, (begin - wanted) * b.row_floats);
-      fill_zero(to + end * b.row_floats, (wanted_end - end) * b.row_floats);
-      const TileSink<kLanewise> sink = {to + begin * b.row_floats, b.row_floats, columns.out_count};
-      conv_tile<kLanewise>(in, b.vertical[s], b.row_floats, span.count, columns.out_count, NoBias{}, sink);
-      float* t = from;
-      from = to;
-      to = t;
-      continue;
-    }
-    T* y = static_cast<T*>(a.y) + plane + (h0 * a.w + w0) * pixel;
-    const ImageSink<kLanewise, T> sink = {y, a.w * pixel, pixel, columns.out_count, channels};
-    const FieldBias<kLanewise> field = {b.field_row, b.field_col, b.row_floats, b.col_floats,
-                                       a.any_bias ? a.stages : 0};
-    conv_tile<kLanewise>(in, b.vertical[s], b.row_floats, span.count, columns.out_count, field, sink);
+  T* y = static_cast<T*>(a.y) + plane + (h0 * a.w + w0) * pixel;
+  for (int64_t c = 0; c < columns.out_count; c += b.part_columns) {
+    const int64_t left = columns.out_count - c;
+    vertical_pass<kLanewise>(a, b, rows, c, left < b.part_columns ? left : b.part_columns, y + c * pixel, pixel,
+                             channels);
   }
 }
 

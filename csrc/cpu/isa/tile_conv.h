@@ -51,6 +51,13 @@ SDAN_INLINE Vec load_weight(const float* w) {
   }
 }
 
+template <int Uses>
+SDAN_INLINE Vec load_used(const float* p) {
+  Vec a = load(p);
+  if constexpr (Uses > 1) pin(a);
+  return a;
+}
+
 // acc[r][v] += the convolution at output row r (rows are dh apart) and vector v. `x` points at the first
 // tap of row 0; `row` is the distance in floats between rows dh apart, `column` between taps of a row.
 // Needs kh >= R unless KH, the kernel's height where known, is given.
@@ -66,7 +73,7 @@ SDAN_INLINE void accumulate(Vec (&acc)[R][V], const float* x, const Taps& taps, 
       for (int s = 0; s < R + KH - 1; ++s) {
         Vec in[V];
 #pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) in[v] = load(x + s * row + v * kLanes);
+        for (int v = 0; v < V; ++v) in[v] = load_used<R>(x + s * row + v * kLanes);
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
           if (s - r < 0 || s - r >= KH) continue;
@@ -81,7 +88,7 @@ SDAN_INLINE void accumulate(Vec (&acc)[R][V], const float* x, const Taps& taps, 
       for (int s = 0; s < R - 1; ++s, xs += row) {
         Vec in[V];
 #pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) in[v] = load(xs + v * kLanes);
+        for (int v = 0; v < V; ++v) in[v] = load_used<R>(xs + v * kLanes);
 #pragma GCC unroll 8
         for (int r = 0; r <= s; ++r) {
           const Vec tap = load_weight<kLanewise>(w + (s - r) * kStep);
@@ -93,7 +100,7 @@ SDAN_INLINE void accumulate(Vec (&acc)[R][V], const float* x, const Taps& taps, 
       for (int s = R - 1; s < kh; ++s, xs += row, ws += kStep) {
         Vec in[V];
 #pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) in[v] = load(xs + v * kLanes);
+        for (int v = 0; v < V; ++v) in[v] = load_used<R>(xs + v * kLanes);
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
           const Vec tap = load_weight<kLanewise>(ws + (R - 1 - r) * kStep);
@@ -105,7 +112,7 @@ SDAN_INLINE void accumulate(Vec (&acc)[R][V], const float* x, const Taps& taps, 
       for (int t = 0; t < R - 1; ++t, xs += row) {
         Vec in[V];
 #pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) in[v] = load(xs + v * kLanes);
+        for (int v = 0; v < V; ++v) in[v] = load_used<R>(xs + v * kLanes);
 #pragma GCC unroll 8
         for (int r = t + 1; r < R; ++r) {
           const Vec tap = load_weight<kLanewise>(ws + (R - 1 + t - r) * kStep);

@@ -404,6 +404,16 @@ SDAN_INLINE Vec load_n(const float16* p, int n) { return load_n16(p, n); }
 SDAN_INLINE void store_n(float16* p, Vec a, int n) { store_n16(p, a, n); }
 #endif
 
+// Keeps a loaded vector in its register: GCC else folds the load into each of its uses, and the repeated
+// unaligned loads, not the multiply-adds, then bind.
+#if SDAN_IS_AVX512
+SDAN_INLINE void pin(Vec& a) { asm("" : "+v"(a.v)); }
+#elif SDAN_IS_AVX2
+SDAN_INLINE void pin(Vec& a) { asm("" : "+x"(a.v)); }
+#else
+SDAN_INLINE void pin(Vec&) {}
+#endif
+
 // ---- functions -----------------------------------------------------------------------------------
 
 // 2^f for f in [-0.5, 0.5], relative error 2e-9 before rounding.
