@@ -2,10 +2,11 @@
 
     python scripts/wheel_check.py [--other 2.13.0] [--require-cpu-only]
 
-The wheel is built from a clean copy of the tree with the torch of this environment, for every CUDA
-architecture of the default list (or TORCH_CUDA_ARCH_LIST), and tested (tests/test_wheel.py, away from the
-checkout) in two virtual environments: one that borrows this environment's torch, and one with another torch
-release, by preference one built without CUDA, beside which both extension modules have to load just the same.
+The wheel is built from a clean copy of the tree with the torch of this environment, for the architectures of
+TORCH_CUDA_ARCH_LIST (make sets a short list; without it, every architecture that is shipped), and tested
+(tests/test_wheel.py, away from the checkout) in two virtual environments: one that borrows this environment's
+torch, and one with another torch release, by preference one built without CUDA, beside which both extension
+modules have to load just the same.
 """
 
 from __future__ import annotations
