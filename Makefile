@@ -6,10 +6,10 @@ PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip --disable-pip-version-check
 export SDAN_FAST_BUILD_DIR ?= $(CURDIR)/build
 
-# A developer's build compiles the CUDA kernels for the GPU at hand, or, without one, for one machine of each
-# memory-pipeline generation and PTX; wheels get the whole list of build_tools/toolkit.py.
+# A developer's build compiles the CUDA kernels for the GPU at hand, or for one architecture and PTX where there is
+# none, which is minutes less; `make wheel` takes the whole list of build_tools/toolkit.py.
 GPU_ARCH   := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1)
-BUILD_ARCH := $(or $(TORCH_CUDA_ARCH_LIST),$(if $(GPU_ARCH),$(GPU_ARCH)+PTX,8.0;9.0+PTX))
+BUILD_ARCH := $(or $(TORCH_CUDA_ARCH_LIST),$(if $(GPU_ARCH),$(GPU_ARCH)+PTX,9.0+PTX))
 
 ARGS ?=
 

@@ -2,8 +2,8 @@
 
     python scripts/wheel_check.py [--other 2.13.0] [--require-cpu-only]
 
-The wheel is built from a clean copy of the tree with the torch of this environment, for the architectures of
-TORCH_CUDA_ARCH_LIST (make sets a short list; without it, every architecture that is shipped), and tested
+The wheel is built with the torch of this environment, for the architectures of TORCH_CUDA_ARCH_LIST (make sets a
+short list; without it, every architecture that is shipped), and tested
 (tests/test_wheel.py, away from the checkout) in two virtual environments: one that borrows this environment's
 torch, and one with another torch release, by preference one built without CUDA, beside which both extension
 modules have to load just the same.
@@ -41,28 +41,14 @@ def output_of(command: Sequence[str | Path]) -> str:
     return subprocess.run(words, check=True, capture_output=True, text=True).stdout.strip()
 
 
-def clean_copy(target: Path) -> None:
-    """Copy what git knows or would add, and nothing that was built; unchanged files keep their times."""
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    ).stdout.split("\0")  # fmt: skip
-    if target.exists():
-        shutil.rmtree(target)
-    for name in listed:
-        if name and (ROOT / name).is_file():
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, target / name)
-
-
 def build_wheel() -> Path:
-    """The one wheel, from a clean copy. It has to be an abi3 wheel that carries every package and built module."""
-    source, dist = WORK / "source", WORK / "dist"
-    clean_copy(source)
-    shutil.rmtree(dist, ignore_errors=True)
-    env = {**os.environ, "SDAN_FAST_BUILD_DIR": str(WORK / "objects")}
+    """The one wheel. It has to be an abi3 wheel; objects that make build left are used again."""
+    dist = WORK / "dist"
+    # setuptools copies whatever an earlier build left in build/lib.* into the wheel, files since removed included.
+    for stale in [dist, *(ROOT / "build").glob("lib*"), *(ROOT / "build").glob("bdist*")]:
+        shutil.rmtree(stale, ignore_errors=True)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-    run([*pip, "wheel", "-v", "--no-build-isolation", "--no-deps", "--wheel-dir", dist, source], env=env)
+    run([*pip, "wheel", "-v", "--no-build-isolation", "--no-deps", "--wheel-dir", dist, ROOT])
     wheels = list(dist.glob("*.whl"))
     if len(wheels) != 1 or "-cp310-abi3-" not in wheels[0].name:
         sys.exit(f"wheel-check: expected one cp310-abi3 wheel, got {[wheel.name for wheel in wheels]}")
