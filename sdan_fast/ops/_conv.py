@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import conv_backward_flop, conv_flop_count
+from torch.utils.flop_counter import conv_flop_count
 
 from ..reference import depthwise_conv2d
 
@@ -31,6 +31,10 @@ def conv_backward(
         return None, None, None
     kh, kw = weight.shape[-2:]
     padding = (dilation[0] * (kh - 1) // 2, dilation[1] * (kw - 1) // 2)
+    if x.device.type == "cpu" and x.element_size() == 2:
+        # PyTorch's 16-bit channels_last path on the CPU returns unwritten memory as the weight gradient of a dilated
+        # depth-wise convolution, and can crash (docs/decisions.md).
+        grad, x = grad.contiguous(), x.contiguous()
     return torch.ops.aten.convolution_backward(
         grad, x, weight, [weight.shape[0]], [1, 1], padding, dilation, False, [0, 0], groups, mask
     )
@@ -84,13 +88,17 @@ def conv_flops(x: Shape, weight: Shape) -> int:
 
 
 def conv_backward_flops(x: Shape, weight: Shape, mask: Mask) -> int:
-    """What FlopCounterMode reports for that convolution's backward."""
-    if not any(mask):
-        return 0
+    """What FlopCounterMode reports for that convolution's backward: a dense count even where groups make it sparse."""
+    x, weight = list(x), list(weight)
     y = [x[0], weight[0], *x[2:]]
-    return conv_backward_flop(
-        y, list(x), list(weight), None, None, None, None, False, None, None, list(mask), (list(x), list(weight), None)
-    )
+    total = conv_flop_count(y, weight, x, transposed=True) if mask[0] else 0
+    if mask[1]:
+        total += conv_flop_count(_swapped(x), _swapped(y), _swapped(weight))
+    return total
+
+
+def _swapped(shape: Shape) -> list[int]:
+    return [shape[1], shape[0], *shape[2:]]
 
 
 def chain_flops(x: Shape, weights: Sequence[Shape]) -> int:

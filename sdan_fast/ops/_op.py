@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 from .. import backends
 
@@ -78,7 +78,6 @@ class Op:
         self.define("")
         self.define_backward("")
         self._register_dispatched()
-        self._register_flops()
 
     def requires_grad(self, args: Sequence[Any]) -> bool:
         """Whether autograd has to record a call with these arguments."""
@@ -196,6 +195,7 @@ class Op:
 
         LIBRARY.impl(qualified, autograd, "Autograd")
         torch.library.register_vmap(f"{NAMESPACE}::{qualified}", vmap, lib=LIBRARY)
+        self._register_flops(overload, lambda *args, **kwargs: self.flops(*args, **kwargs))
 
     def define_backward(self, backend: str) -> None:
         """Define the backward op's overload of one backend."""
@@ -212,6 +212,7 @@ class Op:
             return self.differentiable_backward(backend, args, kwargs)
 
         LIBRARY.impl(qualified, autograd, "Autograd")
+        self._register_flops(overload, lambda _grad, *args, **kwargs: self.backward_flops(*args, **kwargs))
 
     def _register_dispatched(self) -> None:
         """The unnamed overloads: who runs is asked at run time, and the backward is the reference formula."""
@@ -248,17 +249,13 @@ class Op:
         for key in ("AutocastCPU", "AutocastCUDA"):
             LIBRARY.impl(self.name, self.reference if self.composed else autocast, key)
 
-    def _register_flops(self) -> None:
-        packet = getattr(torch.ops.sdan_fast, self.name)
-        backward_packet = getattr(torch.ops.sdan_fast, f"{self.name}_backward")
+    def _register_flops(self, overload: Any, formula: Callable[..., int]) -> None:
+        """Torch keeps FLOP formulas by op, whose hash may change with every overload: so after each one, anew."""
 
-        @register_flop_formula(packet)
-        def forward_flops(*args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-            return self.flops(*args, **kwargs)
+        def flops(*args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+            return formula(*args, **kwargs)
 
-        @register_flop_formula(backward_packet)
-        def backward_flops(_grad: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-            return self.backward_flops(*args, **kwargs)
+        flop_registry[overload._overloadpacket] = shape_wrapper(flops)
 
     # -- what torch calls -------------------------------------------------------------------------------------
 
@@ -314,17 +311,16 @@ class ComposedOp(Op):
     composed = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        if _autocasting() or _transforms_active():
+            return self.reference(*args, **kwargs)
         self.check(*args, **kwargs)
         backend = backends.choose(self, args, kwargs)
-        if backend == "reference" or self._needs_parts(args):
+        if backend == "reference" or self.requires_grad(args):
             return self.reference(*args, **kwargs)
         if torch.compiler.is_compiling():
             return self.overloads[backend](*args, **kwargs)
         with _below_autograd():
             return self.overloads[backend](*args, **kwargs)
-
-    def _needs_parts(self, args: tuple[Any, ...]) -> bool:
-        return _autocasting() or _transforms_active() or self.requires_grad(args)
 
     def differentiable(self, backend: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """What the dispatcher runs where autograd is looking."""
@@ -335,11 +331,6 @@ class ComposedOp(Op):
 
     def define_backward(self, backend: str) -> None:
         """There is none: the parts have theirs."""
-
-    def _register_flops(self) -> None:
-        @register_flop_formula(getattr(torch.ops.sdan_fast, self.name))
-        def forward_flops(*args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-            return self.flops(*args, **kwargs)
 
 
 # --- autograd ----------------------------------------------------------------------------------------------------

@@ -29,7 +29,8 @@ def normalize(
     """LN(x), and what its backward needs: x as N x H x W x C, the mean and 1/std of each pixel."""
     nhwc = x.permute(0, 2, 3, 1)
     z, mean, rstd = aten.native_layer_norm(nhwc, [x.shape[1]], weight, bias, eps)
-    return z.permute(0, 3, 1, 2), (nhwc, mean, rstd)
+    z = z.permute(0, 3, 1, 2).contiguous(memory_format=reference.output_format(x))  # as the reference sequence has it
+    return z, (nhwc, mean, rstd)
 
 
 def normalize_backward(

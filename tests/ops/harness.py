@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sdan_fast
 from sdan_fast import backends, functional, reference
-from sdan_fast.ops import Op
+from sdan_fast.ops import OPS, Op
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORMATS = ("contiguous", "channels_last", "transposed", "sliced", "expanded")
@@ -113,6 +113,7 @@ class OpContract:
     cases: Sequence[Case]
     images: int = 1
     grad_cases: Sequence[str] | None = None  # ids for the slow derivative checks; default: the first two
+    differentiated_as: str | None = None  # a composed op is differentiated through its parts: the name of one
 
     # -- helpers --
 
@@ -180,24 +181,36 @@ class OpContract:
     def test_gradients_match_float64(self, dtype: torch.dtype, backend: str) -> None:
         for case in self.cases:
             base, kwargs = case.arguments(dtype)
+
+            def gradients(run: Callable[..., Tensor], kind: torch.dtype, layout: str) -> list[Tensor]:
+                leaves = fresh(base, kind, requires_grad=True)
+                y = run(*self.with_layout(leaves, layout), **kwargs)
+                if run == self.ours:
+                    assert self.differentiated_as or "_Function" in type(y.grad_fn).__name__, "plain PyTorch ran"
+                y.backward(torch.linspace(-1, 1, y.numel()).reshape(y.shape).to(dtype).to(kind))
+                return [t.grad for t in tensors(leaves)]
+
+            exact = gradients(self.plain, torch.float64, "contiguous")
+            # PyTorch's own 16-bit channels_last backward is not always right, so it is no yardstick.
+            yardsticks = ("contiguous", "channels_last") if dtype == torch.float32 else ("contiguous",)
+            eager = [gradients(self.plain, dtype, layout) for layout in yardsticks]
+            worst = [max(candidates, key=lambda g, e=e: error(g, e)) for e, *candidates in zip(exact, *eager, strict=True)]
             for layout in ("contiguous", "channels_last", "sliced"):
-                grads = {}
-                for name, kind in (("exact", torch.float64), ("eager", dtype), (backend, dtype)):
-                    leaves = fresh(base, kind, requires_grad=True)
-                    call = self.with_layout(leaves, layout)
-                    if name == backend:
-                        with sdan_fast.use_backend(backend):
-                            y = self.ours(*call, **kwargs)
-                        assert "_Function" in type(y.grad_fn).__name__, "the op fell back to plain PyTorch"
-                    else:
-                        y = self.plain(*call, **kwargs)
-                    weight = torch.linspace(-1, 1, y.numel()).reshape(y.shape).to(dtype).to(kind)
-                    y.backward(weight)
-                    grads[name] = [t.grad for t in tensors(leaves)]
-                for i, (g, eager, exact) in enumerate(
-                    zip(grads[backend], grads["eager"], grads["exact"], strict=True)
-                ):
-                    assert_within_bound(g, eager, exact, f"{case.id} {layout} gradient {i}")
+                with sdan_fast.use_backend(backend):
+                    ours = gradients(self.ours, dtype, layout)
+                self.check_gradients(ours, worst, exact, f"{case.id} {layout}")
+
+    def check_gradients(self, ours: list[Tensor], eager: list[Tensor], exact: list[Tensor], what: str) -> None:
+        """Each gradient within the bound. A composed op is a long chain of ops that are each within it, and some of its
+        gradients have four elements: there the yardstick is eager's worst relative error over all of them."""
+        if self.differentiated_as is None:
+            for i, triple in enumerate(zip(ours, eager, exact, strict=True)):
+                assert_within_bound(*triple, f"{what} gradient {i}")
+            return
+        scales = [e.abs().max().item() for e in exact]
+        worst = max(error(g, e) / s for g, e, s in zip(eager, exact, scales, strict=True))
+        for i, (g, e, s) in enumerate(zip(ours, exact, scales, strict=True)):
+            assert error(g, e) / s <= 2 * worst + 2 * torch.finfo(g.dtype).eps, f"{what} gradient {i}"
 
     def test_gradcheck(self) -> None:
         for case in self.small():
@@ -236,8 +249,7 @@ class OpContract:
                 y = run(*leaves, **kwargs)
             first = torch.autograd.grad(y.square().sum(), leaves[0], create_graph=True)[0]
             seconds.append(torch.autograd.grad(first.square().sum(), tensors(leaves)))
-        for g, eager, exact in zip(seconds[2], seconds[1], seconds[0], strict=True):
-            assert_within_bound(g, eager, exact, "second derivative")
+        self.check_gradients(list(seconds[2]), list(seconds[1]), list(seconds[0]), "second derivative")
 
     @pytest.mark.parametrize("backend", BACKENDS)
     def test_backward_runs_where_forward_ran(self, backend: str) -> None:
@@ -254,7 +266,7 @@ class OpContract:
 
         with sdan_fast.use_backend("reference"), Record():
             y.sum().backward()
-        op, _, _ = captured(self.fn_name, args, kwargs)
+        op = captured(self.fn_name, args, kwargs)[0] if self.differentiated_as is None else OPS[self.differentiated_as]
         suffix = backend if backend in op.backward_kernels else "default"
         assert f"sdan_fast.{op.name}_backward.{suffix}" in seen
 
@@ -275,7 +287,7 @@ class OpContract:
             op, flat, op_kwargs = captured(self.fn_name, leaves, kwargs)
             torch.library.opcheck(op.overloads[overload], flat, op_kwargs)
             grad = torch.randn_like(op.overloads[overload](*flat, **op_kwargs))
-            if overload == "" or overload in op.backward_kernels:
+            if not op.composed and (overload == "" or overload in op.backward_kernels):
                 mask = [slot is not None for slot in op.slots(flat)]
                 torch.library.opcheck(
                     op.backward_overloads[overload],
@@ -309,6 +321,7 @@ class OpContract:
         case = next(self.small())
         args, kwargs = case.arguments(torch.float32)
         mixed = [a.to(dtype) if i < self.images else a for i, a in enumerate(args)]
+        op, flat, op_kwargs = captured(self.fn_name, args, kwargs)
         with torch.autocast("cpu", dtype=low):
             try:
                 expected = self.plain(*mixed, **kwargs)
@@ -317,8 +330,8 @@ class OpContract:
             with sdan_fast.use_backend(backend):
                 leaves = fresh(args, torch.float32, requires_grad=True)
                 y = self.ours(*[a.to(dtype) if i < self.images else a for i, a in enumerate(leaves)], **kwargs)
-                op, flat, op_kwargs = captured(self.fn_name, mixed, kwargs)
-                assert op.overloads[""](*flat, **op_kwargs).dtype == expected.dtype
+                direct = op.overloads[""](*mixed[: self.images], *flat[self.images :], **op_kwargs)
+                assert direct.dtype == expected.dtype
         assert y.dtype == expected.dtype
         exact = self.plain(*cast(args, torch.float64), **kwargs)
         scale = exact.abs().max().item()
@@ -386,7 +399,7 @@ class OpContract:
                     got = torch.autograd.grad(y.square().sum(), call[0])
                     torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-3)
             op, _, _ = captured(self.fn_name, args, kwargs)
-            if backend != "reference":
+            if backend != "reference" and not (training and op.composed):
                 targets = {str(node.target) for graph in graphs for node in graph.graph.nodes}
                 assert f"sdan_fast.{op.name}.{backend}" in targets or backend == "triton" and not INTERPRETING
             assert len(graphs) <= (2 if training else 1), f"{len(graphs)} graphs for {len(sizes)} sizes"
