@@ -50,25 +50,8 @@ void run_tile(const DepthwiseArgs& a, int64_t n, int64_t block, int64_t tile) {
     bias = kLanewise ? load_n(b, channels) : set1(to_float(*b));
   }
   T* y = static_cast<T*>(a.y) + plane + (h0 * a.w + w0) * pixel;
-  const int64_t row = a.w * pixel;
   const auto add = [bias](int64_t, int64_t) __attribute__((always_inline)) { return bias; };
-  const auto sink = [=](int64_t r, int64_t c, Vec v) __attribute__((always_inline)) {
-    if constexpr (kLanewise) {
-      if (c < columns) {
-        if (channels == kLanes) {
-          store(y + r * row + c * pixel, v);
-        } else {
-          store_n(y + r * row + c * pixel, v, channels);
-        }
-      }
-    } else {
-      if (c + kLanes <= columns) {
-        store(y + r * row + c, v);
-      } else if (c < columns) {
-        store_n(y + r * row + c, v, static_cast<int>(columns - c));
-      }
-    }
-  };
+  const GridSink<kLanewise, T> sink = {y, a.w * pixel, pixel, columns, channels};
   const Taps taps = {weights, static_cast<int>(a.kh_used), static_cast<int>(a.kw_used),
                      static_cast<int>(a.dh), static_cast<int>(a.dw)};
   conv_tile<kLanewise>(staged, taps, row_floats, rows, columns, add, sink);

@@ -23,23 +23,44 @@ SDAN_INLINE void pixels_nchw(const LayerNormArgs& a, const T* x, T* y, const flo
     return V == 1 && n < kLanes ? load_n(p, n) : load(p + v * kLanes);
   };
   const Vec scale = set1(1.0f / static_cast<float>(a.c));
+  // Partial sums of kChunk channels: one long chain of additions would lose the square root of its length.
+  constexpr int64_t kChunk = 32;
   Vec mean[V], square[V], rest[V];
 #pragma GCC unroll 4
   for (int v = 0; v < V; ++v) mean[v] = square[v] = rest[v] = zero();
   const T* p = x;
-  for (int64_t c = 0; c < a.c; ++c, p += a.pixels) {
+  for (int64_t c = 0; c < a.c;) {
+    const int64_t end = c + kChunk < a.c ? c + kChunk : a.c;
+    Vec part[V];
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) mean[v] = mean[v] + get(p, v);
+    for (int v = 0; v < V; ++v) part[v] = zero();
+    for (; c < end; ++c, p += a.pixels) {
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) part[v] = part[v] + get(p, v);
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) mean[v] = mean[v] + part[v];
   }
 #pragma GCC unroll 4
   for (int v = 0; v < V; ++v) mean[v] = mean[v] * scale;
   p = x;
-  for (int64_t c = 0; c < a.c; ++c, p += a.pixels) {
+  for (int64_t c = 0; c < a.c;) {
+    const int64_t end = c + kChunk < a.c ? c + kChunk : a.c;
+    Vec part[V], part_square[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) part[v] = part_square[v] = zero();
+    for (; c < end; ++c, p += a.pixels) {
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) {
+        const Vec d = get(p, v) - mean[v];
+        part[v] = part[v] + d;
+        part_square[v] = fma(d, d, part_square[v]);
+      }
+    }
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
-      const Vec d = get(p, v) - mean[v];
-      rest[v] = rest[v] + d;
-      square[v] = fma(d, d, square[v]);
+      rest[v] = rest[v] + part[v];
+      square[v] = square[v] + part_square[v];
     }
   }
   Vec rstd[V];

@@ -41,24 +41,6 @@ SDAN_INLINE Span clipped(const Axis& axis, int64_t pad) {
   return {first, last - first};
 }
 
-// Stores whole vectors of a line of `count` pixels at `out`, cutting the last one.
-template <bool kLanewise>
-struct LineSink {
-  float* out;
-  int64_t count;
-  SDAN_INLINE void operator()(int64_t, int64_t c, Vec v) const {
-    if constexpr (kLanewise) {
-      if (c < count) store(out + c * kLanes, v);
-    } else {
-      if (c + kLanes <= count) {
-        store(out + c, v);
-      } else if (c < count) {
-        store_n(out + c, v, static_cast<int>(count - c));
-      }
-    }
-  }
-};
-
 struct NoBias {
   SDAN_INLINE Vec operator()(int64_t, int64_t) const { return zero(); }
 };
@@ -89,7 +71,7 @@ void run_line(float* a, float* b, const StripArgs* strips, const Taps* taps, int
       fill_zero(b + wanted * kStep, (begin - wanted) * kStep);
       fill_zero(b + end * kStep, (wanted_end - end) * kStep);
     }
-    const LineSink<kLanewise> sink = {last ? dest : b + begin * kStep, span.count};
+    const GridSink<kLanewise, float> sink = {last ? dest : b + begin * kStep, 0, kStep, span.count, kLanes};
     conv_rows<kLanewise, 1, kRowConvVecs, 1>(a + (begin - strip_pad(strips[s])) * kStep, taps[s], 0, 0,
                                              span.count, NoBias{}, sink);
     float* t = a;
@@ -231,31 +213,13 @@ template <bool kLanewise>
 struct TileSink {
   float* out;
   int64_t row_floats, columns;
-  SDAN_INLINE void operator()(int64_t r, int64_t c, Vec v) const {
-    if (c < columns) store(out + r * row_floats + c * pixel_floats<kLanewise>(), v);
-  }
-};
-
-template <bool kLanewise, typename T>
-struct ImageSink {
-  T* y;
-  int64_t row, pixel, columns;
-  int channels;
-  SDAN_INLINE void operator()(int64_t r, int64_t c, Vec v) const {
-    T* p = y + r * row + c * pixel;
-    if constexpr (kLanewise) {
-      if (c >= columns) return;
-      if (channels == kLanes) {
-        store(p, v);
-      } else {
-        store_n(p, v, channels);
-      }
-    } else {
-      if (c + kLanes <= columns) {
-        store(p, v);
-      } else if (c < columns) {
-        store_n(p, v, static_cast<int>(columns - c));
-      }
+  template <int V>
+  SDAN_INLINE void operator()(int64_t r, int64_t c, const Vec (&sums)[V]) const {
+    constexpr int kVecPixels = kLanewise ? 1 : kLanes;
+    float* p = out + r * row_floats + c * pixel_floats<kLanewise>();
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) {
+      if (c + v * kVecPixels < columns) store(p + v * kLanes, sums[v]);
     }
   }
 };
@@ -278,7 +242,7 @@ void vertical_pass(const StripChainArgs& a, const Buffers& b, const Axis& rows, 
     const int64_t end = begin + span.count;
     const float* in = from + (begin - strip_pad(a.vertical[s])) * from_floats;
     if (s + 1 == a.stages) {
-      const ImageSink<kLanewise, T> sink = {y, a.w * pixel, pixel, columns, channels};
+      const GridSink<kLanewise, T> sink = {y, a.w * pixel, pixel, columns, channels};
       const FieldBias<kLanewise> field = {b.field_row + c0 * kStep, b.field_col, b.row_floats, b.col_floats,
                                           a.any_bias ? a.stages : 0};
       conv_tile<kLanewise>(in, b.vertical[s], from_floats, span.count, columns, field, sink);

@@ -124,9 +124,46 @@ SDAN_INLINE void accumulate(Vec (&acc)[R][V], const float* x, const Taps& taps, 
   }
 }
 
+// Writes sums to rows of pixels: `row` elements from one row to the next, `pixel` from one pixel to the next
+// (one in NCHW), `columns` pixels per row. For channels_last only `channels` lanes of a pixel exist.
+template <bool kLanewise, typename T>
+struct GridSink {
+  T* out;
+  int64_t row, pixel, columns;
+  int channels;
+  template <int V>
+  SDAN_INLINE void operator()(int64_t r, int64_t c, const Vec (&sums)[V]) const {
+    if constexpr (kLanewise) {
+      T* p = out + r * row + c * pixel;
+      if (c + V <= columns && channels == kLanes) {
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v, p += pixel) store(p, sums[v]);
+      } else {
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v, p += pixel) {
+          if (c + v < columns) store_n(p, sums[v], channels);
+        }
+      }
+    } else {
+      T* p = out + r * row + c;
+      if (c + V * kLanes <= columns) {
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) store(p + v * kLanes, sums[v]);
+      } else {
+        const int64_t left = columns - c;
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) {
+          const int64_t n = left - v * kLanes;
+          if (n > 0) store_n(p + v * kLanes, sums[v], static_cast<int>(n < kLanes ? n : kLanes));
+        }
+      }
+    }
+  }
+};
+
 // One block: R rows dh apart by V vectors. `bias(row, column)` is added to the sums, last, since starting
-// from a large bias would round every product to its unit; `sink(row, column, sum)` takes the result. Rows
-// and columns count output pixels of the tile.
+// from a large bias would round every product to its unit; `sink(row, column, sums)` takes V vectors of one
+// row. Rows and columns count output pixels of the tile.
 template <bool kLanewise, int R, int V, int KH, typename Bias, typename Sink>
 SDAN_INLINE void conv_block(const float* x, const Taps& taps, ptrdiff_t row_floats, int64_t row0,
                             int64_t column0, const Bias& bias, const Sink& sink) {
@@ -141,12 +178,10 @@ SDAN_INLINE void conv_block(const float* x, const Taps& taps, ptrdiff_t row_floa
                                   static_cast<ptrdiff_t>(taps.dw) * pixel_floats<kLanewise>());
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
+    const int64_t row = row0 + r * taps.dh;
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) {
-      const int64_t row = row0 + r * taps.dh;
-      const int64_t column = column0 + v * kVecPixels;
-      sink(row, column, acc[r][v] + bias(row, column));
-    }
+    for (int v = 0; v < V; ++v) acc[r][v] = acc[r][v] + bias(row, column0 + v * kVecPixels);
+    sink(row, column0, acc[r]);
   }
 }
 
@@ -182,6 +217,7 @@ __attribute__((noinline)) void conv_rows(const float* x, const Taps& taps, ptrdi
 
 // rows x columns outputs of the tile whose padded input starts at x, rows `row_floats` floats apart.
 // bias and sink see whole vectors; sink has to cut the last one of a row, and to ignore columns past it.
+// GridSink does so.
 template <bool kLanewise, typename Bias, typename Sink>
 SDAN_INLINE void conv_tile(const float* x, const Taps& taps, ptrdiff_t row_floats, int64_t rows,
                            int64_t columns, const Bias& bias, const Sink& sink) {
