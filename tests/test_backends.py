@@ -1,0 +1,158 @@
+"""The choice of a backend, its explanation, and what a call costs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import timeit
+
+import pytest
+import torch
+
+import sdan_fast
+from sdan_fast import backends
+from sdan_fast import functional as F
+
+HAS_CPU = backends.BACKENDS["cpu"].missing is None
+needs_cpu = pytest.mark.skipif(not HAS_CPU, reason="the cpu kernels were not built")
+
+
+def test_status_lists_every_backend_with_a_reason() -> None:
+    lines = sdan_fast.status()
+    assert [line.name for line in lines] == list(backends.ORDER)
+    assert all(line.available or line.reason for line in lines)
+    assert lines[-1].name == "reference" and lines[-1].available
+
+
+def test_use_backend_refuses_unknown_names() -> None:
+    with pytest.raises(ValueError, match="backend must be one of auto, cpu, triton, cuda, reference, and it is 'gpu'"):
+        with sdan_fast.use_backend("gpu"):
+            pass
+
+
+def test_use_backend_nests_and_restores() -> None:
+    before = sdan_fast.current_backend()
+    with sdan_fast.use_backend("reference"):
+        with pytest.raises(KeyError), sdan_fast.use_backend("auto"):
+            raise KeyError
+        assert sdan_fast.current_backend() == "reference"
+    assert sdan_fast.current_backend() == before
+
+
+def test_use_backend_is_the_thread_s_own() -> None:
+    seen = []
+    with sdan_fast.use_backend("reference"):
+        thread = threading.Thread(target=lambda: seen.append(sdan_fast.current_backend()))
+        thread.start()
+        thread.join()
+    assert seen == ["auto"]
+
+
+def test_a_named_backend_that_cannot_raises_with_its_reason() -> None:
+    a = torch.randn(2, 3)
+    for name in ("triton", "cuda"):
+        if backends.BACKENDS[name].missing is not None:
+            with sdan_fast.use_backend(name), pytest.raises(RuntimeError, match=f"star cannot run on .*'{name}': .+"):
+                F.star(a, a)
+
+
+@needs_cpu
+def test_float64_is_the_reference_s() -> None:
+    a = torch.randn(2, 3, dtype=torch.float64)
+    assert sdan_fast.explain("star", a, a).backend == "reference"
+    with sdan_fast.use_backend("cpu"), pytest.raises(RuntimeError, match="float32 or bfloat16 or float16.* float64"):
+        F.star(a, a)
+
+
+@needs_cpu
+def test_explain_says_who_and_why_not() -> None:
+    a = torch.randn(2, 3)
+    explanation = sdan_fast.explain("star", a, a, outer="gelu")
+    assert explanation.backend == "cpu"
+    assert explanation.reasons["reference"] == "'cpu' comes first"
+    assert set(explanation.reasons) == {"triton", "cuda", "reference"}
+    assert str(explanation).startswith("star: runs on cpu\n  not triton: ")
+    with sdan_fast.use_backend("reference"):
+        named = sdan_fast.explain("star", a, a)
+    assert named.backend == "reference"
+    assert named.reasons["cpu"] == "use_backend names 'reference'"
+
+
+def test_explain_computes_nothing_and_checks_everything() -> None:
+    with pytest.raises(ValueError, match="fn_name must be one of .* 'stars'"):
+        sdan_fast.explain("stars")
+    with pytest.raises(ValueError, match="b must have the shape"):
+        sdan_fast.explain("star", torch.ones(2), torch.ones(3))
+    x, w = torch.ones(1, 2, 4, 4), torch.ones(2, 1, 1, 3)
+    assert sdan_fast.explain("separable_conv2d", x, w, None, w.mT, None).op == "strip_conv_chain"
+    assert sdan_fast.current_backend() == "auto"
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_environment_variable_names_the_backend() -> None:
+    code = "import sdan_fast; print(sdan_fast.current_backend())"
+    assert run_python(code, SDAN_FAST_BACKEND="reference").stdout.strip() == "reference"
+    failed = run_python(code, SDAN_FAST_BACKEND="fast")
+    assert failed.returncode != 0
+    assert "SDAN_FAST_BACKEND must be one of" in failed.stderr.splitlines()[-1]
+
+
+@needs_cpu
+def test_an_overload_without_a_kernel_says_why() -> None:
+    a = torch.ones(2)
+    for backend in ("triton", "cuda"):
+        if backends.BACKENDS[backend].missing is not None:
+            with pytest.raises(RuntimeError, match=f"sdan_fast::star.{backend} cannot run: "):
+                getattr(torch.ops.sdan_fast.star, backend)(a, a)
+
+
+@needs_cpu
+def test_kernels_refuse_bad_arguments_without_the_python_checks() -> None:
+    """torch.ops reaches the C++ directly: what Python would have refused must be an error there too, not a crash."""
+    star, chain = torch.ops.sdan_fast.star.cpu, torch.ops.sdan_fast.strip_conv_chain.cpu
+    x, h, v = torch.ones(1, 2, 4, 4), torch.ones(2, 1, 1, 3), torch.ones(2, 1, 3, 1)
+    bad = [
+        lambda: star(torch.ones(2), torch.ones(3)),
+        lambda: star(torch.ones(2), torch.ones(2).half()),
+        lambda: star(torch.ones(2), torch.ones(2), activation="tanh"),
+        lambda: star(torch.ones(2, dtype=torch.int32), torch.ones(2, dtype=torch.int32)),
+        lambda: torch.ops.sdan_fast.depthwise_conv2d.cpu(x, torch.ones(3, 1, 3, 3)),
+        lambda: torch.ops.sdan_fast.depthwise_conv2d.cpu(x, torch.ones(2, 1, 2, 3)),
+        lambda: torch.ops.sdan_fast.depthwise_conv2d.cpu(x, torch.ones(2, 1, 3, 3), dilation=0),
+        lambda: torch.ops.sdan_fast.depthwise_conv2d.cpu(x[0], torch.ones(2, 1, 3, 3)),
+        lambda: chain(x, [h], [], bias_mask=[False], dilations=[1]),
+        lambda: chain(x, [h, v], [], bias_mask=[True, False], dilations=[1, 1]),
+        lambda: chain(x, [h, v], [], bias_mask=[False, False], dilations=[1]),
+        lambda: chain(x, [v, h], [], bias_mask=[False, False], dilations=[1, 1]),
+        lambda: torch.ops.sdan_fast.layer_norm2d.cpu(x, torch.ones(3), None),
+        lambda: torch.ops.sdan_fast.pointwise_gate.cpu(x, x, torch.ones(2, 3, 1, 1)),
+        lambda: torch.ops.sdan_fast.mm_lka.cpu(
+            x, [h], [], torch.ones(2, 2, 1, 1), bias_mask=[False], dilations=[1, 1], lengths=[2]
+        ),
+    ]
+    for call in bad:
+        with pytest.raises(RuntimeError):
+            call()
+
+
+def per_call(function: object, calls: int = 4000) -> float:
+    return timeit.timeit(function, number=calls) / calls  # type: ignore[arg-type]
+
+
+@needs_cpu
+def test_call_overhead() -> None:
+    """Under no_grad a star of one element costs at most three times the eager two-op version (docs/decisions.md)."""
+    a, b = torch.randn(1, 1, 1, 1), torch.randn(1, 1, 1, 1)
+    with torch.no_grad():
+        ratios = []
+        for _ in range(15):  # interleaved, and the best of many: other work on the machine only ever adds
+            eager = per_call(lambda: torch.nn.functional.gelu(a) * b)
+            ratios.append(per_call(lambda: F.star(a, b)) / eager)
+    assert min(ratios) <= 3.0, f"{min(ratios):.2f} times the eager version"
