@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 try:
@@ -17,6 +18,12 @@ except (
     def jit(fn: Any) -> Any:
         """Stand in for `triton.jit`; the result is never launched."""
         return fn
+
+
+# What kernels may ask, as a global constant: the interpreter's own tl.dot of bfloat16 multiplies bit patterns.
+INTERPRETED: Any = os.environ.get("TRITON_INTERPRET", "0") == "1"
+if tl is not None:
+    INTERPRETED = tl.constexpr(INTERPRETED)
 
 
 def interpreting(kernel: Any) -> bool:

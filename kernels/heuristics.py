@@ -85,3 +85,48 @@ def wgrad_nhwc(taps: int, channels: int, itemsize: int, vector: int) -> Settings
     per_thread = 16 // itemsize
     kt = taps if taps <= 7 else (5 if taps in (9, 19, 25) else 6)
     return Settings(P=4, KT=kt, BC=bc, BP=128 * per_thread // bc, VEC=vector, CHUNKS=4, warps=4)
+
+
+def pixels(channels: int, elements: int, warps: int = 4) -> Settings:
+    """A kernel that holds all channels of BP pixels: about `elements` values a program."""
+    bc = power_of_two(channels, 1, 1024)
+    bp = power_of_two(elements // bc, 16, 256)
+    return Settings(BC=bc, BP=bp, TILES=4, warps=warps if bc * bp <= 4096 else 8)
+
+
+def dot_tile(n: int, largest: int) -> int:
+    """A side of a tl.dot: the power of two from 16 that wastes least of the last tile, the larger one on a tie."""
+    sides = [b for b in (256, 128, 64, 32, 16) if b <= largest]
+    return min(sides, key=lambda b: (-(-n // b) * b, -b))
+
+
+def pointwise(out_channels: int, in_channels: int, itemsize: int) -> Settings:
+    """A 1x1 convolution as a product: 40 and 48 channels become tiles of 16, 28 one of 32, 56 one of 64."""
+    bo, bi = dot_tile(out_channels, 64), dot_tile(in_channels, 64)
+    if itemsize == 4:  # plain FMAs with both operands in registers
+        return Settings(BO=min(bo, 32), BI=min(bi, 16), BP=64, warps=4)
+    return Settings(BO=bo, BI=bi, BP=128 if bo <= 32 else 64, warps=4)
+
+
+def pointwise_wgrad(out_channels: int, in_channels: int, itemsize: int, all_inputs: bool) -> Settings:
+    """First stage of its weight gradient; all_inputs: one tile has to cover all input channels."""
+    bo, bi = dot_tile(out_channels, 64), dot_tile(in_channels, 64)
+    if all_inputs:
+        bi = power_of_two(in_channels, 16, 256)
+    if itemsize == 4:
+        return Settings(BO=min(bo, 32), BI=bi if all_inputs else min(bi, 32), BP=32, TILES=8, warps=4)
+    return Settings(BO=bo, BI=bi, BP=64, TILES=4, warps=4)
+
+
+def strip_chain(itemsize: int, width: int, height: int, d1: int, d2: int, aligned: bool) -> Settings | None:
+    """Both passes of a two-stage strip chain in NCHW, or None where a row or a column is too long for one program."""
+    v, vector = row_vector(width, itemsize, aligned)
+    if -(-width // v) > 256 or height > 2048:
+        return None
+    s = conv_nchw(3, 1, max(d1, d2), width, height, itemsize, aligned)
+    groups = max(-(-height // (s.R * d)) * d for d in (d1, d2))
+    bg = power_of_two(groups, 8, 1024)
+    if bg > 256:
+        return None
+    bq = 4 if bg <= 64 else 2
+    return Settings(V=v, VECTOR=vector, R=s.R, BG=bg, BQ=bq, BLOCK=256, R_ROWS=1 if height == 1 else itemsize)

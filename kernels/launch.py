@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -143,3 +144,29 @@ def _base(x: Tensor) -> Any:
 def wide_plane(*tensors: Tensor) -> bool:
     """Whether an offset inside one image can exceed 32 bits."""
     return any(t.shape[2] * t.shape[3] * max(t.shape[1], pixel_stride(t)) >= 2**31 for t in tensors)
+
+
+@dataclass(frozen=True)
+class ImageLayout:
+    """How kernels address the pixels and channels of tensors that lie alike.
+
+    NCHW: pixels are contiguous, VP divides their number. Else channels are contiguous, and it is stride VC elements from
+    pixel to pixel. VP and VC tell the compiler what is aligned.
+    """
+
+    NCHW: bool
+    VC: int
+    VP: int
+    stride: int
+
+
+def image_layout(x: Tensor, *others: Tensor) -> ImageLayout:
+    """The layout of dense N x C x H x W tensors of one shape and memory format (NCHW where they are both)."""
+    _, C, H, W = x.shape
+    if rows_are_dense(x):
+        v = 16 // x.element_size() if is_aligned(x, *others) else 1
+        while v > 1 and (H * W) % v:
+            v //= 2
+        return ImageLayout(True, 1, v, 1)
+    v = channel_vector(x, *others)
+    return ImageLayout(False, v, 1, pixel_stride(x) // v)

@@ -1,0 +1,193 @@
+"""The 1x1 convolution as a matrix product over pixels, with what is fused around it: products, bias, gate, LayerNorm."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import heuristics
+from ._triton import INTERPRETED, jit, tl
+from .layer_norm2d import normalize
+from .launch import ImageLayout, ceil_div, launch
+from .reduce import finish
+
+
+@jit
+def dot(a, b, acc):
+    """acc + a @ b: tensor cores for 16-bit operands, plain FMAs for float32."""
+    if INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@jit
+def image_tile(c, p, PV, stride, VC: tl.constexpr, VP: tl.constexpr, NCHW: tl.constexpr, WIDE: tl.constexpr):
+    """Offsets [channels, pixels] within an image of PV VP pixels; stride VC from pixel to pixel if not NCHW."""
+    if WIDE:
+        c = c.to(tl.int64)
+        p = p.to(tl.int64)
+    if NCHW:
+        at = (c * PV * VP)[:, None] + p[None, :]
+    else:
+        at = c[:, None] + (p * stride * VC)[None, :]
+    return at
+
+
+@jit
+def weight_tile(
+    w_ptr, o, i, o_ok, i_ok, COV, CIV, VO: tl.constexpr, VI: tl.constexpr, TRANSPOSED: tl.constexpr
+):
+    """W[o, i] of a matrix of COV VO outputs by CIV VI inputs; TRANSPOSED: it is stored with the outputs contiguous."""
+    if TRANSPOSED:
+        at = o[:, None] + (i * COV * VO)[None, :]
+    else:
+        at = (o * CIV * VI)[:, None] + i[None, :]
+    return tl.load(w_ptr + at, o_ok[:, None] & i_ok[None, :], other=0.0)
+
+
+@jit
+def pointwise_product(
+    x_ptr, factor_ptr, w_ptr, bias_ptr, gate_ptr, y_ptr, PV, CIV, COV, x_stride, y_stride,
+    x_batch, factor_batch, gate_batch, y_batch, tiles, out_tiles,
+    BO: tl.constexpr, BI: tl.constexpr, BP: tl.constexpr, VI: tl.constexpr, VO: tl.constexpr, VC: tl.constexpr,
+    VP: tl.constexpr, TRANSPOSED: tl.constexpr, FACTOR: tl.constexpr, BIAS: tl.constexpr, GATE: tl.constexpr,
+    NCHW: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """y = (W (x [* factor]) [+ bias]) [* gate] at each pixel; see weight_tile for W and image_tile for the layout.
+
+    x and factor have CIV VI channels and lie alike but for the batch stride; so do gate and y, with COV VO channels.
+    """
+    pid = tl.program_id(0)
+    n = (pid // out_tiles // tiles).to(tl.int64)
+    o = (pid % out_tiles) * BO + tl.arange(0, BO)
+    p = ((pid // out_tiles) % tiles) * BP + tl.arange(0, BP)
+    o_ok = o < COV * VO
+    p_ok = p < PV * VP
+    acc = tl.zeros((BO, BP), tl.float32)
+    for first in range(0, CIV * VI, BI):
+        i = first + tl.arange(0, BI)
+        i_ok = i < CIV * VI
+        mask = i_ok[:, None] & p_ok[None, :]
+        at = image_tile(i, p, PV, x_stride, VC, VP, NCHW, WIDE)
+        x = tl.load(x_ptr + n * x_batch + at, mask, other=0.0)
+        if FACTOR:
+            factor = tl.load(factor_ptr + n * factor_batch + at, mask, other=0.0)
+            x = (x.to(tl.float32) * factor.to(tl.float32)).to(x_ptr.dtype.element_ty)
+        acc = dot(weight_tile(w_ptr, o, i, o_ok, i_ok, COV, CIV, VO, VI, TRANSPOSED), x, acc)
+    if BIAS:
+        acc += tl.load(bias_ptr + o, o_ok, other=0.0).to(tl.float32)[:, None]
+    mask = o_ok[:, None] & p_ok[None, :]
+    at = image_tile(o, p, PV, y_stride, VC, VP, NCHW, WIDE)
+    if GATE:
+        acc *= tl.load(gate_ptr + n * gate_batch + at, mask, other=0.0).to(tl.float32)
+    tl.store(y_ptr + n * y_batch + at, acc.to(y_ptr.dtype.element_ty), mask)
+
+
+@jit
+def pointwise_wgrad(
+    g_ptr, factor_ptr, x_ptr, norm_w_ptr, norm_b_ptr, partial_ptr, N, PV, CIV, COV, g_stride, x_stride,
+    g_batch, factor_batch, x_batch, tiles, splits, out_tiles, eps,
+    BO: tl.constexpr, BI: tl.constexpr, BP: tl.constexpr, VI: tl.constexpr, VO: tl.constexpr, VC: tl.constexpr,
+    VP: tl.constexpr, TILES: tl.constexpr, FACTOR: tl.constexpr, NORM: tl.constexpr, NORM_BIAS: tl.constexpr,
+    NCHW: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """First stage of a 1x1 convolution's weight gradient: sums of (g [* factor]) x^T over TILES tiles of BP pixels.
+
+    Row `split` of partial [splits, Co Ci + Co] is laid out as the weight, then the bias. NORM: LN(x) in the place of x;
+    BI then covers all channels.
+    """
+    pid = tl.program_id(0)
+    split = pid % splits
+    o = (pid // splits % out_tiles) * BO + tl.arange(0, BO)
+    i = (pid // splits // out_tiles) * BI + tl.arange(0, BI)
+    CI = CIV * VI
+    CO = COV * VO
+    o_ok = o < CO
+    i_ok = i < CI
+    if NORM:
+        norm_w = tl.load(norm_w_ptr + i, i_ok, other=0.0).to(tl.float32)
+        if NORM_BIAS:
+            norm_b = tl.load(norm_b_ptr + i, i_ok, other=0.0).to(tl.float32)
+    acc = tl.zeros((BO, BI), tl.float32)
+    bias = tl.zeros((BO,), tl.float32)
+    for tile in range(split * TILES, min(split * TILES + TILES, N * tiles)):
+        n = (tile // tiles).to(tl.int64)
+        p = (tile % tiles) * BP + tl.arange(0, BP)
+        p_ok = p < PV * VP
+        mask = o_ok[:, None] & p_ok[None, :]
+        at = image_tile(o, p, PV, g_stride, VC, VP, NCHW, WIDE)
+        g = tl.load(g_ptr + n * g_batch + at, mask, other=0.0)
+        if FACTOR:
+            factor = tl.load(factor_ptr + n * factor_batch + at, mask, other=0.0)
+            product = g.to(tl.float32) * factor.to(tl.float32)
+            bias += tl.sum(product, 1)
+            g = product.to(g_ptr.dtype.element_ty)
+        else:
+            bias += tl.sum(g.to(tl.float32), 1)
+        at = image_tile(i, p, PV, x_stride, VC, VP, NCHW, WIDE)
+        x = tl.load(x_ptr + n * x_batch + at, i_ok[:, None] & p_ok[None, :], other=0.0)
+        if NORM:
+            z, _ = normalize(x.to(tl.float32), i_ok, CI, eps)
+            z *= norm_w[:, None]
+            if NORM_BIAS:
+                z += norm_b[:, None]
+            x = z.to(x_ptr.dtype.element_ty)
+        acc = dot(g, tl.trans(x), acc)
+    row = partial_ptr + split.to(tl.int64) * (CO * CI + CO)
+    tl.store(row + (o * CI)[:, None] + i[None, :], acc, o_ok[:, None] & i_ok[None, :])
+    if pid // splits // out_tiles == 0:
+        tl.store(row + CO * CI + o, bias, o_ok)
+
+
+def divisor(n: int) -> int:
+    """The largest power of two up to 16 that divides n."""
+    return next(v for v in (16, 8, 4, 2, 1) if n % v == 0)
+
+
+def product(
+    x: Tensor, weight: Tensor, y: Tensor, lay: ImageLayout, out_lay: ImageLayout, *, bias: Tensor | None = None,
+    factor: Tensor | None = None, gate: Tensor | None = None, transposed: bool = False, wide: bool = False,
+) -> None:  # fmt: skip
+    """y = (W (x [* factor]) [+ bias]) [* gate], one launch; W = weight (Co, Ci, 1, 1), or its transpose."""
+    N, CI, H, W = x.shape
+    CO = y.shape[1]
+    vc, vp = min(lay.VC, out_lay.VC), min(lay.VP, out_lay.VP)
+    vi, vo = divisor(CI), divisor(CO)
+    s = heuristics.pointwise(CO, CI, x.element_size())
+    tiles, out_tiles = ceil_div(H * W, s.BP), ceil_div(CO, s.BO)
+    launch(pointwise_product, (N * tiles * out_tiles,), x, x if factor is None else factor, weight.contiguous(),
+           weight if bias is None else bias.contiguous(), y if gate is None else gate, y, H * W // vp, CI // vi,
+           CO // vo, lay.stride * lay.VC // vc, out_lay.stride * out_lay.VC // vc, x.stride(0),
+           x.stride(0) if factor is None else factor.stride(0), y.stride(0) if gate is None else gate.stride(0),
+           y.stride(0), tiles, out_tiles, BO=s.BO, BI=s.BI, BP=s.BP, VI=vi, VO=vo, VC=vc, VP=vp,
+           TRANSPOSED=transposed, FACTOR=factor is not None, BIAS=bias is not None, GATE=gate is not None,
+           NCHW=lay.NCHW, WIDE=wide, num_warps=s.warps)  # fmt: skip
+
+
+def weight_grad(
+    g: Tensor, x: Tensor, gw: Tensor, gb: Tensor | None, g_lay: ImageLayout, x_lay: ImageLayout, *,
+    factor: Tensor | None = None, norm: tuple[Tensor, Tensor | None, float] | None = None, wide: bool = False,
+) -> None:  # fmt: skip
+    """gw (Co, Ci, 1, 1) = (g [* factor]) x^T over all pixels and gb (Co,) the sums of g [* factor]; two launches.
+
+    norm: (weight, bias, eps) of a LayerNorm that x goes through first.
+    """
+    N, CI, H, W = x.shape
+    CO = g.shape[1]
+    vc, vp = min(g_lay.VC, x_lay.VC), min(g_lay.VP, x_lay.VP)
+    vi, vo = divisor(CI), divisor(CO)
+    s = heuristics.pointwise_wgrad(CO, CI, x.element_size(), norm is not None)
+    tiles = ceil_div(H * W, s.BP)
+    splits = ceil_div(N * tiles, s.TILES)
+    out_tiles, in_tiles = ceil_div(CO, s.BO), ceil_div(CI, s.BI)
+    partial = x.new_empty((splits, CO * CI + CO), dtype=torch.float32)
+    norm_w, norm_b, eps = norm if norm is not None else (gw, None, 0.0)
+    launch(pointwise_wgrad, (splits * out_tiles * in_tiles,), g, g if factor is None else factor, x,
+           norm_w.contiguous(), norm_w if norm_b is None else norm_b.contiguous(), partial, N, H * W // vp, CI // vi,
+           CO // vo, g_lay.stride * g_lay.VC // vc, x_lay.stride * x_lay.VC // vc, g.stride(0),
+           g.stride(0) if factor is None else factor.stride(0), x.stride(0), tiles, splits, out_tiles, eps,
+           BO=s.BO, BI=s.BI, BP=s.BP, VI=vi, VO=vo, VC=vc, VP=vp, TILES=s.TILES, FACTOR=factor is not None,
+           NORM=norm is not None, NORM_BIAS=norm_b is not None, NCHW=x_lay.NCHW, WIDE=wide,
+           num_warps=s.warps)  # fmt: skip
+    finish(partial, gw, gb)
