@@ -53,10 +53,10 @@ def _build_app() -> Callable[..., Any]:
     ) -> None:
         pass
 
-    app.command("info")(info.info)
-    app.command("verify")(verify.verify)
-    app.command("demo")(demo.demo)
-    app.command("upscale")(upscale.upscale)
+    app.command("info", short_help="What is installed, what can run here, what is missing.")(info.info)
+    app.command("verify", short_help="Check every op and the model against float64.")(verify.verify)
+    app.command("demo", short_help="SDAN on a photograph: checked, timed, explained.")(demo.demo)
+    app.command("upscale", short_help="Enlarge pictures with a checkpoint.")(upscale.upscale)
     return app
 
 

@@ -72,45 +72,52 @@ def _weights(weights: Path | None, blocks: int) -> tuple[SDAN, str]:
 
 def _explanations(model: SDAN, x: Tensor) -> dict[str, sdan_fast.backends.Explanation]:
     """For each op of the model, the choice of the backend in force for a call like those of the first block."""
-    block = model.blocks[0]
-    star, attention = block.sdm.star[0], block.attn
-    f = torch.empty_like(x[:, :1]).expand(-1, model.channels, -1, -1).contiguous()
-    branches = [[(conv.weight, conv.bias, conv.dilation) for conv in branch] for branch in attention.branches]
-    return {
-        "depthwise_conv2d": sdan_fast.explain("depthwise_conv2d", f, model.head.dw.weight, model.head.dw.bias),
-        "star_conv": sdan_fast.explain(
-            "star_conv",
-            f,
-            star.norm.weight,
-            star.norm.bias,
-            star.pw1.weight,
-            star.dw.weight,
-            star.dw.bias,
-            star.pw2.weight,
-            outer=star.outer,
-        ),
-        "mm_lka": sdan_fast.explain("mm_lka", f, branches, attention.proj.weight, attention.proj.bias),
-        "layer_norm2d": sdan_fast.explain("layer_norm2d", f, block.norm.weight, block.norm.bias),
+    block, head = model.blocks[0], model.head.dw
+    sdm, star, attn, norm = block.sdm, block.sdm.star[0], block.attn, block.norm
+    gate, proj = (attn.proj.weight, attn.proj.bias), (block.proj.weight, block.proj.bias)
+    distillation, branches = sdm.parameters_in_order(), attn.branches_in_order()
+    f = x.new_zeros(1, model.channels, *x.shape[2:])
+    calls: dict[str, tuple[Any, ...]] = {
+        "depthwise_conv2d": (f, head.weight, head.bias),
+        "rsdam": (f, distillation, branches, gate, proj, (norm.weight, norm.bias)),
+        "sdm": (f, *distillation),
+        "star_conv": (f, *star.parameters_in_order()),
+        "mm_lka": (f, branches, *gate),
+        "layer_norm2d": (f, norm.weight, norm.bias),
     }
+    return {op: sdan_fast.explain(op, *arguments) for op, arguments in calls.items()}
 
 
 def _runners(model: SDAN, x: Tensor) -> tuple[list[Runner], dict[str, str]]:
-    """Every way to run the model here, and for the backends that cannot, why."""
-    runners: list[Runner] = []
+    """Every way to run the model here, eager ones first, and for the backends that are not available, why."""
     refused = {line.name: line.reason for line in backends.status() if not line.available}
     last = copy.deepcopy(model).to(memory_format=torch.channels_last)
     models = {"NCHW": (model, x), "channels_last": (last, x.contiguous(memory_format=torch.channels_last))}
-    for backend in ("reference", *(line.name for line in backends.status() if line.name != "reference"), "auto"):
-        if backend in refused:
+    fused = [line.name for line in backends.status() if line.available and line.name != "reference"]
+    return [
+        Runner(backend, layout, *models[layout]) for backend in ("reference", *fused, "auto") for layout in _LAYOUTS
+    ], refused
+
+
+def _check(runners: list[Runner], y64: Tensor, refused: dict[str, str], bar: Any) -> list[Runner]:
+    """Run each once and hold it against float64; those that could run. The reasons of the others go into `refused`."""
+    task = bar.add_task("checking against float64", total=len(runners))
+    eager: dict[str, Tensor] = {}  # by layout; the eager runners come first
+    ran = []
+    for runner in runners:
+        bar.advance(task)
+        try:
+            runner.output = runner()
+        except RuntimeError as error:
+            if "cannot run on the backend" not in str(error):
+                raise
+            refused[runner.backend] = str(error)
             continue
-        with use_backend(backend):
-            for op, explanation in _explanations(model, x).items():
-                if explanation.backend is None:
-                    refused[backend] = f"{op}: {explanation.reasons[backend]}"
-                    break
-        if backend not in refused:
-            runners += [Runner(backend, layout, *models[layout]) for layout in _LAYOUTS]
-    return runners, refused
+        yardstick = eager.setdefault(runner.layout, runner.output)
+        runner.agreement = agreement(runner.output, yardstick, y64)
+        ran.append(runner)
+    bar.remove_task(task)
+    return ran
 
 
 def demo(
@@ -165,14 +172,7 @@ def demo(
             y64 = exact(x.double())
         bar.remove_task(preparing)
 
-        task = bar.add_task("checking against float64", total=len(runners))
-        eager: dict[str, Tensor] = {}  # by layout; the eager runners come first
-        for runner in runners:
-            runner.output = runner()
-            yardstick = eager.setdefault(runner.layout, runner.output)
-            runner.agreement = agreement(runner.output, yardstick, y64)
-            bar.advance(task)
-        bar.remove_task(task)
+        runners = _check(runners, y64, refused, bar)
         wrong = [r for r in runners if r.backend != "reference" and not (r.agreement and r.agreement.ok)]
         timed = [r for r in runners if r not in wrong]  # no time is printed for a wrong result
         _time(timed, budget, device, bar)
@@ -247,7 +247,7 @@ def _time(runners: list[Runner], budget: float, device: str, bar: Any) -> None:
 
 
 def _print_choices(screen: Any, model: SDAN, x: Tensor, refused: dict[str, str]) -> None:
-    grid = terminal.table("op", "'auto' runs", "and not the others, because", title="Who runs what")
+    grid = terminal.table("op", "'auto' runs", "and not the others, because", title="Who runs what: a block is one rsdam, and the ops after it run only where that is not fused")
     with use_backend("auto"):
         for op, explanation in _explanations(model, x).items():
             why = "\n".join(f"{name}: {reason}" for name, reason in explanation.reasons.items())

@@ -84,14 +84,18 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def check_backend(name: str) -> str:
-    """`name` if it is a backend's.
+def require_backend(name: str) -> None:
+    """End the command unless `name` is "auto" or a backend that can run something here.
 
     Raises:
-        typer.BadParameter: for anything else.
+        typer.BadParameter: if there is no such backend.
     """
     from .. import backends
 
     if name not in backends.NAMES:
-        raise typer.BadParameter(f"must be one of {', '.join(backends.NAMES)}, and it is {name!r}")
-    return name
+        raise typer.BadParameter(
+            f"must be one of {', '.join(backends.NAMES)}, and it is {name!r}", param_hint="--backend"
+        )
+    for line in backends.status():
+        if line.name == name and not line.available:
+            fail(f"the backend {name!r} cannot run here: {line.reason}")

@@ -32,6 +32,13 @@ _LUMA = (0.299, 0.587, 0.114)
 # What a file of this kind can hold besides 8-bit RGB and grayscale.
 _ALPHA = {"PNG", "TIFF", "WEBP", "JPEG2000", "TGA", "AVIF"}
 _GRAY16 = {"PNG", "TIFF", "JPEG2000"}
+# EXIF tags that describe the file or the pixels' order, and not the picture: TIFF keeps both in one table.
+_ABOUT_THE_FILE = (
+    *(0x0100, 0x0101, 0x0102, 0x0103, 0x0106, 0x010A, 0x0111, 0x0112, 0x0115, 0x0116, 0x0117, 0x011C, 0x013D, 0x0140),
+    *(0x00FE, 0x0142, 0x0143, 0x0144, 0x0145, 0x0152, 0x0153, 0x8773),
+)
+# Modes whose colour profile still holds for the grayscale or RGB picture that is made of them.
+_SAME_SPACE = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa")
 _SAVE: dict[str, dict[str, Any]] = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"quality": 95}}
 
 
@@ -89,9 +96,13 @@ def read_picture(path: Path) -> Picture:
     if 0 in upright.size:
         raise PictureError(f"{path} has no pixels")
     picture = _converted(upright, path)
-    exif.pop(0x0112, None)  # the orientation
+    for tag in _ABOUT_THE_FILE:
+        exif.pop(tag, None)
     picture.exif = exif.tobytes() if len(exif) else None
-    picture.icc = picture.icc and icc
+    if upright.mode in _SAME_SPACE or upright.mode.startswith("I"):
+        picture.icc = icc
+    elif icc:
+        picture.notes.append(f"{path}: the colour profile is that of {upright.mode} and does not fit the RGB result")
     if frames > 1:
         picture.notes.append(f"{path} has {frames} frames, and only the first was enlarged")
     if deep_colour:
@@ -106,28 +117,22 @@ def _deeper_than_read(image: Image.Image) -> bool:
 
 
 def _converted(image: Image.Image, path: Path) -> Picture:
-    """Colours and alpha of an upright image. `icc` of the result is b"" where the profile still holds, else None."""
+    """Colours and alpha of an upright image."""
     mode = image.mode
     if mode.startswith("I"):
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
             raise PictureError(f"{path} has 32-bit values beyond 0..65535, whose meaning is unknown")
         gray = torch.from_numpy(values.astype(np.float32) / 65535)
-        return Picture(gray.expand(1, 3, -1, -1), gray=True, bits=16, icc=b"keep")
+        return Picture(gray.expand(1, 3, -1, -1), gray=True, bits=16)
     if mode == "F":
         raise PictureError(f"{path} has 32-bit floating values, whose range is unknown")
-    transparent = "A" in mode or mode in ("La", "RGBa") or "transparency" in image.info
-    gray_mode = mode in ("1", "L", "LA", "La")
-    if transparent:
+    alpha = None
+    if mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         alpha = image.getchannel("A")
-        image = image.convert("RGB")
-    else:
-        alpha = None
-        image = image.convert("RGB")
-    rgb = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
-    same_space = gray_mode or mode in ("RGB", "RGBA", "RGBX", "RGBa", "P", "PA")
-    return Picture(rgb, gray=gray_mode, alpha=alpha, icc=b"keep" if same_space else None)
+    rgb = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].float() / 255
+    return Picture(rgb, gray=mode in ("1", "L", "LA", "La"), alpha=alpha)
 
 
 # --- enlarging ---------------------------------------------------------------------------------------------------
@@ -325,7 +330,7 @@ def upscale(
     Grayscale, 16-bit grayscale, transparency, EXIF (rotation applied) and colour profiles are kept. A result appears
     whole or not at all. Exit code 0: all written; 1: some pictures failed, the others were written; 2: wrong use.
     """
-    terminal.check_backend(backend)
+    terminal.require_backend(backend)
     if dtype not in DTYPES:
         raise typer.BadParameter(f"must be one of {', '.join(DTYPES)}, and it is {dtype!r}", param_hint="--dtype")
     try:
