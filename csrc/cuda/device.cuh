@@ -29,12 +29,15 @@
 #define SDAN_DYNAMIC_SHARED(name) \
   unsigned char* name = static_cast<unsigned char*>(::sdan_fast::cuda_host::dynamic_shared())
 #define SDAN_UNROLL
+#define SDAN_UNROLL_BY(n)
 #else
 #define SDAN_SHARED(type, name, ...) __shared__ alignas(16) type name __VA_ARGS__
 #define SDAN_DYNAMIC_SHARED(name)                                \
   extern __shared__ __align__(128) unsigned char sdan_dynamic[]; \
   unsigned char* name = sdan_dynamic
-#define SDAN_UNROLL _Pragma("unroll")
+#define SDAN_PRAGMA(words) _Pragma(#words)
+#define SDAN_UNROLL SDAN_PRAGMA(unroll)
+#define SDAN_UNROLL_BY(n) SDAN_PRAGMA(unroll n)
 #endif
 
 namespace sdan_fast::cuda {
@@ -50,8 +53,7 @@ struct float16 {
 template <typename T>
 constexpr bool is_16bit = sizeof(T) == 2;
 
-// -----------------------------------------------------------------------------------------------------------
-// conversions
+// ---- conversions
 
 __device__ __forceinline__ float bits_to_float(uint32_t bits) {
 #if SDAN_DEVICE_PASS
@@ -185,8 +187,7 @@ __device__ __forceinline__ float16 from_float<float16>(float x) {
   return float16{float_to_half_bits(x)};
 }
 
-// ------------------------------------------------------------------------------------------------------
-// loads and stores
+// ---- loads and stores
 
 template <int Bytes>
 struct Words {
@@ -291,8 +292,7 @@ __device__ __forceinline__ void store(T* p, const float (&v)[N]) {
   }
 }
 
-// --------------------------------------------------------------------------------------------------------------
-// cp.async
+// ---- cp.async
 
 // Copies Bytes (4, 8 or 16) from global to shared memory, of which only source_bytes are read and
 // the rest is zero. The result may be read after cp_async_wait by the same thread, and after a
@@ -343,13 +343,23 @@ __device__ __forceinline__ void cp_async_wait() {
 #endif
 }
 
-// ------------------------------------------------------------------------------------------------------------------
-// sums
+// ---- sums
 
 __device__ __forceinline__ float warp_sum(float v) {
   SDAN_UNROLL
   for (int d = 16; d > 0; d >>= 1) v += __shfl_xor_sync(0xffffffffu, v, d);
   return v;
 }
+
+// A sum that carries its rounding errors along (Kahan): as good as float64 for a few thousand
+// terms.
+struct CarefulSum {
+  float sum = 0, lost = 0;
+  __device__ __forceinline__ void add(float v) {
+    const float y = v - lost, t = sum + y;
+    lost = (t - sum) - y;
+    sum = t;
+  }
+};
 
 }  // namespace sdan_fast::cuda

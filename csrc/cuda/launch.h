@@ -36,8 +36,14 @@ void launch(const char* name, void (*kernel)(Parameters...), const Config& c,
 inline void check(cudaError_t error, const char* kernel, const char* what, const Config& c) {
   if (error == cudaSuccess) return;
   const auto triple = [](dim3 d) {
-    return "(" + std::to_string(d.x) + ", " + std::to_string(d.y) + ", " + std::to_string(d.z) +
-           ")";
+    std::string text = "(";
+    text += std::to_string(d.x);
+    for (const unsigned n : {d.y, d.z}) {
+      text += ", ";
+      text += std::to_string(n);
+    }
+    text += ")";
+    return text;
   };
   int device = -1;
   cudaGetDevice(&device);

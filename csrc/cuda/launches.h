@@ -27,4 +27,42 @@ void star_forward(DType dtype, const void* a, const void* b, void* y, int64_t n,
 void star_backward(DType dtype, const void* grad, const void* a, const void* b, void* grad_a,
                    void* grad_b, int64_t n, int activation, int outer, Stream stream);
 
+// depthwise_conv2d*.cu. x, y: N x C x H x W, contiguous or channels_last; weight C x kh x kw, bias
+// C or null; odd kh, kw.
+struct ConvShape {
+  int64_t n, c, h, w;
+  int kh, kw, dh, dw;
+  bool channels_last;
+};
+
+// Whether the kernels have room for the shape in its layout. Where they have none for contiguous
+// tensors (far dilations), they may for channels_last ones.
+bool conv_fits(const ConvShape& shape, bool weight_gradient);
+
+// flip: with the taps reversed, which is the gradient of the input.
+void conv_forward(DType dtype, const void* x, const void* weight, const void* bias, void* y,
+                  const ConvShape& shape, bool flip, Stream stream);
+
+// The weight gradient in two launches; `partial` holds conv_partial_floats(shape) floats. A null
+// gradient is not wanted.
+int64_t conv_partial_floats(const ConvShape& shape);
+void conv_weight_gradient(DType dtype, const void* grad, const void* x, float* partial,
+                          void* grad_weight, void* grad_bias, const ConvShape& shape,
+                          Stream stream);
+
+// layer_norm2d.cu. weight, bias: C; bias may be null. `pixels` is H * W. At most 4096 channels.
+struct NormShape {
+  int64_t n, pixels;
+  int channels;
+  bool channels_last;
+};
+void norm_forward(DType dtype, const void* x, const void* weight, const void* bias, void* y,
+                  const NormShape& shape, float eps, Stream stream);
+// Contiguous tensors only. A null gradient is not wanted; `partial`, null if neither of weight and
+// bias is, holds norm_partial_floats(shape) floats.
+int64_t norm_partial_floats(const NormShape& shape);
+void norm_backward(DType dtype, const void* grad, const void* x, const void* weight, void* grad_x,
+                   float* partial, void* grad_weight, void* grad_bias, const NormShape& shape,
+                   float eps, Stream stream);
+
 }  // namespace sdan_fast::cuda

@@ -88,7 +88,7 @@ def build_kernels(sanitize: bool = False) -> Path:
 
     include = Path(torch.__file__).parent / "include"
     flags = (
-        *FLAGS, "-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", str(include), "-O2",
+        *FLAGS, "-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", str(include), "-O1",
         *(SANITIZE if sanitize else ("-g0",) * len(SANITIZE)),
     )  # fmt: skip
     sources = [CUDA / "host" / "runtime.cpp", *sorted(CUDA.glob("*.cu"))]

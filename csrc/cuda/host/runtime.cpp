@@ -44,8 +44,7 @@ constexpr unsigned char kPoison = 0xff;  // a NaN in every float format
 constexpr unsigned char kGuard = 0xa5;
 constexpr size_t kMaxSharedBytes = 227 * 1024;  // sm_90 and sm_100, the largest of all
 
-// ----------------------------------------------------------------------------------------------------------------
-// fibers
+// ---- fibers
 
 #if defined(__x86_64__)
 // Saves the callee-saved registers and the stack pointer of this context, then loads the other
@@ -122,8 +121,7 @@ struct Fiber {
   Fiber& operator=(const Fiber&) = delete;
 };
 
-// ---------------------------------------------------------------------------------------------------------------
-// a block
+// ---- a block
 
 enum class State : uint8_t { kFresh, kReady, kAtBlockBarrier, kAtWarpBarrier, kDone };
 

@@ -1,0 +1,227 @@
+// How a depth-wise convolution is cut into blocks: tiles, shared memory, grid. Plain arithmetic,
+// the same for GPU and host.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <numeric>
+
+#include "depthwise_conv2d.cuh"
+#include "launch.h"
+
+namespace sdan_fast::cuda {
+
+// Enough for four blocks on an SM of 228 KiB; the most that every architecture from sm_75 on has.
+constexpr int64_t kSharedGoal = 48 * 1024, kSharedMost = 64 * 1024;
+constexpr int64_t kManyBlocks = 1056;  // 8 for each SM of a large GPU
+constexpr int64_t kMostBlocks = 0x7fffffff;
+
+struct ConvPlan {
+  bool fits = false;
+  ConvParams p{};
+  Config config;
+};
+
+inline int64_t round_up64(int64_t x, int64_t n) {
+  return (x + n - 1) / n * n;
+}
+
+inline unsigned whole_warps(int64_t threads, int64_t most) {
+  return static_cast<unsigned>(std::clamp<int64_t>(round_up64(threads, 32), 32, most));
+}
+
+// 1 x K through conv_row: 8 rows, the whole width if it is not too wide.
+inline void plan_row_tile(ConvParams& p) {
+  const int unit = kRowOutputs * p.dw, halo = (p.kw - 1) / 2 * p.dw;
+  p.tile_w = static_cast<int32_t>(round_up64(p.width, unit));
+  if (p.tile_w > 512) {
+    const int aligned_unit = std::lcm(unit, 8);
+    p.tile_w = aligned_unit * std::max(1, 448 / aligned_unit);
+  }
+  p.tile_h = kRowRows;
+  p.rows = kRowRows + (p.kh - 1) * p.dh;
+  p.pitch = static_cast<int32_t>(round_up64(p.tile_w + 2 * halo + 7 + 7, 32) +
+                                 4);  // 4 modulo 32, for the banks
+}
+
+// K x 1, and the weight gradient of all but 1 x K: narrow tiles, as tall as fits beside
+// `copies_of_outputs` tiles without a halo.
+inline void plan_column_tile(ConvParams& p, int copies_of_outputs) {
+  const int64_t unit = int64_t{kColumnOutputs} * p.dh, halo = (p.kh - 1) / 2 * p.dh,
+                halo_x = (p.kw - 1) / 2 * p.dw;
+  for (int64_t w = std::min<int64_t>(32, round_up64(p.width, 4)); w >= 4;
+       w = round_up64(w / 2, 4)) {
+    p.tile_w = static_cast<int32_t>(w);
+    p.pitch = static_cast<int32_t>(round_up64(w + 2 * halo_x + (halo_x || w % 8 ? 7 : 0), 8));
+    const int64_t room = kSharedGoal / 4 / p.pitch;  // rows
+    const int64_t most = (room - 2 * halo) / (1 + copies_of_outputs) / unit * unit;
+    p.tile_h = static_cast<int32_t>(unit);
+    if (most >= unit) {
+      p.tile_h =
+          static_cast<int32_t>(round_up64(ceil_div(p.height, ceil_div(p.height, most)), unit));
+      break;
+    }
+    if (w == 4) break;
+  }
+  p.rows = static_cast<int32_t>(p.tile_h + 2 * halo);
+}
+
+// Squares: the tile that stages the fewest elements over the whole plane.
+inline void plan_square_tile(ConvParams& p) {
+  const int64_t unit = int64_t{kColumnOutputs} * p.dh, hy = int64_t{p.kh - 1} * p.dh,
+                hx = int64_t{p.kw - 1} * p.dw;
+  const int64_t taps = round_up64(int64_t{p.kh} * p.kw + 1, 4);
+  int64_t best = -1;
+  for (const int64_t limit : {kSharedGoal, kSharedMost}) {
+    for (int64_t w = 32; w <= 256 && (w == 32 || w < p.width + 32); w += 32) {
+      const int64_t pitch = round_up64(w + hx + 7, 8);
+      for (int64_t h = unit; h <= 256 && (h == unit || h < p.height + unit); h += unit) {
+        if ((taps + (h + hy) * pitch) * 4 > limit) break;
+        const int64_t cost = ceil_div(p.height, h) * ceil_div(p.width, w) * (h + hy) * pitch;
+        if (best >= 0 && cost >= best) continue;
+        best = cost;
+        p.tile_h = static_cast<int32_t>(h), p.tile_w = static_cast<int32_t>(w);
+      }
+    }
+    if (best >= 0) break;
+  }
+  if (best < 0) p.tile_h = static_cast<int32_t>(unit), p.tile_w = 32;
+  p.rows = static_cast<int32_t>(p.tile_h + hy);
+  p.pitch = static_cast<int32_t>(round_up64(p.tile_w + hx + 7, 8));
+}
+
+inline ConvParams conv_params(const ConvShape& s) {
+  ConvParams p{};
+  p.planes = s.channels_last ? s.n : s.n * s.c;
+  p.channels = static_cast<int32_t>(s.c), p.height = static_cast<int32_t>(s.h),
+  p.width = static_cast<int32_t>(s.w);
+  p.kh = s.kh, p.kw = s.kw, p.dh = s.dh, p.dw = s.dw;
+  if (p.kh == 1)
+    p.dh =
+        1;  // a dilation along an axis with one tap means nothing, and would only widen the tiles
+  if (p.kw == 1) p.dw = 1;
+  p.splits = 1;
+  p.vertical = p.kw == 1 && p.kh > 1;
+  return p;
+}
+
+inline void finish_tiles(ConvParams& p) {
+  p.tiles_y = static_cast<int32_t>(ceil_div(p.height, p.tile_h));
+  p.tiles_x = static_cast<int32_t>(ceil_div(p.width, p.tile_w));
+}
+
+inline bool too_long(const ConvShape& s) {  // indices within an image and halos are 32 bits wide
+  return s.h * s.w > kMostBlocks || s.c > kMostBlocks || int64_t{s.kh} * s.dh > (1 << 24) ||
+         int64_t{s.kw} * s.dw > (1 << 24) || int64_t{s.kh} * s.kw > (1 << 20);
+}
+
+enum class ConvKind { kRow, kColumn, kSquare };
+
+inline ConvPlan plan_contiguous(const ConvShape& s, ConvKind kind) {
+  ConvPlan plan;
+  if (too_long(s)) return plan;
+  ConvParams& p = plan.p = conv_params(s);
+  int64_t items, staged;
+  if (kind == ConvKind::kRow) {
+    plan_row_tile(p);
+    items = int64_t{p.tile_w} / kRowOutputs * kRowRows, staged = 2;
+  } else if (kind == ConvKind::kColumn) {
+    plan_column_tile(p, 0);
+    items = int64_t{p.tile_h} / kColumnOutputs * (p.tile_w / 4), staged = 1;
+  } else {
+    plan_square_tile(p);
+    items = int64_t{p.tile_h} / kColumnOutputs * p.tile_w, staged = 1;
+  }
+  finish_tiles(p);
+  const int64_t bytes = (round_up64(int64_t{p.kh} * p.kw + 1, 4) + staged * p.rows * p.pitch) * 4;
+  plan.fits = bytes <= kSharedMost;
+  plan.config.shared_bytes = static_cast<size_t>(bytes);
+  // As few rounds as possible, and no larger a block than that takes.
+  const int64_t most = conv_threads(kind == ConvKind::kRow      ? p.kw
+                                    : kind == ConvKind::kColumn ? p.kh
+                                                                : 1);
+  plan.config.block = dim3(whole_warps(ceil_div(items, ceil_div(items, most)), most));
+  plan.config.grid =
+      dim3(static_cast<unsigned>(std::min(p.planes * p.tiles_y * p.tiles_x, kMostBlocks)));
+  return plan;
+}
+
+// Channels go to lanes in `v`s, as many as there are up to 128; pixel groups fill the block up to
+// 256 threads.
+inline ConvPlan plan_last(const ConvShape& s, int v) {
+  ConvPlan plan;
+  if (too_long(s)) return plan;
+  ConvParams& p = plan.p = conv_params(s);
+  const int64_t taps = int64_t{p.kh} * p.kw, lanes = ceil_div(p.channels, v);
+  const int64_t most = std::min<int64_t>(128, kSharedGoal / 4 / v / taps);
+  if (most < 1) return plan;
+  const int64_t across = ceil_div(lanes, most), bx = ceil_div(lanes, across),
+                by = std::max<int64_t>(1, 256 / bx);
+  const int64_t length = p.vertical ? p.height : p.width, other = p.vertical ? p.width : p.height;
+  const int64_t d = p.vertical ? p.dh : p.dw;
+  const int64_t groups = ceil_div(length, kLastOutputs * d) * d * other;
+  const int64_t images = std::min<int64_t>(p.planes, 65535);
+  // A thread takes several groups, to read its taps once for them, unless that leaves the GPU idle.
+  const int64_t blocks =
+      std::max(ceil_div(groups, by * 8),
+               std::min(ceil_div(groups, by), ceil_div(kManyBlocks, images * across)));
+  plan.fits = across <= 65535;
+  plan.config.block = dim3(static_cast<unsigned>(bx), static_cast<unsigned>(by));
+  plan.config.grid = dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(across),
+                          static_cast<unsigned>(images));
+  plan.config.shared_bytes = static_cast<size_t>(taps * bx * v * 4);
+  return plan;
+}
+
+struct GradPlan : ConvPlan {
+  int warps_per_unit = 1;
+  int64_t partials = 0;  // rows of the partial sums
+};
+
+// Only 1 x K strips take the row-wise tile.
+inline GradPlan plan_weight_gradient(const ConvShape& s) {
+  GradPlan plan;
+  if (too_long(s)) return plan;
+  ConvParams& p = plan.p = conv_params(s);
+  const int64_t length = p.vertical ? p.height : p.width, other = p.vertical ? p.width : p.height;
+  if (s.channels_last) {
+    const int64_t inner = p.vertical ? p.kh : p.kw, outer = p.vertical ? p.kw : p.kh;
+    const int64_t d = p.vertical ? p.dh : p.dw, units = outer * ceil_div(inner, kGradTaps);
+    const int64_t across = ceil_div(p.channels, 128), bx = ceil_div(p.channels, across),
+                  by = std::max<int64_t>(1, 256 / bx);
+    const int64_t groups = ceil_div(length, kLastOutputs * d) * d * other;
+    const int64_t blocks =
+        std::clamp<int64_t>(ceil_div(kManyBlocks, across * units), 1, ceil_div(groups, by));
+    plan.fits = across <= 65535 && units <= 65535;
+    plan.config.block = dim3(static_cast<unsigned>(bx), static_cast<unsigned>(by));
+    plan.config.grid = dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(across),
+                            static_cast<unsigned>(units));
+    plan.config.shared_bytes = static_cast<size_t>(bx * by * (kGradTaps + 1) * 4);
+    plan.partials = blocks * p.channels;
+    return plan;
+  }
+  const bool vertical = p.kh > 1 || p.kw == 1;
+  const int64_t inner = vertical ? p.kh : p.kw, outer = vertical ? p.kw : p.kh;
+  const int64_t units = outer * ceil_div(inner, kGradTaps);
+  p.vertical = vertical;
+  if (vertical)
+    plan_column_tile(p, 1);
+  else
+    plan_row_tile(p);
+  finish_tiles(p);
+  const int64_t at_once = std::min<int64_t>(units, 8);
+  plan.warps_per_unit = static_cast<int>(8 / at_once);
+  const int64_t warps = at_once * plan.warps_per_unit, tiles = int64_t{p.tiles_y} * p.tiles_x;
+  p.splits = static_cast<int32_t>(std::clamp<int64_t>(ceil_div(kManyBlocks, p.planes), 1, tiles));
+  const int64_t bytes = ((int64_t{p.rows} + p.tile_h) * p.pitch + warps * (kGradTaps + 1)) * 4;
+  plan.fits = bytes <= kSharedMost && p.planes * p.splits <= kMostBlocks &&
+              ceil_div(units, at_once) <= 65535;
+  plan.config.block = dim3(static_cast<unsigned>(warps * 32));
+  plan.config.grid = dim3(static_cast<unsigned>(p.planes * p.splits),
+                          static_cast<unsigned>(ceil_div(units, at_once)));
+  plan.config.shared_bytes = static_cast<size_t>(bytes);
+  plan.partials = p.planes * p.splits;
+  return plan;
+}
+
+}  // namespace sdan_fast::cuda

@@ -1,0 +1,123 @@
+// The depth-wise convolution's torch side: checks, layouts, registration.
+#include "torch_side.h"
+
+namespace sdan_fast::cuda {
+namespace {
+
+void check_weight(const Tensor& x, const Tensor& weight, const Optional& bias,
+                  const std::vector<int64_t>& dilation, const char* op) {
+  STD_TORCH_CHECK(x.dim() == 4, op, ": x must be N x C x H x W, got ", shape_of(x));
+  check_kind(weight, x, op, "weight", "x");
+  STD_TORCH_CHECK(weight.dim() == 4 && weight.size(0) == x.size(1) && weight.size(1) == 1 &&
+                      weight.size(2) % 2 == 1 && weight.size(3) % 2 == 1,
+                  op, ": weight must be C x 1 x kh x kw with odd kh and kw and the C of x, got ",
+                  shape_of(weight));
+  if (bias) {
+    check_kind(*bias, x, op, "bias", "x");
+    check_shape(*bias, {x.size(1)}, op, "bias");
+  }
+  STD_TORCH_CHECK(dilation.size() == 2 && dilation[0] >= 1 && dilation[1] >= 1, op,
+                  ": dilation must be two positive integers");
+}
+
+ConvShape shape_for(const Tensor& x, const Tensor& weight, const std::vector<int64_t>& dilation,
+                    MemoryFormat format) {
+  constexpr int64_t kMost = 1 << 24;  // what does not fit an int does not fit the kernels either
+  return ConvShape{x.size(0),
+                   x.size(1),
+                   x.size(2),
+                   x.size(3),
+                   static_cast<int>(std::min(weight.size(2), kMost)),
+                   static_cast<int>(std::min(weight.size(3), kMost)),
+                   static_cast<int>(std::min(dilation[0], kMost)),
+                   static_cast<int>(std::min(dilation[1], kMost)),
+                   format == MemoryFormat::ChannelsLast};
+}
+
+// The layout to compute in: that of x, or channels_last if only that one fits.
+MemoryFormat computing_format(const Tensor& x, const Tensor& weight,
+                              const std::vector<int64_t>& dilation, bool weight_gradient,
+                              const char* op) {
+  const MemoryFormat format = format_of(x);
+  for (const MemoryFormat f : {format, MemoryFormat::ChannelsLast})
+    if (conv_fits(shape_for(x, weight, dilation, f), weight_gradient)) return f;
+  STD_TORCH_CHECK(false, op, ": the CUDA C++ kernel has no room for a kernel of ", weight.size(2),
+                  " x ", weight.size(3), " taps with dilation (", dilation[0], ", ", dilation[1],
+                  ") on an image of ", x.size(2), " x ", x.size(3));
+  return format;
+}
+
+// One pass of the forward kernels, into a tensor of x's format. `flip` makes it the input gradient.
+Tensor convolve(const Tensor& x, const Tensor& weight, const Optional& bias,
+                const std::vector<int64_t>& dilation, bool flip, MemoryFormat result,
+                const char* op) {
+  const DType dtype = dtype_of(x, op, "x");
+  if (x.numel() == 0) return empty_like_in(x, result);
+  const OnDevice on(x);
+  const MemoryFormat format = computing_format(x, weight, dilation, false, op);
+  const Tensor dense = in_format(x, format), taps = in_format(weight, MemoryFormat::Contiguous);
+  Tensor y = empty_like_in(x, format);
+  Optional b;
+  if (bias) b = in_format(*bias, MemoryFormat::Contiguous);
+  conv_forward(dtype, dense.data_ptr(), taps.data_ptr(), b ? b->data_ptr() : nullptr, y.data_ptr(),
+               shape_for(x, weight, dilation, format), flip, on.stream());
+  return in_format(y, result);
+}
+
+Tensor depthwise_conv2d_op(Tensor x, Tensor weight, Optional bias, std::vector<int64_t> dilation) {
+  const char* op = "depthwise_conv2d";
+  check_weight(x, weight, bias, dilation, op);
+  return convolve(x, weight, bias, dilation, false, format_of(x), op);
+}
+
+std::vector<Tensor> depthwise_conv2d_backward_op(Tensor grad_output, Tensor x, Tensor weight,
+                                                 Optional bias, std::vector<int64_t> dilation,
+                                                 std::vector<bool> output_mask) {
+  const char* op = "depthwise_conv2d_backward";
+  const DType dtype = dtype_of(x, op, "x");
+  check_weight(x, weight, bias, dilation, op);
+  check_like(grad_output, x, op, "grad_output", "x");
+  check_mask(output_mask, 3, op);
+  STD_TORCH_CHECK(bias || !output_mask[2], op,
+                  ": output_mask asks for the gradient of a bias that is not there");
+  std::vector<Tensor> grads;
+  if (output_mask[0]) {
+    // The kernels like the layout of the gradient best when it is that of x, which the result must
+    // have.
+    const MemoryFormat format = format_of(x);
+    grads.push_back(
+        convolve(in_format(grad_output, format), weight, std::nullopt, dilation, true, format, op));
+  }
+  if (!output_mask[1] && !output_mask[2]) return grads;
+  const OnDevice on(x);
+  const MemoryFormat weight_format = format_of(weight);
+  Tensor grad_weight, grad_bias;
+  if (output_mask[1]) grad_weight = empty_like_in(weight, MemoryFormat::Contiguous);
+  if (output_mask[2]) grad_bias = empty_like_in(*bias, MemoryFormat::Contiguous);
+  if (x.numel() == 0) {
+    if (output_mask[1]) torch::stable::zero_(grad_weight);
+    if (output_mask[2]) torch::stable::zero_(grad_bias);
+  } else {
+    const MemoryFormat format = computing_format(x, weight, dilation, true, op);
+    const ConvShape shape = shape_for(x, weight, dilation, format);
+    const Tensor g = in_format(grad_output, format), dense = in_format(x, format);
+    const int64_t floats[1] = {conv_partial_floats(shape)};
+    Tensor partial = empty_in(x, {floats, 1}, MemoryFormat::Contiguous, ScalarType::Float);
+    conv_weight_gradient(dtype, g.data_ptr(), dense.data_ptr(),
+                         static_cast<float*>(partial.data_ptr()),
+                         output_mask[1] ? grad_weight.data_ptr() : nullptr,
+                         output_mask[2] ? grad_bias.data_ptr() : nullptr, shape, on.stream());
+  }
+  if (output_mask[1]) grads.push_back(in_format(grad_weight, weight_format));
+  if (output_mask[2]) grads.push_back(grad_bias);
+  return grads;
+}
+
+}  // namespace
+
+SDAN_LIBRARY_IMPL(m) {
+  m.impl(SDAN_OVERLOAD("depthwise_conv2d"), TORCH_BOX(&depthwise_conv2d_op));
+  m.impl(SDAN_OVERLOAD("depthwise_conv2d_backward"), TORCH_BOX(&depthwise_conv2d_backward_op));
+}
+
+}  // namespace sdan_fast::cuda

@@ -1,0 +1,82 @@
+// Which kernel a depth-wise convolution takes, and the launches of its weight gradient.
+#include "conv_launch.h"
+
+namespace sdan_fast::cuda {
+namespace {
+
+ConvKind kind_of(const ConvShape& s) {
+  if (s.kh == 1 && is_strip_length(s.kw)) return ConvKind::kRow;
+  if (s.kw == 1 && is_strip_length(s.kh)) return ConvKind::kColumn;
+  return ConvKind::kSquare;
+}
+
+// Wide accesses: every row of every tensor begins at a multiple of 16 bytes.
+bool wide_rows(DType dtype, const ConvShape& s, const void* a, const void* b) {
+  const int64_t per = dtype == DType::kFloat32 ? 4 : 8;
+  return s.w % per == 0 && aligned(a, 16) && aligned(b, 16);
+}
+
+}  // namespace
+
+bool conv_fits(const ConvShape& shape, bool weight_gradient) {
+  if (weight_gradient) return plan_weight_gradient(shape).fits;
+  return shape.channels_last ? plan_last(shape, 1).fits
+                             : plan_contiguous(shape, kind_of(shape)).fits;
+}
+
+void conv_forward(DType dtype, const void* x, const void* weight, const void* bias, void* y,
+                  const ConvShape& shape, bool flip, Stream stream) {
+  if (shape.n * shape.c * shape.h * shape.w == 0) return;
+  const ConvArguments a{x, weight, bias, y};
+  if (shape.channels_last) return launch_conv_last(dtype, a, shape, flip, stream);
+  const ConvKind kind = kind_of(shape);
+  ConvPlan plan = plan_contiguous(shape, kind);
+  plan.p.flip = flip;
+  plan.p.wide = wide_rows(dtype, shape, x, y);
+  plan.config.stream = stream;
+  const auto run = kind == ConvKind::kRow      ? launch_conv_row
+                   : kind == ConvKind::kColumn ? launch_conv_column
+                                               : launch_conv_square;
+  plan.p.dtype = dtype;
+  run(a, plan);
+}
+
+int64_t conv_partial_floats(const ConvShape& shape) {
+  return plan_weight_gradient(shape).partials * (int64_t{shape.kh} * shape.kw + 1);
+}
+
+void conv_weight_gradient(DType dtype, const void* grad, const void* x, float* partial,
+                          void* grad_weight, void* grad_bias, const ConvShape& shape,
+                          Stream stream) {
+  GradPlan plan = plan_weight_gradient(shape);
+  plan.p.dtype = dtype;
+  plan.p.wide = wide_rows(dtype, shape, grad, x);
+  plan.config.stream = stream;
+  const int taps = shape.kh * shape.kw, channels = static_cast<int>(shape.c);
+  with_type(dtype, [&](auto element) {
+    using T = decltype(element);
+    const auto *tg = static_cast<const T*>(grad), *tx = static_cast<const T*>(x);
+    if (shape.channels_last)
+      launch("wgrad_last", wgrad_last_kernel<T>, plan.config, tg, tx, partial, plan.p);
+    else if (plan.p.vertical)
+      launch("wgrad_tile", wgrad_tile_kernel<true>, plan.config, grad, x, partial, plan.p,
+             plan.warps_per_unit);
+    else
+      launch("wgrad_tile", wgrad_tile_kernel<false>, plan.config, grad, x, partial, plan.p,
+             plan.warps_per_unit);
+    Config c;
+    c.block = dim3(256);
+    c.grid = dim3(
+        static_cast<unsigned>(std::min<int64_t>(ceil_div(shape.c * (taps + 1), 256), kMostBlocks)));
+    c.stream = stream;
+    const int64_t splits = shape.channels_last ? plan.config.grid.x : plan.p.splits;
+    const int64_t images = shape.channels_last ? 1 : shape.n;
+    const int64_t per_channel = shape.channels_last ? 1 : splits,
+                  per_split = shape.channels_last ? shape.c : 1;
+    launch("wgrad_finish", wgrad_finish_kernel<T>, c, static_cast<const float*>(partial),
+           static_cast<T*>(grad_weight), static_cast<T*>(grad_bias), channels, taps, images,
+           static_cast<int>(splits), shape.c * splits, per_channel, per_split);
+  });
+}
+
+}  // namespace sdan_fast::cuda

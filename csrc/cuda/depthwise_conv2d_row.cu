@@ -1,0 +1,13 @@
+// Launches of conv_row, the 1 x K strips of contiguous tensors.
+#include "conv_launch.h"
+
+namespace sdan_fast::cuda {
+
+void launch_conv_row(const ConvArguments& a, const ConvPlan& plan) {
+  with_taps<3, 5, 7, 9, 11, 13, 17, 19, 21, 23, 31, 35>(plan.p.kw, [&](auto k) {
+    launch("conv_row", conv_row_kernel<decltype(k)::value>, plan.config, a.x, a.weight, a.bias, a.y,
+           plan.p);
+  });
+}
+
+}  // namespace sdan_fast::cuda

@@ -1,0 +1,230 @@
+"""Rung 5: the PTX that nvcc makes of the depth-wise convolution's kernels, executed: values, faults, races, traffic."""
+
+from __future__ import annotations
+
+import struct
+
+import pytest
+import torch
+from cuda_ptx import entry, nvcc, ptx, run
+from host_harness import assert_bound, random
+
+from sdan_fast.ops._op import OPS
+
+pytestmark = pytest.mark.skipif(nvcc() is None, reason="no nvcc")
+CONV = OPS["depthwise_conv2d"]
+DTYPE = {torch.float32: (0, "float"), torch.bfloat16: (1, "bfloat16"), torch.float16: (2, "float16")}
+ANY = "const void*, const void*, const void*, void*, const ConvParams"
+GRAD = "const void*, const void*, float*, const ConvParams, int"
+
+
+@pytest.fixture(scope="module")
+def text():
+    instances = [f"void conv_row_kernel<{k}>({ANY})" for k in (7, 11)]
+    instances += [f"void conv_column_kernel<{k}>({ANY})" for k in (7, 11)]
+    instances += [f"void conv_square_kernel<{k}>({ANY})" for k in (1, 3, 7)]
+    instances += [f"void wgrad_tile_kernel<{v}>({GRAD})" for v in ("true", "false")]
+    for _, t in DTYPE.values():
+        p, v = f"const {t}*", 4 // (4 if t == "float" else 2)
+        instances.append(f"void conv_last_kernel<{t}, 11, {v}>({p}, {p}, {p}, {t}*, const ConvParams)")
+        instances.append(f"void wgrad_last_kernel<{t}>({p}, {p}, float*, const ConvParams)")
+        instances.append(
+            f"void wgrad_finish_kernel<{t}>"
+            f"(const float*, {t}*, {t}*, int, int, int64_t, int, int64_t, int64_t, int64_t)"
+        )
+    return ptx("depthwise_conv2d.cuh", tuple(instances))
+
+
+FIELDS = [
+    "channels",
+    "height",
+    "width",
+    "kh",
+    "kw",
+    "dh",
+    "dw",
+    "flip",
+    "tile_h",
+    "tile_w",
+    "tiles_y",
+    "tiles_x",
+    "rows",
+    "pitch",
+    "wide",
+    "splits",
+    "vertical",
+]
+
+
+def params(dtype, planes, **fields):
+    """ConvParams as bytes; the fields that a kernel does not read may be missing."""
+    values = [fields.get(name, 0) for name in FIELDS]
+    return struct.pack("<iiq17i4x", DTYPE[dtype][0], 0, planes, *values)
+
+
+def up(x, n):
+    return -(-x // n) * n
+
+
+def tiles(h, w, kernel, dilation, kind):
+    """The tile that conv_plan.h chooses for small images, and the shared floats beside the taps."""
+    (kh, kw), (dh, dw) = kernel, dilation
+    hy, hx = (kh - 1) * dh, (kw - 1) * dw
+    if kind == "row":
+        t = {"tile_h": 8, "tile_w": up(w, 7 * dw)}
+        t |= {"rows": 8 + hy, "pitch": up(t["tile_w"] + hx + 14, 32) + 4}
+        items, copies = 8 * t["tile_w"] // 7, 2
+    elif kind == "column":
+        t = {"tile_h": up(h, 8 * dh), "tile_w": min(32, up(w, 4))}
+        t |= {"rows": t["tile_h"] + hy, "pitch": up(t["tile_w"], 8)}
+        items, copies = t["tile_h"] // 8 * t["tile_w"] // 4, 1
+    else:
+        t = {"tile_h": up(min(h, 32), 8 * dh), "tile_w": 64}
+        t |= {"rows": t["tile_h"] + hy, "pitch": up(t["tile_w"] + hx + 7, 8)}
+        items, copies = t["tile_h"] // 8 * t["tile_w"], 1
+    t |= {"tiles_y": -(-h // t["tile_h"]), "tiles_x": -(-w // t["tile_w"])}
+    return t, items, copies * t["rows"] * t["pitch"]
+
+
+def inputs(shape, kernel, dtype):
+    x, g = (random(*shape, dtype=dtype, seed=s) for s in (0, 1))
+    taps = kernel[0] * kernel[1]
+    return (
+        x,
+        random(shape[1], 1, *kernel, dtype=dtype, seed=2, scale=taps**-0.5),
+        random(shape[1], dtype=dtype, seed=3),
+        g,
+    )
+
+
+def launch(text, kind, instance, shape, kernel, dilation, dtype, x, weight, bias, y, flip=0, approx="exact"):
+    n, c, h, w = shape
+    t, items, floats = tiles(h, w, kernel, dilation, kind)
+    fields = dict(zip(["kh", "kw", "dh", "dw"], (*kernel, *dilation), strict=True))
+    wide = int(w % (4 if dtype == torch.float32 else 8) == 0)
+    p = params(dtype, n * c, channels=c, height=h, width=w, flip=flip, wide=wide, **fields, **t)
+    threads = min(512, up(items, 32))
+    shared = 4 * (up(kernel[0] * kernel[1] + 1, 4) + floats)
+    name = entry(text, f"conv_{kind}_kernel", f"ILi{instance}E")
+    blocks = n * c * t["tiles_y"] * t["tiles_x"]
+    return run(text, name, blocks, threads, [x, weight, bias, y, p], shared_bytes=shared, approx=approx)
+
+
+CASES = [
+    ("row", 7, (1, 7), 1),
+    ("row", 11, (1, 11), 6),
+    ("column", 7, (7, 1), 1),
+    ("column", 11, (11, 1), 6),
+    ("square", 3, (3, 3), 1),
+    ("square", 7, (7, 7), 4),
+    ("square", 1, (1, 15), 2),
+    ("square", 1, (11, 5), 1),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPE, ids=str)
+@pytest.mark.parametrize(("kind", "instance", "kernel", "d"), CASES)
+@pytest.mark.parametrize("width", [48, 19])
+def test_contiguous(text, kind, instance, kernel, d, dtype, width):
+    shape, dilation = (1, 2, 21, width), (d if kernel[0] > 1 else 1, d if kernel[1] > 1 else 1)
+    x, weight, bias, g = inputs(shape, kernel, dtype)
+    y, gx = (torch.full(shape, float("nan"), dtype=dtype) for _ in range(2))
+    launch(text, kind, instance, shape, kernel, dilation, dtype, x, weight, bias, y)
+    launch(text, kind, instance, shape, kernel, dilation, dtype, g, weight, None, gx, flip=1)
+    kwargs, exact = {"dilation": list(dilation)}, [t.double() for t in (x, weight, bias)]
+    assert_bound(y, CONV.reference(x, weight, bias, **kwargs), CONV.reference(*exact, **kwargs))
+    mask = [True, False, False]
+    eager = CONV.reference_backward(g, x, weight, bias, **kwargs, output_mask=mask)[0]
+    want = CONV.reference_backward(g.double(), *exact, **kwargs, output_mask=mask)[0]
+    assert_bound(gx, eager, want)
+
+
+@pytest.mark.parametrize(("kind", "instance", "kernel", "d"), [c for c in CASES if c[1] > 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_traffic(text, kind, instance, kernel, d, dtype):
+    """Wide, full sectors; and a strip reads its halo once, so that the sectors are those of the tensor."""
+    shape, dilation = (1, 1, 40, 320), (d if kernel[0] > 1 else 1, d if kernel[1] > 1 else 1)
+    x, weight, bias, _ = inputs(shape, kernel, dtype)
+    y = torch.full(shape, float("nan"), dtype=dtype)
+    st = launch(text, kind, instance, shape, kernel, dilation, dtype, x, weight, bias, y)
+    size = x.numel() * x.element_size()
+    assert st.load_efficiency >= (0.8 if kind == "square" else 0.85)  # a square's rows begin within a sector
+    assert st.store_efficiency >= 0.99
+    assert st.global_store_bytes == size
+    assert size <= st.global_load_sector_bytes <= (1.15 if kind != "square" else 4) * size + 64 * 1024
+    assert st.bank_conflicts <= 0.10 * st.shared_wavefronts, st.report()
+
+
+@pytest.mark.parametrize("dtype", DTYPE, ids=str)
+@pytest.mark.parametrize("vertical", [False, True])
+def test_channels_last(text, dtype, vertical):
+    kernel, dilation = ((11, 1), (3, 1)) if vertical else ((1, 11), (1, 3))
+    n, c, h, w = shape = (2, 24, 13, 17)
+    x, weight, bias, g = inputs(shape, kernel, dtype)
+    x, g = (t.contiguous(memory_format=torch.channels_last) for t in (x, g))
+    y = torch.full_like(x, float("nan"))
+    v = 4 // x.element_size()
+    _, tname = DTYPE[dtype]
+    mangled = "If" if tname == "float" else f"{len(tname)}{tname}"
+    fields = dict(zip(["kh", "kw", "dh", "dw"], (*kernel, *dilation), strict=True))
+    p = params(dtype, n, channels=c, height=h, width=w, vertical=int(vertical), splits=1, **fields)
+    st = run(
+        text, entry(text, "conv_last_kernel", mangled), (3, 1, n), (c // v, 4), [x, weight, bias, y, p],
+        shared_bytes=4 * 11 * c,
+    )  # fmt: skip
+    kwargs, exact = {"dilation": list(dilation)}, [t.double() for t in (x, weight, bias)]
+    assert_bound(y, CONV.reference(x, weight, bias, **kwargs), CONV.reference(*exact, **kwargs))
+    assert st.store_efficiency >= 0.85 and st.load_efficiency >= 0.85
+
+    splits = 3
+    partial = torch.full((splits, c, 12), float("nan"))
+    run(
+        text, entry(text, "wgrad_last_kernel", mangled), (splits, 1, 2), (c, 4), [g, x, partial, p],
+        shared_bytes=4 * 9 * c * 4,
+    )  # fmt: skip
+    gw, gb = torch.full_like(weight, float("nan")), torch.full_like(bias, float("nan"))
+    finish = entry(text, "wgrad_finish_kernel", mangled)
+    run(text, finish, 2, 256, [partial, gw, gb, c, 11, 1, splits, 0, 1, c])
+    eager = CONV.reference_backward(g, x, weight, bias, **kwargs, output_mask=[True] * 3)
+    want = CONV.reference_backward(g.double(), *exact, **kwargs, output_mask=[True] * 3)
+    assert_bound(gw, eager[1], want[1])
+    assert_bound(gb, eager[2], want[2])
+
+
+@pytest.mark.parametrize("dtype", DTYPE, ids=str)
+@pytest.mark.parametrize(("kernel", "d"), [((1, 11), 2), ((11, 1), 2), ((3, 3), 1)], ids=str)
+def test_weight_gradient(text, kernel, d, dtype):
+    n, c, h, w = shape = (2, 2, 21, 40)
+    (kh, kw), dilation = kernel, (d if kernel[0] > 1 else 1, d if kernel[1] > 1 else 1)
+    vertical = kh > 1
+    x, weight, bias, g = inputs(shape, kernel, dtype)
+    if vertical:
+        hx = (kw - 1) * dilation[1]
+        t = {
+            "tile_h": up(h, 8 * d),
+            "tile_w": 32,
+            "rows": up(h, 8 * d) + (kh - 1) * d,
+            "pitch": up(32 + hx + 7, 8),
+        }
+    else:
+        t, _, _ = tiles(h, w, kernel, dilation, "row")
+    t |= {"tiles_y": -(-h // t["tile_h"]), "tiles_x": -(-w // t["tile_w"])}
+    outer, inner = (kw, kh) if vertical else (kh, kw)
+    units = outer * -(-inner // 8)
+    per_unit, splits, taps = 8 // units, 2, kh * kw
+    warps = units * per_unit
+    fields = dict(zip(["kh", "kw", "dh", "dw"], (*kernel, *dilation), strict=True))
+    p = params(dtype, n * c, channels=c, height=h, width=w, wide=1, splits=splits, **fields, **t)
+    partial = torch.full((n * c * splits, taps + 1), float("nan"))
+    name = entry(text, "wgrad_tile_kernel", f"ILb{int(vertical)}E")
+    shared = 4 * ((t["rows"] + t["tile_h"]) * t["pitch"] + warps * 9)
+    run(text, name, n * c * splits, 32 * warps, [g, x, partial, p, per_unit], shared_bytes=shared)
+    gw, gb = torch.full_like(weight, float("nan")), torch.full_like(bias, float("nan"))
+    _, tname = DTYPE[dtype]
+    finish = entry(text, "wgrad_finish_kernel", "If" if tname == "float" else f"{len(tname)}{tname}")
+    run(text, finish, 1, 256, [partial, gw, gb, c, taps, n, splits, c * splits, splits, 1])
+    kwargs, exact = {"dilation": list(dilation)}, [t.double() for t in (x, weight, bias)]
+    eager = CONV.reference_backward(g, x, weight, bias, **kwargs, output_mask=[True] * 3)
+    want = CONV.reference_backward(g.double(), *exact, **kwargs, output_mask=[True] * 3)
+    assert_bound(gw, eager[1], want[1])
+    assert_bound(gb, eager[2], want[2])
