@@ -31,6 +31,52 @@ def star() -> None:
 
 CALLS["star"] = star
 
+
+def depthwise_conv2d() -> None:
+    import torch
+
+    kernels = (((1, 7), 2), ((9, 1), 2), ((3, 3), 1), ((5, 7), 2))
+    for shape, layout in (
+        ((1, 3, 9, 13), "contiguous"),
+        ((1, 2, 5, 8), "channels_last"),
+        ((1, 1, 4, 16), "shifted"),
+    ):
+        for kernel, dilation in kernels:
+            for dtype in (torch.float32, torch.bfloat16):
+                x, g = (laid_out(random(*shape, dtype=dtype, seed=s), layout) for s in (0, 1))
+                weight, bias = (
+                    random(shape[1], 1, *kernel, dtype=dtype, seed=2),
+                    random(shape[1], dtype=dtype, seed=3),
+                )
+                args = (x, weight, bias)
+                check(
+                    _op.OPS["depthwise_conv2d"],
+                    args,
+                    {"dilation": [dilation] * 2},
+                    grad=g,
+                    orders=("shuffled",),
+                )
+
+
+CALLS["depthwise_conv2d"] = depthwise_conv2d
+
+
+def layer_norm2d() -> None:
+    import torch
+
+    for shape, layout in (
+        ((2, 9, 3, 5), "contiguous"),
+        ((1, 70, 4, 8), "channels_last"),
+        ((1, 16, 4, 8), "shifted"),
+    ):
+        for dtype in (torch.float32, torch.bfloat16):
+            x, g = (laid_out(random(*shape, dtype=dtype, seed=s), layout) for s in (0, 1))
+            weight, bias = (random(shape[1], dtype=dtype, seed=s) for s in (2, 3))
+            check(_op.OPS["layer_norm2d"], (x, weight, bias), grad=g, orders=("shuffled",))
+
+
+CALLS["layer_norm2d"] = layer_norm2d
+
 if __name__ == "__main__":
     library(sanitize=True)
     host_harness.library = lambda sanitize=True: library(True)
