@@ -47,7 +47,7 @@ class Backend:
         if x.device.type not in self.devices:
             return f"the {self.name} backend runs on {_words(self.devices)} tensors, and this one is on {x.device.type}"
         if x.dtype not in self.dtypes:
-            return f"the {self.name} backend computes in {_words(self.dtypes)}, and this tensor is {x.dtype}"
+            return f"the {self.name} backend computes in {_words(self.dtypes)}, and this tensor is {_words((x.dtype,))}"
         supports = op.supports.get(self.name)
         return supports(*args, **kwargs) if supports is not None else None
 

@@ -26,7 +26,7 @@ _REPEATS = 4
 
 
 class CheckpointError(ValueError):
-    """A file or a state dict that is not (a whole, finite) SDAN; the message is one sentence that says what is wrong."""
+    """A file or a state dict that is not one whole, finite SDAN; the message is one sentence that says why."""
 
 
 class BSConv(nn.Module):
@@ -88,7 +88,7 @@ class SDAN(nn.Module):
         """
         if x.dim() != 4 or x.shape[1] != 3:
             raise ValueError(f"x must have the shape (N, 3, H, W), and it has {tuple(x.shape)}")
-        shallow = self.head(torch.cat([x] * _REPEATS, dim=1))
+        shallow = self.head(x.repeat(1, _REPEATS, 1, 1))
         deep = []
         f = shallow
         for block in self.blocks:
@@ -110,7 +110,9 @@ class SDAN(nn.Module):
         return len(self.blocks) * (4 + widest) + 3
 
     def extra_repr(self) -> str:
-        return f"scale={self.scale}, channels={self.channels}, blocks={len(self.blocks)}, groups={self.groups}"
+        return (
+            f"scale={self.scale}, channels={self.channels}, blocks={len(self.blocks)}, groups={self.groups}"
+        )
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor], *, source: str = "the state dict") -> SDAN:
@@ -205,7 +207,9 @@ def _configuration(state: Mapping[str, Tensor], source: str) -> tuple[int, int, 
         if not found:
             raise CheckpointError(f"{source} is not an SDAN checkpoint: it has no {what}")
         if found != set(range(len(found))):
-            raise CheckpointError(f"{source} is not a whole SDAN checkpoint: its {what} are not numbered 0, 1, 2, ...")
+            raise CheckpointError(
+                f"{source} is not a whole SDAN checkpoint: its {what} are not numbered 0, 1, 2, ..."
+            )
         return len(found)
 
     for key in ("head.pw.weight", "up.weight"):
@@ -236,10 +240,14 @@ def _check_state(model: SDAN, state: Mapping[str, Tensor], source: str) -> None:
         raise CheckpointError(f"{source} does not hold an SDAN of its shape: {'; '.join(parts)}")
     for key, shape in expected.items():
         if tuple(state[key].shape) != shape:
-            raise CheckpointError(f"{source}: {key!r} must have the shape {shape}, and it has {tuple(state[key].shape)}")
+            raise CheckpointError(
+                f"{source}: {key!r} must have the shape {shape}, and it has {tuple(state[key].shape)}"
+            )
     dtypes = sorted({str(value.dtype).removeprefix("torch.") for value in state.values()})
     if len(dtypes) > 1 or not state["up.weight"].is_floating_point():
-        raise CheckpointError(f"{source}: all tensors must have one floating dtype, and they have {', '.join(dtypes)}")
+        raise CheckpointError(
+            f"{source}: all tensors must have one floating dtype, and they have {', '.join(dtypes)}"
+        )
     for key, value in state.items():
         if not torch.isfinite(value.to(torch.float32) if value.element_size() < 2 else value).all():
             raise CheckpointError(f"{source}: {key!r} holds NaN or infinite values")
