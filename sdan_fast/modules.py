@@ -9,6 +9,9 @@ fused op takes their weights, their own `forward`, and hooks on it, do not run.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +19,9 @@ from . import functional as F
 from .reference import ACTIVATIONS, BranchConv, SDMParameters, StarParameters
 
 __all__ = ["BRANCHES", "MMLKA", "RSDAM", "SDM", "LayerNorm2d", "StarConv"]
+
+Pair = tuple[Tensor, "Tensor | None"]
+RSDAMParameters = tuple[SDMParameters, list[list[BranchConv]], Pair, Pair, Pair]
 
 # For each number of groups, the (local stage, dilated stage, kernel size) of every branch of MM-LKA.
 BRANCHES: dict[int, tuple[tuple[str, str, int], ...]] = {
@@ -57,7 +63,8 @@ def pointwise(channels_in: int, channels_out: int, *, bias: bool = True) -> nn.C
 
 def depthwise(channels: int, kernel_size: tuple[int, int], dilation: tuple[int, int] = (1, 1)) -> nn.Conv2d:
     """A depth-wise convolution with bias and "same" zero padding; a dilation counts along an axis with taps only."""
-    padding = tuple(d * (k - 1) // 2 for k, d in zip(kernel_size, dilation, strict=True))
+    (kh, kw), (dh, dw) = kernel_size, dilation
+    padding = (dh * (kh - 1) // 2, dw * (kw - 1) // 2)
     return nn.Conv2d(channels, channels, kernel_size, padding=padding, dilation=dilation, groups=channels)
 
 
@@ -148,16 +155,19 @@ class SDM(nn.Module):
             raise ValueError(f"channels must be even, and it is {channels}")
         half = channels // 2
         self.distill = nn.ModuleList(pointwise(channels, half) for _ in range(3))
-        self.star = nn.ModuleList(StarConv(channels, co, outer="gelu") for co in (channels, channels, channels, half))
+        self.star = nn.ModuleList(
+            StarConv(channels, co, outer="gelu") for co in (channels, channels, channels, half)
+        )
         self.fuse = pointwise(4 * half, channels)
 
     def parameters_in_order(self) -> SDMParameters:
         """(distill, star, fuse) as `sdan_fast.functional.sdm` takes them."""
-        distill = [(conv.weight, conv.bias) for conv in self.distill]
-        return distill, [star.parameters_in_order() for star in self.star], (self.fuse.weight, self.fuse.bias)
+        distill = [(conv.weight, conv.bias) for conv in cast("Iterable[nn.Conv2d]", self.distill)]
+        star = [level.parameters_in_order() for level in cast("Iterable[StarConv]", self.star)]
+        return distill, star, (self.fuse.weight, self.fuse.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.sdm(x, *self.parameters_in_order(), eps=self.star[0].norm.eps)
+        return F.sdm(x, *self.parameters_in_order(), eps=cast("StarConv", self.star[0]).norm.eps)
 
 
 class MMLKA(nn.Module):
@@ -191,7 +201,8 @@ class MMLKA(nn.Module):
 
     def branches_in_order(self) -> list[list[BranchConv]]:
         """As `sdan_fast.functional.mm_lka` takes them."""
-        return [[(conv.weight, conv.bias, conv.dilation) for conv in branch] for branch in self.branches]
+        branches = cast("Iterable[Iterable[nn.Conv2d]]", self.branches)
+        return [[(conv.weight, conv.bias, conv.dilation) for conv in branch] for branch in branches]
 
     def forward(self, x: Tensor) -> Tensor:
         return F.mm_lka(x, self.branches_in_order(), self.proj.weight, self.proj.bias)
@@ -217,14 +228,16 @@ class RSDAM(nn.Module):
         self.proj = pointwise(channels, channels)
         self.norm = LayerNorm2d(channels)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def parameters_in_order(self) -> RSDAMParameters:
+        """(distillation, branches, attention_proj, proj, norm) as `sdan_fast.functional.rsdam` takes them."""
         attn, proj, norm = self.attn, self.proj, self.norm
-        return F.rsdam(
-            x,
+        return (
             self.sdm.parameters_in_order(),
             attn.branches_in_order(),
             (attn.proj.weight, attn.proj.bias),
             (proj.weight, proj.bias),
             (norm.weight, norm.bias),
-            eps=norm.eps,
         )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rsdam(x, *self.parameters_in_order(), eps=self.norm.eps)

@@ -57,7 +57,9 @@ def test_metadata_is_not_needed(tmp_path: Path) -> None:
 
 def test_lying_metadata_is_not_believed(tmp_path: Path) -> None:
     path = tmp_path / "liar.safetensors"
-    safetensors_torch.save_file(small(3).state_dict(), path, metadata={"scale": "4", "groups": "1", "blocks": "99"})
+    safetensors_torch.save_file(
+        small(3).state_dict(), path, metadata={"scale": "4", "groups": "1", "blocks": "99"}
+    )
     again = SDAN.from_checkpoint(path)
     assert (again.scale, len(again.blocks), again.groups) == (2, 2, 3)
 
@@ -159,7 +161,10 @@ def test_a_pickle_is_never_loaded(tmp_path: Path) -> None:
 
 
 def test_foreign_state_dicts(tmp_path: Path) -> None:
-    refuse(saved(tmp_path, {"conv.weight": torch.zeros(3)}), "is not an SDAN checkpoint: it has no tensor 'head.pw.weight'")
+    refuse(
+        saved(tmp_path, {"conv.weight": torch.zeros(3)}),
+        "is not an SDAN checkpoint: it has no tensor 'head.pw.weight'",
+    )
     refuse(saved(tmp_path, {}), "is not an SDAN checkpoint")
     refuse(saved(tmp_path, torch.nn.Linear(2, 2).state_dict()), "is not an SDAN checkpoint")
 
@@ -184,19 +189,40 @@ def changed(**tensors: Tensor | None) -> dict[str, Tensor]:
         ({"blocks__1__proj__bias": None, "a": torch.zeros(1)}, "missing 'blocks.1.proj.bias'; unknown 'a'"),
         ({"blocks__7__proj__bias": torch.zeros(12)}, r"its blocks are not numbered 0, 1, 2"),
         ({"blocks__99999999999__proj__bias": torch.zeros(12)}, "unknown 'blocks.99999999999.proj.bias'"),
-        ({"up__weight": torch.zeros(13, 12, 3, 3)}, r"'up.weight' must have 3\*scale\^2 outputs, and it has 13"),
-        ({"up__weight": torch.zeros(6, 12, 3, 3)}, r"'up.weight' must have 3\*scale\^2 outputs, and it has 6"),
-        ({"up__weight": torch.zeros(27, 12, 3, 3)}, r"'up.bias' must have the shape \(27,\), and it has \(12,\)"),
+        (
+            {"up__weight": torch.zeros(13, 12, 3, 3)},
+            r"'up.weight' must have 3\*scale\^2 outputs, and it has 13",
+        ),
+        (
+            {"up__weight": torch.zeros(6, 12, 3, 3)},
+            r"'up.weight' must have 3\*scale\^2 outputs, and it has 6",
+        ),
+        (
+            {"up__weight": torch.zeros(27, 12, 3, 3)},
+            r"'up.bias' must have the shape \(27,\), and it has \(12,\)",
+        ),
         ({"up__weight": torch.zeros(3 * 10**12, 0, 3, 3)}, "'up.weight' must have the shape"),
         ({"up__weight": torch.zeros(0, 12, 3, 3)}, "outputs, and it has 0"),
         ({"up__weight": torch.zeros(12)}, "it has no 4-D tensor 'up.weight'"),
         ({"head__pw__weight": torch.zeros(14, 12, 1, 1)}, "must have the shape"),
         ({"head__pw__weight": torch.zeros(13, 12, 1, 1)}, "channels must be even, and it is 13"),
         ({"head__pw__weight": torch.zeros(10**9, 0, 1, 1)}, "'head.pw.weight' must have the shape"),
-        ({"blocks__0__attn__branches__0__0__weight": torch.zeros(6, 1, 5, 5)}, r"must have the shape \(6, 1, 7, 7\)"),
-        ({"blocks__1__proj__bias": torch.full((12,), torch.nan)}, "'blocks.1.proj.bias' holds NaN or infinite"),
-        ({"blocks__1__proj__bias": torch.full((12,), torch.inf)}, "'blocks.1.proj.bias' holds NaN or infinite"),
-        ({"blocks__1__proj__bias": torch.zeros(12, dtype=torch.int32)}, "one floating dtype.* float32, int32"),
+        (
+            {"blocks__0__attn__branches__0__0__weight": torch.zeros(6, 1, 5, 5)},
+            r"must have the shape \(6, 1, 7, 7\)",
+        ),
+        (
+            {"blocks__1__proj__bias": torch.full((12,), torch.nan)},
+            "'blocks.1.proj.bias' holds NaN or infinite",
+        ),
+        (
+            {"blocks__1__proj__bias": torch.full((12,), torch.inf)},
+            "'blocks.1.proj.bias' holds NaN or infinite",
+        ),
+        (
+            {"blocks__1__proj__bias": torch.zeros(12, dtype=torch.int32)},
+            "one floating dtype.* float32, int32",
+        ),
         ({"blocks__1__proj__bias": torch.zeros(12).double()}, "one floating dtype.* float32, float64"),
     ],
 )
@@ -205,7 +231,9 @@ def test_damaged_state_dicts(tmp_path: Path, change: dict[str, Tensor | None], s
 
 
 def test_integer_weights_are_refused(tmp_path: Path) -> None:
-    refuse(saved(tmp_path, {k: v.to(torch.int8) for k, v in small().state_dict().items()}), "one floating dtype")
+    refuse(
+        saved(tmp_path, {k: v.to(torch.int8) for k, v in small().state_dict().items()}), "one floating dtype"
+    )
 
 
 def test_overlapping_offsets_are_refused(tmp_path: Path) -> None:
@@ -282,7 +310,14 @@ def test_converter_round_trip(tmp_path: Path, config: tuple[int, int, int], wrap
 
 def test_converter_names_what_it_does_not_know() -> None:
     theirs = first_authors(small())
-    for key in ("B0.c5.weight", "B1.c7.weight", "B1.c1_r.dw1.1.weight", "B1.atten.LSK3.0.weight", "c1.running_mean", "B1.c4_r.pw1.weight"):
+    for key in (
+        "B0.c5.weight",
+        "B1.c7.weight",
+        "B1.c1_r.dw1.1.weight",
+        "B1.atten.LSK3.0.weight",
+        "c1.running_mean",
+        "B1.c4_r.pw1.weight",
+    ):
         with pytest.raises(CheckpointError, match="layout does not: '" + key.replace(".", r"\.") + "'"):
             convert_state_dict({**theirs, key: torch.zeros(1)})
     with pytest.raises(CheckpointError, match="layout does not: 'epoch'"):

@@ -16,14 +16,14 @@ pytest.importorskip("typer")
 pytest.importorskip("rich")
 pytest.importorskip("safetensors")
 
-from typer.testing import CliRunner  # noqa: E402
+from typer.testing import CliRunner
 
-import sdan_fast  # noqa: E402
-from sdan_fast import backends, functional  # noqa: E402
-from sdan_fast.bench import roofline  # noqa: E402
-from sdan_fast.cli import app  # noqa: E402
-from sdan_fast.commands import check, pictures  # noqa: E402
-from sdan_fast.models.fitted import fit_upsampler, seeded_sdan  # noqa: E402
+import sdan_fast
+from sdan_fast import backends, functional
+from sdan_fast.bench import roofline
+from sdan_fast.cli import app
+from sdan_fast.commands import check, pictures
+from sdan_fast.models.fitted import fit_upsampler, seeded_sdan
 
 
 def run(*arguments: object, **kwargs: object) -> object:
@@ -89,7 +89,8 @@ def test_without_the_extra_it_says_what_to_install(missing: str) -> None:
 
 
 def test_the_package_does_not_import_the_commands() -> None:
-    code = "import sys, sdan_fast, sdan_fast.models; print([m for m in ('typer', 'rich', 'PIL', 'skimage') if m in sys.modules])"
+    extras = "typer", "rich", "PIL", "skimage"
+    code = f"import sys, sdan_fast, sdan_fast.models; print([m for m in {extras} if m in sys.modules])"
     assert python("-c", code).stdout.strip() == "[]"
 
 
@@ -200,7 +201,13 @@ def test_the_bound() -> None:
     reference = torch.tensor([1.0, -4.0], dtype=torch.float64)
     eager = torch.tensor([1.0, -4.0]) + torch.tensor([0.0, 1e-5])
     bound = 2 * float((eager.double() - reference).abs().max()) + 2 * 2**-23 * 4
-    for shift, ok in ((0.0, True), (0.99 * bound, True), (1.2 * bound, False), (torch.nan, False), (torch.inf, False)):
+    for shift, ok in (
+        (0.0, True),
+        (0.99 * bound, True),
+        (1.2 * bound, False),
+        (torch.nan, False),
+        (torch.inf, False),
+    ):
         result = check.agreement(torch.tensor([1.0 + shift, -4.0]), eager, reference)
         assert result.bound == pytest.approx(bound)
         assert result.ok is ok
@@ -238,8 +245,16 @@ def test_demo_writes_pictures_and_a_record(demonstrated: tuple[Path, str]) -> No
     out, _ = demonstrated
     record = json.loads((out / "demo.json").read_text())
     assert record["input"] == [24, 32]
-    assert record["model"] == {"scale": 4, "channels": 56, "blocks": 1, "groups": 2, "weights": "seed 0, last layer fitted"}
-    assert {"eager PyTorch, NCHW", "eager PyTorch, channels_last", "auto, NCHW"} <= {r["name"] for r in record["runs"]}
+    assert record["model"] == {
+        "scale": 4,
+        "channels": 56,
+        "blocks": 1,
+        "groups": 2,
+        "weights": "seed 0, last layer fitted",
+    }
+    assert {"eager PyTorch, NCHW", "eager PyTorch, channels_last", "auto, NCHW"} <= {
+        r["name"] for r in record["runs"]
+    }
     for entry in record["runs"]:
         assert entry["ok"]
         assert len(entry["seconds"]) == roofline.LEAST_ROUNDS
@@ -271,7 +286,14 @@ def test_demo_pictures_are_the_photograph(demonstrated: tuple[Path, str]) -> Non
 
 def test_demo_says_what_it_did(demonstrated: tuple[Path, str]) -> None:
     _, output = demonstrated
-    for words in ("No trained weights are public", "Who runs what", "star_conv", "mm_lka", "floor of this machine", "interleaved"):
+    for words in (
+        "No trained weights are public",
+        "Who runs what",
+        "star_conv",
+        "mm_lka",
+        "floor of this machine",
+        "interleaved",
+    ):
         assert words in output, words
 
 
@@ -279,7 +301,17 @@ def test_demo_with_a_checkpoint(tmp_path: Path) -> None:
     pytest.importorskip("skimage")
     seeded_sdan(2, 8, 1).save_checkpoint(tmp_path / "w.safetensors")
     result = run(
-        "demo", "-w", tmp_path / "w.safetensors", "--size", "8x9", "--seconds", 0, "--device", "cpu", "-o", tmp_path / "out"
+        "demo",
+        "-w",
+        tmp_path / "w.safetensors",
+        "--size",
+        "8x9",
+        "--seconds",
+        0,
+        "--device",
+        "cpu",
+        "-o",
+        tmp_path / "out",
     )
     assert result.exit_code == 0, result.output
     assert json.loads((tmp_path / "out" / "demo.json").read_text())["model"]["scale"] == 2
@@ -352,7 +384,9 @@ def test_interleaved_stops_at_its_budget() -> None:
 
 
 def test_roofline_of_this_machine() -> None:
-    measured = roofline.Roofline(roofline.clone_bandwidth(megabytes=16, rounds=2), roofline.gemm_rate(size=256, rounds=3))
+    measured = roofline.Roofline(
+        roofline.clone_bandwidth(megabytes=16, rounds=2), roofline.gemm_rate(size=256, rounds=3)
+    )
     assert 1e8 < measured.clone_bandwidth < 1e14
     assert 1e8 < measured.gemm_rate < 1e16
     limits = roofline.Roofline(clone_bandwidth=10.0, gemm_rate=100.0)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from .test_modules import PlainRSDAM
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 import sdan_fast
 from sdan_fast.bench.roofline import multiply_adds
 from sdan_fast.models import SDAN, BSConv
+
+from .test_modules import PlainRSDAM
 
 
 class PlainBSConv(nn.Sequential):
@@ -89,12 +90,17 @@ def expected_keys(blocks: int, convolutions: list[int]) -> set[str]:
         keys |= {f"{b}.sdm.star.{j}.{leaf}" for j in range(4) for leaf in star}
         keys |= {f"{b}.{name}.{leaf}" for name in ("sdm.fuse", "attn.proj", "proj", "norm") for leaf in both}
         keys |= {
-            f"{b}.attn.branches.{k}.{j}.{leaf}" for k, n in enumerate(convolutions) for j in range(n) for leaf in both
+            f"{b}.attn.branches.{k}.{j}.{leaf}"
+            for k, n in enumerate(convolutions)
+            for j in range(n)
+            for leaf in both
         }
     return keys
 
 
-@pytest.mark.parametrize(("groups", "convolutions"), [(1, [2]), (2, [2, 4]), (3, [4, 4, 4]), (4, [2, 3, 3, 4])])
+@pytest.mark.parametrize(
+    ("groups", "convolutions"), [(1, [2]), (2, [2, 4]), (3, [4, 4, 4]), (4, [2, 3, 3, 4])]
+)
 def test_state_dict_keys(groups: int, convolutions: list[int]) -> None:
     state = SDAN(2, 12, 3, groups).state_dict()
     assert set(state) == expected_keys(3, convolutions)
@@ -102,7 +108,9 @@ def test_state_dict_keys(groups: int, convolutions: list[int]) -> None:
 
 
 @pytest.mark.parametrize("groups", [1, 2, 3, 4])
-@pytest.mark.parametrize(("scale", "blocks", "h", "w"), [(4, 2, 9, 14), (3, 1, 1, 1), (2, 3, 5, 17), (1, 1, 6, 6)])
+@pytest.mark.parametrize(
+    ("scale", "blocks", "h", "w"), [(4, 2, 9, 14), (3, 1, 1, 1), (2, 3, 5, 17), (1, 1, 6, 6)]
+)
 def test_equals_plain_torch_in_float64(scale: int, blocks: int, h: int, w: int, groups: int) -> None:
     ours, plain = SDAN(scale, 12, blocks, groups).double(), PlainSDAN(scale, 12, blocks, groups).double()
     for p in plain.parameters():

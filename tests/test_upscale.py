@@ -147,8 +147,12 @@ def test_rgb(tmp_path: Path, weights: Path, fitted: SDAN, photo: Tensor) -> None
     assert "68 x 52" in result.output
     out = Image.open(tmp_path / "out.png")
     assert (out.mode, out.size) == ("RGB", (68, 52))
-    assert np.abs(array(out) - expected(fitted, image)).max() <= 1  # the backend's rounding may fall on the other side
-    assert np.abs(array(out.resize(image.size, Image.Resampling.BOX)) - array(image)).mean() < 12  # it is that picture
+    assert (
+        np.abs(array(out) - expected(fitted, image)).max() <= 1
+    )  # the backend's rounding may fall on the other side
+    assert (
+        np.abs(array(out.resize(image.size, Image.Resampling.BOX)) - array(image)).mean() < 12
+    )  # it is that picture
 
 
 def test_tiles_of_the_command_make_the_same_file(tmp_path: Path, weights: Path, photo: Tensor) -> None:
@@ -172,7 +176,9 @@ def test_alpha_is_kept(tmp_path: Path, weights: Path, fitted: SDAN, photo: Tenso
     assert np.array_equal(array(out.getchannel("A")), array(alpha.resize(out.size, Image.Resampling.BICUBIC)))
 
 
-@pytest.mark.parametrize(("mode", "out_mode"), [("L", "L"), ("LA", "LA"), ("1", "L"), ("P", "RGB"), ("CMYK", "RGB")])
+@pytest.mark.parametrize(
+    ("mode", "out_mode"), [("L", "L"), ("LA", "LA"), ("1", "L"), ("P", "RGB"), ("CMYK", "RGB")]
+)
 def test_other_modes(tmp_path: Path, weights: Path, photo: Tensor, mode: str, out_mode: str) -> None:
     image = as_image(photo).convert(mode)
     source = tmp_path / ("in.tif" if mode == "CMYK" else "in.png")
@@ -198,7 +204,12 @@ def test_palette_transparency(tmp_path: Path, weights: Path) -> None:
 
 @pytest.mark.parametrize("suffix", [".png", ".tif"])
 def test_16_bit_grayscale_keeps_its_depth(tmp_path: Path, weights: Path, fitted: SDAN, suffix: str) -> None:
-    gray = (pictures.cover(pictures.photograph("chelsea"), 20, 24)[0, 1] * 65535).round().numpy().astype(np.uint16)
+    gray = (
+        (pictures.cover(pictures.photograph("chelsea"), 20, 24)[0, 1] * 65535)
+        .round()
+        .numpy()
+        .astype(np.uint16)
+    )
     Image.fromarray(gray).save(tmp_path / f"in{suffix}")
     assert upscale(tmp_path / f"in{suffix}", tmp_path / f"out{suffix}", "-w", weights).exit_code == 0
     out = array(Image.open(tmp_path / f"out{suffix}"))
@@ -292,7 +303,9 @@ def test_a_folder(tmp_path: Path, weights: Path, photo: Tensor) -> None:
     assert (tmp_path / "out" / "deep" / "b.png").exists()
 
 
-def test_one_bad_picture_of_a_folder_does_not_stop_the_others(tmp_path: Path, weights: Path, photo: Tensor) -> None:
+def test_one_bad_picture_of_a_folder_does_not_stop_the_others(
+    tmp_path: Path, weights: Path, photo: Tensor
+) -> None:
     source = tmp_path / "in"
     source.mkdir()
     (source / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
@@ -325,14 +338,20 @@ def test_missing_and_wrong_arguments(tmp_path: Path, weights: Path, picture: Pat
     refused(upscale(tmp_path / "no.png", out, "-w", weights), 2, "there is no file or folder")
     refused(upscale(picture, out, "-w", tmp_path / "no.safetensors"), 2, "there is no file")
     refused(upscale(picture, out, "-w", picture), 2, "is not a readable safetensors file")
-    refused(upscale(picture, tmp_path / "out.xyz", "-w", weights), 2, "no picture format that Pillow writes has the suffix .xyz")
+    refused(
+        upscale(picture, tmp_path / "out.xyz", "-w", weights),
+        2,
+        "no picture format that Pillow writes has the suffix .xyz",
+    )
     refused(upscale(picture, tmp_path / "out", "-w", weights), 2, "has the suffix a name without one")
     refused(upscale(picture, tmp_path / "no" / "out.png", "-w", weights), 2, "there is no folder")
     refused(upscale(picture, picture, "-w", weights), 2, "would overwrite the picture that it is made of")
     refused(upscale(tmp_path, picture, "-w", weights), 2, "must be one too, and it is a file")
     refused(upscale(tmp_path, tmp_path, "-w", weights), 2, "would overwrite")
     (tmp_path / "empty").mkdir()
-    refused(upscale(tmp_path / "empty", tmp_path / "out", "-w", weights), 2, "there are no pictures in the folder")
+    refused(
+        upscale(tmp_path / "empty", tmp_path / "out", "-w", weights), 2, "there are no pictures in the folder"
+    )
     assert not out.exists()
 
 
@@ -355,16 +374,22 @@ def test_wrong_options(tmp_path: Path, weights: Path, picture: Path, options: tu
     assert not (tmp_path / "out.png").exists()
 
 
-def test_two_pictures_that_would_become_one(tmp_path: Path, weights: Path, picture: Path, photo: Tensor) -> None:
+def test_two_pictures_that_would_become_one(
+    tmp_path: Path, weights: Path, picture: Path, photo: Tensor
+) -> None:
     as_image(photo).save(tmp_path / "in.jpg")
-    refused(upscale(tmp_path, tmp_path / "out", "-w", weights), 2, "in.jpg and in.png would both become in.png")
+    refused(
+        upscale(tmp_path, tmp_path / "out", "-w", weights), 2, "in.jpg and in.png would both become in.png"
+    )
 
 
 @pytest.mark.parametrize("cut", [0, 8, 40, 200, -10])
 def test_damaged_pictures(tmp_path: Path, weights: Path, picture: Path, cut: int) -> None:
     (tmp_path / "bad.png").write_bytes(picture.read_bytes()[:cut])
     result = upscale(tmp_path / "bad.png", tmp_path / "out.png", "-w", weights)
-    if cut == -10:  # only the last chunk is missing: whether Pillow minds is its affair, but the result is whole or absent
+    if (
+        cut == -10
+    ):  # only the last chunk is missing: Pillow may mind or not, but the result is whole or absent
         assert result.exit_code in (0, 1)
         assert (tmp_path / "out.png").exists() == (result.exit_code == 0)
         return
@@ -374,19 +399,29 @@ def test_damaged_pictures(tmp_path: Path, weights: Path, picture: Path, cut: int
 
 def test_a_text_file_is_no_picture(tmp_path: Path, weights: Path) -> None:
     (tmp_path / "in.png").write_text("hello")
-    refused(upscale(tmp_path / "in.png", tmp_path / "out.png", "-w", weights), 1, "is not a picture that Pillow reads")
+    refused(
+        upscale(tmp_path / "in.png", tmp_path / "out.png", "-w", weights),
+        1,
+        "is not a picture that Pillow reads",
+    )
 
 
 def test_what_a_format_cannot_hold_is_refused_before_the_work(tmp_path: Path, weights: Path) -> None:
     Image.new("RGBA", (5, 5)).save(tmp_path / "a.png")
     refused(upscale(tmp_path / "a.png", tmp_path / "a.jpg", "-w", weights), 1, "JPEG holds no transparency")
     Image.fromarray(np.zeros((5, 5), dtype=np.uint16)).save(tmp_path / "b.png")
-    refused(upscale(tmp_path / "b.png", tmp_path / "b.jpg", "-w", weights), 1, "JPEG does not hold 16-bit grayscale")
+    refused(
+        upscale(tmp_path / "b.png", tmp_path / "b.jpg", "-w", weights),
+        1,
+        "JPEG does not hold 16-bit grayscale",
+    )
     Image.fromarray(np.zeros((5, 5), dtype=np.float32)).save(tmp_path / "c.tif")
     refused(upscale(tmp_path / "c.tif", tmp_path / "c.png", "-w", weights), 1, "32-bit floating values")
 
 
-def test_an_older_result_survives_a_failure(tmp_path: Path, weights: Path, picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_older_result_survives_a_failure(
+    tmp_path: Path, weights: Path, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "out.png"
     out.write_bytes(b"older")
 
@@ -422,5 +457,9 @@ def test_a_model_that_overflows_is_no_black_picture(tmp_path: Path, fitted: SDAN
 def test_a_backend_that_cannot_run_says_why(tmp_path: Path, weights: Path, picture: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("needs a machine without a GPU")
-    refused(upscale(picture, tmp_path / "out.png", "-w", weights, "--backend", "cuda"), 2, "the backend 'cuda' cannot run here: ")
+    refused(
+        upscale(picture, tmp_path / "out.png", "-w", weights, "--backend", "cuda"),
+        2,
+        "the backend 'cuda' cannot run here: ",
+    )
     refused(upscale(picture, tmp_path / "out.png", "-w", weights, "--device", "cuda"), 2, "")

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-
 LEAST_ROUNDS = 3  # fewer have no median to speak of
 
 
@@ -20,7 +19,7 @@ class Roofline:
     """A device's measured limits.
 
     Attributes:
-        clone_bandwidth: bytes per second of `torch.clone` on tensors beyond the caches, counting the read and the write.
+        clone_bandwidth: bytes per second of `torch.clone` on tensors beyond the caches, read and write.
         gemm_rate: floating-point operations per second (two for a multiply-add) of a large square `torch.mm`.
     """
 
@@ -108,7 +107,11 @@ def clone_bandwidth(device: torch.device | str = "cpu", *, megabytes: int = 256,
 
 
 def gemm_rate(
-    device: torch.device | str = "cpu", *, dtype: torch.dtype = torch.float32, size: int = 1024, rounds: int = 15
+    device: torch.device | str = "cpu",
+    *,
+    dtype: torch.dtype = torch.float32,
+    size: int = 1024,
+    rounds: int = 15,
 ) -> float:
     """Floating-point operations per second of a square `torch.mm`, the best of `rounds`; TF32 stays as torch has it."""
     a = torch.ones(size, size, device=device, dtype=dtype)

@@ -55,14 +55,18 @@ def agreement(result: Tensor, eager: Tensor, reference: Tensor) -> Agreement:
     return Agreement(distance(result, reference), bound)
 
 
-def gradient_agreement(result: Sequence[Tensor], eager: Sequence[Tensor], reference: Sequence[Tensor]) -> Agreement:
+def gradient_agreement(
+    result: Sequence[Tensor], eager: Sequence[Tensor], reference: Sequence[Tensor]
+) -> Agreement:
     """The same bound for the gradient of many ops in a row, as one vector and in the root mean square.
 
     Through many ops, the largest error among a few elements is a matter of luck, eager's as well as ours, and says
     nothing about a factor of two; the mean over all of them does. Each tensor counts in units of its largest exact
     value, so that none is hidden by larger ones.
     """
-    units = [r.abs().max().clamp_min(torch.finfo(r.dtype).tiny) if r.numel() else r.new_ones(()) for r in reference]
+    units = [
+        r.abs().max().clamp_min(torch.finfo(r.dtype).tiny) if r.numel() else r.new_ones(()) for r in reference
+    ]
 
     def vector(tensors: Sequence[Tensor]) -> Tensor:
         return torch.cat([(t.to(r) / u).flatten() for t, r, u in zip(tensors, reference, units, strict=True)])

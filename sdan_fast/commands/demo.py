@@ -6,7 +6,7 @@ import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import torch
 import typer
@@ -18,10 +18,12 @@ from sdan_fast.bench.roofline import Timing, interleaved, measure, multiply_adds
 from sdan_fast.models import SDAN
 from sdan_fast.models.files import replacing
 from sdan_fast.models.fitted import fit_upsampler, seeded_sdan
+from sdan_fast.modules import RSDAM
 
 from . import machine, pictures, terminal
 from .check import Agreement, agreement
 
+_WHO = "Who runs what: a block is one rsdam, and the ops after it run only where that is not fused"
 _ROUNDS = 30  # at most; --seconds usually ends the timing before
 _LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -40,7 +42,11 @@ class Runner:
 
     @property
     def name(self) -> str:
-        return f"eager PyTorch, {self.layout}" if self.backend == "reference" else f"{self.backend}, {self.layout}"
+        return (
+            f"eager PyTorch, {self.layout}"
+            if self.backend == "reference"
+            else f"{self.backend}, {self.layout}"
+        )
 
     @property
     def slug(self) -> str:
@@ -72,18 +78,17 @@ def _weights(weights: Path | None, blocks: int) -> tuple[SDAN, str]:
 
 def _explanations(model: SDAN, x: Tensor) -> dict[str, sdan_fast.backends.Explanation]:
     """For each op of the model, the choice of the backend in force for a call like those of the first block."""
-    block, head = model.blocks[0], model.head.dw
-    sdm, star, attn, norm = block.sdm, block.sdm.star[0], block.attn, block.norm
-    gate, proj = (attn.proj.weight, attn.proj.bias), (block.proj.weight, block.proj.bias)
-    distillation, branches = sdm.parameters_in_order(), attn.branches_in_order()
+    head = model.head.dw
+    parameters = cast("RSDAM", model.blocks[0]).parameters_in_order()
+    distillation, branches, gate, _, norm = parameters
     f = x.new_zeros(1, model.channels, *x.shape[2:])
     calls: dict[str, tuple[Any, ...]] = {
         "depthwise_conv2d": (f, head.weight, head.bias),
-        "rsdam": (f, distillation, branches, gate, proj, (norm.weight, norm.bias)),
+        "rsdam": (f, *parameters),
         "sdm": (f, *distillation),
-        "star_conv": (f, *star.parameters_in_order()),
+        "star_conv": (f, *distillation[1][0]),
         "mm_lka": (f, branches, *gate),
-        "layer_norm2d": (f, norm.weight, norm.bias),
+        "layer_norm2d": (f, *norm),
     }
     return {op: sdan_fast.explain(op, *arguments) for op, arguments in calls.items()}
 
@@ -95,7 +100,9 @@ def _runners(model: SDAN, x: Tensor) -> tuple[list[Runner], dict[str, str]]:
     models = {"NCHW": (model, x), "channels_last": (last, x.contiguous(memory_format=torch.channels_last))}
     fused = [line.name for line in backends.status() if line.available and line.name != "reference"]
     return [
-        Runner(backend, layout, *models[layout]) for backend in ("reference", *fused, "auto") for layout in _LAYOUTS
+        Runner(backend, layout, *models[layout])
+        for backend in ("reference", *fused, "auto")
+        for layout in _LAYOUTS
     ], refused
 
 
@@ -127,15 +134,19 @@ def demo(
     size: Annotated[str, typer.Option("--size", help="Input size, HEIGHTxWIDTH.")] = "180x320",
     blocks: Annotated[int, typer.Option("--blocks", min=1, help="Blocks of the model; SDAN has 8.")] = 8,
     photograph: Annotated[
-        str, typer.Option("--photograph", help=f"One that scikit-image ships: {', '.join(pictures.PHOTOGRAPHS)}.")
+        str,
+        typer.Option("--photograph", help=f"One that scikit-image ships: {', '.join(pictures.PHOTOGRAPHS)}."),
     ] = "chelsea",
     weights: Annotated[
-        Path | None, typer.Option("--weights", "-w", help="A safetensors checkpoint; random weights without one.")
+        Path | None,
+        typer.Option("--weights", "-w", help="A safetensors checkpoint; random weights without one."),
     ] = None,
     budget: Annotated[
         float, typer.Option("--seconds", min=0, help="About how long the timing may take; at least 3 rounds.")
     ] = 45.0,
-    device: Annotated[str, typer.Option("--device", help="cpu, cuda, or auto: cuda where there is one.")] = "auto",
+    device: Annotated[
+        str, typer.Option("--device", help="cpu, cuda, or auto: cuda where there is one.")
+    ] = "auto",
 ) -> None:
     """Run SDAN on a real photograph through eager PyTorch and every fused backend, check and time them.
 
@@ -144,7 +155,9 @@ def demo(
     """
     height, width = terminal.parse_size(size)
     if photograph not in pictures.PHOTOGRAPHS:
-        raise typer.BadParameter(f"must be one of {', '.join(pictures.PHOTOGRAPHS)}, and it is {photograph!r}")
+        raise typer.BadParameter(
+            f"must be one of {', '.join(pictures.PHOTOGRAPHS)}, and it is {photograph!r}"
+        )
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     elif device not in ("cpu", "cuda"):
@@ -247,14 +260,20 @@ def _time(runners: list[Runner], budget: float, device: str, bar: Any) -> None:
 
 
 def _print_choices(screen: Any, model: SDAN, x: Tensor, refused: dict[str, str]) -> None:
-    grid = terminal.table("op", "'auto' runs", "and not the others, because", title="Who runs what: a block is one rsdam, and the ops after it run only where that is not fused")
+    grid = terminal.table(
+        "op",
+        "'auto' runs",
+        "and not the others, because",
+        title="Who runs what: a block is one rsdam, and the ops after it run only where that is not fused",
+    )
     with use_backend("auto"):
         for op, explanation in _explanations(model, x).items():
-            why = "\n".join(f"{name}: {reason}" for name, reason in explanation.reasons.items())
+            reasons = {name: reason for name, reason in explanation.reasons.items() if name not in refused}
+            why = "\n".join(f"{name}: {reason}" for name, reason in reasons.items())
             grid.add_row(op, explanation.backend or "nothing", why)
     screen.print(grid)
     for name, reason in refused.items():
-        screen.print(f"{name} is not in the table below: {reason}")
+        screen.print(f"{name} runs nothing here: {reason}")
     screen.print()
 
 
@@ -279,7 +298,9 @@ def _print_times(screen: Any, runners: list[Runner], floor: float, macs: int, ro
 
     for r in runners:
         assert r.agreement is not None
-        verdict = "ok" if r.agreement.ok else "PyTorch's own" if r.backend == "reference" else "WRONG, not timed"
+        verdict = (
+            "ok" if r.agreement.ok else "PyTorch's own" if r.backend == "reference" else "WRONG, not timed"
+        )
         share = f"{r.agreement.share:.2f}"
         if r.timing is None:
             grid.add_row(r.name, "-", "-", "-", "-", share, verdict)
@@ -288,10 +309,12 @@ def _print_times(screen: Any, runners: list[Runner], floor: float, macs: int, ro
     grid.add_row("floor of this machine", *columns(floor), "", "")
     screen.print(grid)
     screen.print(
-        f"Floor: {macs / 1e9:.1f} G multiply-adds at the {roofline.gemm_rate / 1e9:.0f} GFLOP/s of torch.mm, measured just now "
-        f"(torch.clone moves {roofline.clone_bandwidth / 1e9:.1f} GB/s)."
+        f"Floor: {macs / 1e9:.1f} G multiply-adds at the {roofline.gemm_rate / 1e9:.0f} GFLOP/s of torch.mm, "
+        f"measured just now (torch.clone moves {roofline.clone_bandwidth / 1e9:.1f} GB/s)."
     )
-    screen.print("Error / bound: max|error| over 2 max|eager's error in that layout| + 2 eps max|reference|, against float64.")
+    screen.print(
+        "Error / bound: max|error| over 2 max|eager's error in that layout| + 2 eps max|reference|, against float64."
+    )
 
 
 def _write(out: Path, x: Tensor, runners: list[Runner], scale: int) -> None:

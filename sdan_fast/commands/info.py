@@ -102,16 +102,22 @@ def info(
     )
     grid.add_row("threads", f"{about['threads']} of {about['cores']} cores")
     for gpu in about["gpus"]:
-        grid.add_row("GPU", f"{gpu['name']}, sm_{gpu['capability'].replace('.', '')}, {gpu['memory_gib']} GiB")
+        grid.add_row(
+            "GPU", f"{gpu['name']}, sm_{gpu['capability'].replace('.', '')}, {gpu['memory_gib']} GiB"
+        )
     if not about["gpus"]:
         grid.add_row("GPU", "none that torch sees")
     out.print(grid)
 
-    grid = terminal.table("backend", "runs here", "why not, and what to do", title="\nBackends, in the order of 'auto'")
+    grid = terminal.table(
+        "backend", "runs here", "why not, and what to do", title="\nBackends, in the order of 'auto'"
+    )
     for line in facts["backends"]:
         if line["available"]:
             grid.add_row(line["name"], "yes", "")
         else:
-            grid.add_row(line["name"], "no", line["reason"] + (f"\n-> {line['hint']}" if line["hint"] else ""))
+            grid.add_row(
+                line["name"], "no", line["reason"] + (f"\n-> {line['hint']}" if line["hint"] else "")
+            )
     out.print(grid)
     out.print(f"\nIn force: {facts['backend_in_force']} (use_backend, or the variable SDAN_FAST_BACKEND)")

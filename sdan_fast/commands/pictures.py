@@ -19,13 +19,17 @@ def photograph(name: str) -> Tensor:
 
 def resize(picture: Tensor, height: int, width: int) -> Tensor:
     """Bicubic, with antialiasing when it becomes smaller, clamped to [0, 1]."""
-    return torch.nn.functional.interpolate(picture, (height, width), mode="bicubic", antialias=True).clamp(0, 1)
+    return torch.nn.functional.interpolate(picture, (height, width), mode="bicubic", antialias=True).clamp(
+        0, 1
+    )
 
 
 def cover(picture: Tensor, height: int, width: int) -> Tensor:
     """The picture at the size that just covers height x width, then its middle: (1, 3, height, width)."""
     factor = max(height / picture.shape[2], width / picture.shape[3])
-    picture = resize(picture, max(height, round(picture.shape[2] * factor)), max(width, round(picture.shape[3] * factor)))
+    picture = resize(
+        picture, max(height, round(picture.shape[2] * factor)), max(width, round(picture.shape[3] * factor))
+    )
     top, left = (picture.shape[2] - height) // 2, (picture.shape[3] - width) // 2
     return picture[:, :, top : top + height, left : left + width].contiguous()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -34,7 +35,22 @@ _ALPHA = {"PNG", "TIFF", "WEBP", "JPEG2000", "TGA", "AVIF"}
 _GRAY16 = {"PNG", "TIFF", "JPEG2000"}
 # EXIF tags that describe the file or the pixels' order, and not the picture: TIFF keeps both in one table.
 _ABOUT_THE_FILE = (
-    *(0x0100, 0x0101, 0x0102, 0x0103, 0x0106, 0x010A, 0x0111, 0x0112, 0x0115, 0x0116, 0x0117, 0x011C, 0x013D, 0x0140),
+    *(
+        0x0100,
+        0x0101,
+        0x0102,
+        0x0103,
+        0x0106,
+        0x010A,
+        0x0111,
+        0x0112,
+        0x0115,
+        0x0116,
+        0x0117,
+        0x011C,
+        0x013D,
+        0x0140,
+    ),
     *(0x00FE, 0x0142, 0x0143, 0x0144, 0x0145, 0x0152, 0x0153, 0x8773),
 )
 # Modes whose colour profile still holds for the grayscale or RGB picture that is made of them.
@@ -102,7 +118,9 @@ def read_picture(path: Path) -> Picture:
     if upright.mode in _SAME_SPACE or upright.mode.startswith("I"):
         picture.icc = icc
     elif icc:
-        picture.notes.append(f"{path}: the colour profile is that of {upright.mode} and does not fit the RGB result")
+        picture.notes.append(
+            f"{path}: the colour profile is that of {upright.mode} and does not fit the RGB result"
+        )
     if frames > 1:
         picture.notes.append(f"{path} has {frames} frames, and only the first was enlarged")
     if deep_colour:
@@ -112,7 +130,9 @@ def read_picture(path: Path) -> Picture:
 
 def _deeper_than_read(image: Image.Image) -> bool:
     """Whether the file has 16 bits a channel where Pillow keeps 8 of them: it has no such colour mode."""
-    rawmodes = [tile[3] if isinstance(tile[3], str) else (tile[3] or ("",))[0] for tile in getattr(image, "tile", [])]
+    rawmodes = [
+        tile[3] if isinstance(tile[3], str) else (tile[3] or ("",))[0] for tile in getattr(image, "tile", [])
+    ]
     return not image.mode.startswith("I") and any(";16" in str(mode) for mode in rawmodes)
 
 
@@ -139,15 +159,20 @@ def _converted(image: Image.Image, path: Path) -> Picture:
 
 
 def windows(length: int, tile: int, overlap: int) -> list[tuple[int, int, int, int]]:
-    """Cut an axis into tiles: (start, stop) of what is kept of each, and (start, stop) of what the model sees for it."""
+    """Cut an axis into tiles: (start, stop) of what is kept of each, then (start, stop) of what the model sees."""
     if tile <= 0 or tile >= length:
         return [(0, length, 0, length)]
     cuts = [*range(0, length, tile), length]
-    return [(a, b, max(0, a - overlap), min(length, b + overlap)) for a, b in zip(cuts, cuts[1:], strict=False)]
+    return [(a, b, max(0, a - overlap), min(length, b + overlap)) for a, b in itertools.pairwise(cuts)]
 
 
 def enlarge(
-    model: SDAN, rgb: Tensor, *, tile: int, overlap: int, on_tile: Callable[[int, int], object] = lambda done, of: None
+    model: SDAN,
+    rgb: Tensor,
+    *,
+    tile: int,
+    overlap: int,
+    on_tile: Callable[[int, int], object] = lambda done, of: None,
 ) -> Iterator[tuple[int, int, Tensor]]:
     """Run the model over a picture in tiles: (top, left, (1, 3, h, w) float32) of each piece of the result.
 
@@ -172,9 +197,13 @@ def enlarge(
         for left, right, before, after in columns:
             window = rgb[:, :, above:below, before:after].to(weight.device, weight.dtype).contiguous()
             result = model(window)
-            kept = result[:, :, s * (top - above) : s * (bottom - above), s * (left - before) : s * (right - before)]
+            kept = result[
+                :, :, s * (top - above) : s * (bottom - above), s * (left - before) : s * (right - before)
+            ]
             if not torch.isfinite(kept).all():
-                raise PictureError("the model produced NaN or infinite values: its weights do not fit this dtype")
+                raise PictureError(
+                    "the model produced NaN or infinite values: its weights do not fit this dtype"
+                )
             yield s * top, s * left, kept.float().cpu()
             done += 1
             on_tile(done, len(rows) * len(columns))
@@ -214,7 +243,9 @@ def format_of(path: Path) -> str:
     name = Image.registered_extensions().get(path.suffix.lower())
     if name is None or name not in Image.SAVE:
         suffix = path.suffix or "a name without one"
-        raise PictureError(f"{path} cannot be written: no picture format that Pillow writes has the suffix {suffix}")
+        raise PictureError(
+            f"{path} cannot be written: no picture format that Pillow writes has the suffix {suffix}"
+        )
     return name
 
 
@@ -247,7 +278,9 @@ def write_picture(image: Image.Image, picture: Picture, path: Path, name: str) -
         with replacing(path) as temporary:
             image.save(temporary, format=name, **extra)
     except (OSError, ValueError, KeyError) as error:
-        raise PictureError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from error
+        raise PictureError(
+            f"{path} cannot be written: {getattr(error, 'strerror', None) or error}"
+        ) from error
 
 
 # --- the command -------------------------------------------------------------------------------------------------
@@ -291,22 +324,30 @@ def _overlap(text: str, model: SDAN) -> int:
     if text == "exact":
         return model.receptive_radius
     if not text.isdecimal():
-        raise typer.BadParameter(f"must be a number of pixels or `exact`, and it is {text!r}", param_hint="--overlap")
+        raise typer.BadParameter(
+            f"must be a number of pixels or `exact`, and it is {text!r}", param_hint="--overlap"
+        )
     return int(text)
 
 
 def upscale(
-    source: Annotated[Path, typer.Argument(metavar="IN", help="A picture, or a folder of them.", show_default=False)],
+    source: Annotated[
+        Path, typer.Argument(metavar="IN", help="A picture, or a folder of them.", show_default=False)
+    ],
     target: Annotated[
         Path,
-        typer.Argument(metavar="OUT", help="The file to write, or a folder (for PNG files).", show_default=False),
+        typer.Argument(
+            metavar="OUT", help="The file to write, or a folder (for PNG files).", show_default=False
+        ),
     ],
     weights: Annotated[
         Path, typer.Option("--weights", "-w", help="A safetensors checkpoint of SDAN.", show_default=False)
     ],
     tile: Annotated[
         int,
-        typer.Option("--tile", min=0, help="Side of a tile in input pixels, which bounds the memory; 0: no tiles."),
+        typer.Option(
+            "--tile", min=0, help="Side of a tile in input pixels, which bounds the memory; 0: no tiles."
+        ),
     ] = DEFAULT_TILE,
     overlap: Annotated[
         str,
@@ -316,10 +357,13 @@ def upscale(
         ),
     ] = str(DEFAULT_OVERLAP),
     backend: Annotated[
-        str, typer.Option("--backend", "-b", help="reference, cpu, triton, cuda, or auto: the first that can.")
+        str,
+        typer.Option("--backend", "-b", help="reference, cpu, triton, cuda, or auto: the first that can."),
     ] = "auto",
     dtype: Annotated[str, typer.Option("--dtype", help=f"{', '.join(DTYPES)}.")] = "float32",
-    device: Annotated[str, typer.Option("--device", help="cpu, cuda, or auto: cuda where there is one.")] = "auto",
+    device: Annotated[
+        str, typer.Option("--device", help="cpu, cuda, or auto: cuda where there is one.")
+    ] = "auto",
     skip_existing: Annotated[
         bool, typer.Option("--skip-existing", help="Leave results alone that are already there.")
     ] = False,
@@ -332,9 +376,13 @@ def upscale(
     """
     terminal.require_backend(backend)
     if dtype not in DTYPES:
-        raise typer.BadParameter(f"must be one of {', '.join(DTYPES)}, and it is {dtype!r}", param_hint="--dtype")
+        raise typer.BadParameter(
+            f"must be one of {', '.join(DTYPES)}, and it is {dtype!r}", param_hint="--dtype"
+        )
     try:
-        place = torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
+        place = torch.device(
+            "cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu")
+        )
         model = SDAN.from_checkpoint(weights, dtype=DTYPES[dtype])
         pairs = plan(source, target)
         model = model.to(place).eval()
@@ -350,7 +398,7 @@ def upscale(
         pairs = [(origin, path) for origin, path in pairs if not path.exists()]
 
     failures = 0
-    with torch.inference_mode(), use_backend(backend), (nullcontext() if quiet else terminal.progress()) as bar:
+    with torch.inference_mode(), use_backend(backend), nullcontext() if quiet else terminal.progress() as bar:
         whole = bar.add_task("pictures", total=len(pairs)) if bar and len(pairs) > 1 else None
         for origin, path in pairs:
             try:
@@ -380,7 +428,9 @@ def _why(error: BaseException) -> str:
     return text
 
 
-def _upscale_file(model: SDAN, origin: Path, path: Path, tile: int, overlap: int, bar: Any) -> tuple[int, int]:
+def _upscale_file(
+    model: SDAN, origin: Path, path: Path, tile: int, overlap: int, bar: Any
+) -> tuple[int, int]:
     """Read, enlarge, write; the (width, height) of the result."""
     picture = read_picture(origin)
     name = check_fits(picture, path)  # before the work, not after it

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from sdan_fast import backends, explain, functional, reference, use_backend
+from sdan_fast.models.fitted import seeded_sdan
 from sdan_fast.modules import MMLKA, RSDAM, SDM
 from sdan_fast.ops import OPS
-from sdan_fast.models.fitted import seeded_sdan
 
 from . import terminal
 from .check import Agreement, agreement, gradient_agreement, worst
@@ -125,19 +125,7 @@ def _sdm(r: Make, n: int, h: int, w: int) -> Iterator[Arguments]:
 
 def _rsdam(r: Make, n: int, h: int, w: int) -> Iterator[Arguments]:
     for groups in (2, 4):  # the default, and the one with every kind of branch
-        block = _filled(RSDAM(_CHANNELS, groups), r)
-        attn, proj, norm = block.attn, block.proj, block.norm
-        yield (
-            (
-                r(n, _CHANNELS, h, w),
-                block.sdm.parameters_in_order(),
-                attn.branches_in_order(),
-                (attn.proj.weight, attn.proj.bias),
-                (proj.weight, proj.bias),
-                (norm.weight, norm.bias),
-            ),
-            {},
-        )
+        yield (r(n, _CHANNELS, h, w), *_filled(RSDAM(_CHANNELS, groups), r).parameters_in_order()), {}
 
 
 CASES: dict[str, Callable[[Make, int, int, int], Iterator[Arguments]]] = {
@@ -219,7 +207,10 @@ def _compare(
         if composed:
             yield forward, gradient_agreement(ours_grads, grads, grads64)
         else:
-            yield forward, worst([agreement(a, b, c) for a, b, c in zip(ours_grads, grads, grads64, strict=True)])
+            yield (
+                forward,
+                worst([agreement(a, b, c) for a, b, c in zip(ours_grads, grads, grads64, strict=True)]),
+            )
 
 
 def _verify_op(function: str, device: str, dtype_name: str, backend: str) -> Row:
@@ -289,7 +280,8 @@ def _share(a: Agreement | None) -> str:
 
 def verify(
     backend: Annotated[
-        str, typer.Option("--backend", "-b", help="Check this backend only; auto checks all that can run here.")
+        str,
+        typer.Option("--backend", "-b", help="Check this backend only; auto checks all that can run here."),
     ] = "auto",
     dtype: Annotated[
         str, typer.Option("--dtype", help="float32, bfloat16, float16, or all of them.")
@@ -305,9 +297,13 @@ def verify(
     """
     terminal.require_backend(backend)
     if dtype not in (*DTYPES, "all"):
-        raise typer.BadParameter(f"must be all or one of {', '.join(DTYPES)}, and it is {dtype!r}", param_hint="--dtype")
+        raise typer.BadParameter(
+            f"must be all or one of {', '.join(DTYPES)}, and it is {dtype!r}", param_hint="--dtype"
+        )
     if op not in (*CASES, "model", "all"):
-        raise typer.BadParameter(f"must be all, model or one of {', '.join(CASES)}, and it is {op!r}", param_hint="--op")
+        raise typer.BadParameter(
+            f"must be all, model or one of {', '.join(CASES)}, and it is {op!r}", param_hint="--op"
+        )
     available = {line.name: line.reason for line in backends.status()}
     chosen = list(available) if backend == "auto" else [backend]
     dtypes = list(DTYPES) if dtype == "all" else [dtype]
@@ -353,9 +349,19 @@ def _print_table(rows: list[Row], missing: dict[str, str]) -> None:
         right=("forward", "gradients"),
     )
     for row in rows:
-        verdict = row.note if row.forward is None else ("ok" if row.ok else "FAILED") + (row.note and f"; {row.note}")
+        verdict = (
+            row.note
+            if row.forward is None
+            else ("ok" if row.ok else "FAILED") + (row.note and f"; {row.note}")
+        )
         grid.add_row(
-            row.function, row.dtype, row.device, row.backend, _share(row.forward), _share(row.gradients), verdict
+            row.function,
+            row.dtype,
+            row.device,
+            row.backend,
+            _share(row.forward),
+            _share(row.gradients),
+            verdict,
         )
     out.print(grid)
     for name, reason in missing.items():

@@ -84,7 +84,9 @@ def convert_state_dict(state: Mapping[str, Any], *, source: str = "the state dic
         else:
             converted[f"{renamed}.{leaf}"] = value
     if unknown:
-        raise CheckpointError(f"{source} has keys that the first author's SDAN layout does not: {few(unknown)}")
+        raise CheckpointError(
+            f"{source} has keys that the first author's SDAN layout does not: {few(unknown)}"
+        )
     return converted
 
 

@@ -8,7 +8,9 @@ from torch import Tensor
 from .sdan import SDAN
 
 
-def seeded_sdan(scale: int = 4, channels: int = 56, blocks: int = 8, groups: int = 2, *, seed: int = 0) -> SDAN:
+def seeded_sdan(
+    scale: int = 4, channels: int = 56, blocks: int = 8, groups: int = 2, *, seed: int = 0
+) -> SDAN:
     """An SDAN in eval mode with PyTorch's default initialisation from `seed`; the global generator is left alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
