@@ -160,13 +160,22 @@ class ImageLayout:
     stride: int
 
 
-def image_layout(x: Tensor, *others: Tensor) -> ImageLayout:
-    """The layout of dense N x C x H x W tensors of one shape and memory format (NCHW where they are both)."""
+def image_layout(fmt: torch.memory_format, x: Tensor, *others: Tensor) -> ImageLayout:
+    """The layout of dense N x C x H x W tensors of one shape that are contiguous in the memory format `fmt`.
+
+    The format has to be given: an image of one channel is contiguous in both, and follows the tensors beside it.
+    """
     _, C, H, W = x.shape
-    if rows_are_dense(x):
+    if fmt == torch.contiguous_format:
         v = 16 // x.element_size() if is_aligned(x, *others) else 1
         while v > 1 and (H * W) % v:
             v //= 2
         return ImageLayout(True, 1, v, 1)
     v = channel_vector(x, *others)
     return ImageLayout(False, v, 1, pixel_stride(x) // v)
+
+
+def empty_image(like: Tensor, channels: int, fmt: torch.memory_format) -> Tensor:
+    """An uninitialised tensor with another number of channels, in the memory format `fmt`."""
+    N, _, H, W = like.shape
+    return torch.empty((N, channels, H, W), dtype=like.dtype, device=like.device, memory_format=fmt)

@@ -126,7 +126,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5) -
     y = torch.empty_like(x, memory_format=fmt)
     if x.numel() > 0:
         N, C, H, W = x.shape
-        lay = image_layout(x, y)
+        lay = image_layout(fmt, x, y)
         s = heuristics.pixels(C, 4096)
         tiles = ceil_div(H * W, s.BP)
         launch(layer_norm_forward, (N * tiles,), x, weight.contiguous(), weight if bias is None else bias.contiguous(),
@@ -149,7 +149,7 @@ def backward(
     affine = need_weight or need_bias
     if x.numel() > 0:
         N, C, H, W = x.shape
-        lay = image_layout(x, g)
+        lay = image_layout(fmt, x, g)
         s = heuristics.pixels(C, 2048, warps=8)
         tiles = ceil_div(H * W, s.BP)
         programs = ceil_div(N * tiles, s.TILES)

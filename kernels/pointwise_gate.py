@@ -23,7 +23,7 @@ def forward(u: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     y = torch.empty_like(u, memory_format=fmt)
     if y.numel() > 0:
         pointwise.product(
-            x, weight, y, image_layout(x), image_layout(y, u), bias=bias, gate=u, wide=wide_plane(u, x)
+            x, weight, y, image_layout(fmt, x), image_layout(fmt, y, u), bias=bias, gate=u, wide=wide_plane(u, x)
         )
     return y
 
@@ -41,7 +41,7 @@ def backward(
     g, u, x = (t.contiguous(memory_format=fmt) for t in (grad_output, u, x))
     grads = []
     empty = g.numel() == 0 or x.numel() == 0
-    lay, out_lay, wide = image_layout(x), image_layout(g, u), wide_plane(u, x)
+    lay, out_lay, wide = image_layout(fmt, x), image_layout(fmt, g, u), wide_plane(u, x)
     if need_u:
         gu = torch.empty_like(u, memory_format=fmt)
         if not empty:

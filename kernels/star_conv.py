@@ -1,0 +1,209 @@
+"""Triton kernels of StarConv: two launches forward (LayerNorm with both 1x1s, then DW3x3 with GELU and star), eight backward.
+
+Nothing but the inputs is kept for backward, which forms the two 1x1 results and the statistics again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import depthwise_conv2d as depthwise
+from . import heuristics, pointwise
+from ._triton import jit, tl
+from .layer_norm2d import normalize, normalize_grad
+from .launch import ceil_div, empty_image, image_layout, launch, output_format, unavailable, wide_plane
+from .pointwise import divisor, dot, image_tile, weight_tile
+from .reduce import finish
+from .star import ACTIVATIONS
+
+MAX_CHANNELS = 256  # all of a pixel's channels are one side of a product
+
+
+@jit
+def norm_pointwise(
+    x_ptr, nw_ptr, nb_ptr, w1_ptr, w2_ptr, y1_ptr, y2_ptr, PV, CIV, C1V, C2V, x_stride, y1_stride, y2_stride,
+    x_batch, y1_batch, y2_batch, tiles, eps,
+    BC: tl.constexpr, BO: tl.constexpr, BP: tl.constexpr, VI: tl.constexpr, V1: tl.constexpr, V2: tl.constexpr,
+    VC: tl.constexpr, VP: tl.constexpr, NORM_BIAS: tl.constexpr, NCHW: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """y1 = W1 LN(x) and y2 = W2 LN(x): x is read once, normalized once, and both products start from the same tile."""
+    pid = tl.program_id(0)
+    n = (pid // tiles).to(tl.int64)
+    i = tl.arange(0, BC)
+    i_ok = i < CIV * VI
+    p = (pid % tiles) * BP + tl.arange(0, BP)
+    p_ok = p < PV * VP
+    at = image_tile(i, p, PV, x_stride, VC, VP, NCHW, WIDE)
+    x = tl.load(x_ptr + n * x_batch + at, i_ok[:, None] & p_ok[None, :], other=0.0).to(tl.float32)
+    z, _ = normalize(x, i_ok, CIV * VI, eps)
+    z *= tl.load(nw_ptr + i, i_ok, other=0.0).to(tl.float32)[:, None]
+    if NORM_BIAS:
+        z += tl.load(nb_ptr + i, i_ok, other=0.0).to(tl.float32)[:, None]
+    z = z.to(x_ptr.dtype.element_ty)
+    zero = tl.zeros((BO, BP), tl.float32)
+    for first in range(0, C1V * V1, BO):
+        o = first + tl.arange(0, BO)
+        o_ok = o < C1V * V1
+        y = dot(weight_tile(w1_ptr, o, i, o_ok, i_ok, C1V, CIV, V1, VI, False), z, zero)
+        out = image_tile(o, p, PV, y1_stride, VC, VP, NCHW, WIDE)
+        tl.store(y1_ptr + n * y1_batch + out, y.to(y1_ptr.dtype.element_ty), o_ok[:, None] & p_ok[None, :])
+    for first in range(0, C2V * V2, BO):
+        o = first + tl.arange(0, BO)
+        o_ok = o < C2V * V2
+        y = dot(weight_tile(w2_ptr, o, i, o_ok, i_ok, C2V, CIV, V2, VI, False), z, zero)
+        out = image_tile(o, p, PV, y2_stride, VC, VP, NCHW, WIDE)
+        tl.store(y2_ptr + n * y2_batch + out, y.to(y2_ptr.dtype.element_ty), o_ok[:, None] & p_ok[None, :])
+
+
+@jit
+def norm_pointwise_grad(
+    g1_ptr, g2_ptr, x_ptr, nw_ptr, w1_ptr, w2_ptr, gx_ptr, partial_ptr, N, PV, CIV, C1V, C2V,
+    x_stride, g1_stride, g2_stride, x_batch, g1_batch, g2_batch, tiles, eps,
+    BC: tl.constexpr, BO: tl.constexpr, BP: tl.constexpr, VI: tl.constexpr, V1: tl.constexpr, V2: tl.constexpr,
+    VC: tl.constexpr, VP: tl.constexpr, TILES: tl.constexpr, NCHW: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Gradient in x of norm_pointwise from those of y1 and y2, and partial [programs, 2 C] sums for the norm's parameters.
+
+    gx lies as x does.
+    """
+    pid = tl.program_id(0)
+    C = CIV * VI
+    i = tl.arange(0, BC)
+    i_ok = i < C
+    nw = tl.load(nw_ptr + i, i_ok, other=0.0).to(tl.float32)
+    w_sum = tl.zeros((BC,), tl.float32)
+    b_sum = tl.zeros((BC,), tl.float32)
+    for tile in range(pid * TILES, min(pid * TILES + TILES, N * tiles)):
+        n = (tile // tiles).to(tl.int64)
+        p = (tile % tiles) * BP + tl.arange(0, BP)
+        p_ok = p < PV * VP
+        gz = tl.zeros((BC, BP), tl.float32)
+        for first in range(0, C1V * V1, BO):
+            o = first + tl.arange(0, BO)
+            o_ok = o < C1V * V1
+            at1 = image_tile(o, p, PV, g1_stride, VC, VP, NCHW, WIDE)
+            g = tl.load(g1_ptr + n * g1_batch + at1, o_ok[:, None] & p_ok[None, :], other=0.0)
+            gz = dot(weight_tile(w1_ptr, i, o, i_ok, o_ok, CIV, C1V, VI, V1, True), g, gz)
+        for first in range(0, C2V * V2, BO):
+            o = first + tl.arange(0, BO)
+            o_ok = o < C2V * V2
+            at2 = image_tile(o, p, PV, g2_stride, VC, VP, NCHW, WIDE)
+            g = tl.load(g2_ptr + n * g2_batch + at2, o_ok[:, None] & p_ok[None, :], other=0.0)
+            gz = dot(weight_tile(w2_ptr, i, o, i_ok, o_ok, CIV, C2V, VI, V2, True), g, gz)
+        mask = i_ok[:, None] & p_ok[None, :]
+        at = image_tile(i, p, PV, x_stride, VC, VP, NCHW, WIDE)
+        x = tl.load(x_ptr + n * x_batch + at, mask, other=0.0).to(tl.float32)
+        xhat, rstd = normalize(x, i_ok, C, eps)
+        w_sum += tl.sum(gz * xhat, 1)
+        b_sum += tl.sum(gz, 1)
+        gx = normalize_grad(gz * nw[:, None], xhat, rstd, C)
+        tl.store(gx_ptr + n * x_batch + at, gx.to(gx_ptr.dtype.element_ty), mask)
+    row = partial_ptr + pid.to(tl.int64) * (2 * C)
+    tl.store(row + i, w_sum, i_ok)
+    tl.store(row + C + i, b_sum, i_ok)
+
+
+def _both_products(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, pw1_weight: Tensor, pw2_weight: Tensor, eps: float,
+    fmt: torch.memory_format,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """W1 LN(x) and W2 LN(x), one launch."""
+    N, C, H, W = x.shape
+    y1, y2 = (empty_image(x, w.shape[0], fmt) for w in (pw1_weight, pw2_weight))
+    lays = [image_layout(fmt, t) for t in (x, y1, y2)]
+    vc, vp = min(t.VC for t in lays), min(t.VP for t in lays)
+    s = heuristics.norm_pointwise(C, y1.shape[1], y2.shape[1], x.element_size())
+    vi, v1, v2 = (divisor(t.shape[1]) for t in (x, y1, y2))
+    tiles = ceil_div(H * W, s.BP)
+    launch(norm_pointwise, (N * tiles,), x, norm_weight.contiguous(),
+           norm_weight if norm_bias is None else norm_bias.contiguous(), pw1_weight.contiguous(),
+           pw2_weight.contiguous(), y1, y2, H * W // vp, C // vi, y1.shape[1] // v1, y2.shape[1] // v2,
+           *(t.stride * t.VC // vc for t in lays), x.stride(0), y1.stride(0), y2.stride(0), tiles, eps,
+           BC=s.BC, BO=s.BO, BP=s.BP, VI=vi, V1=v1, V2=v2, VC=vc, VP=vp, NORM_BIAS=norm_bias is not None,
+           NCHW=lays[0].NCHW, WIDE=wide_plane(x, y1, y2), num_warps=s.warps)  # fmt: skip
+    return y1, y2
+
+
+def supports(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, pw1_weight: Tensor, dw_weight: Tensor,
+    dw_bias: Tensor | None, pw2_weight: Tensor, *, outer: str = "none", eps: float = 1e-5,
+) -> str | None:  # fmt: skip
+    """None if the kernels can run this call, else the reason why not."""
+    if x.shape[1] > MAX_CHANNELS:
+        return f"the Triton kernels hold all channels of a pixel, up to {MAX_CHANNELS}, and x has {x.shape[1]}"
+    if outer not in ACTIVATIONS:
+        return f"outer must be one of {', '.join(ACTIVATIONS)}, got {outer!r}"
+    reason = depthwise.refuses_filter(dw_weight)
+    return reason or unavailable(x, norm_weight, norm_bias, pw1_weight, dw_weight, dw_bias, pw2_weight)
+
+
+def forward(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, pw1_weight: Tensor, dw_weight: Tensor,
+    dw_bias: Tensor | None, pw2_weight: Tensor, *, outer: str = "none", eps: float = 1e-5,
+) -> Tensor:  # fmt: skip
+    """outer(GELU(DW(W1 z)) * W2 z) with z = LN(x): x (N, Ci, H, W) -> (N, Co, H, W), x's memory format; two launches.
+
+    Workspace: two tensors of the result's size.
+    """
+    fmt = output_format(x)
+    x = x.contiguous(memory_format=fmt)
+    y = empty_image(x, pw2_weight.shape[0], fmt)
+    if y.numel() > 0:
+        t, b = _both_products(x, norm_weight, norm_bias, pw1_weight, pw2_weight, eps, fmt)
+        depthwise.convolve(t, dw_weight, dw_bias, y, (1, 1), star="forward", outer=outer, gate=b)
+    return y
+
+
+def backward(
+    grad_output: Tensor, x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, pw1_weight: Tensor,
+    dw_weight: Tensor, dw_bias: Tensor | None, pw2_weight: Tensor, *, outer: str = "none", eps: float = 1e-5,
+    output_mask: Sequence[bool],
+) -> list[Tensor]:  # fmt: skip
+    """Gradients in [x, norm_weight, norm_bias, pw1_weight, dw_weight, dw_bias, pw2_weight] where `output_mask` asks.
+
+    All of them: both products again, the star's gradients, DW's input gradient, x and the norm (2), DW's weight (2), and 2
+    for each 1x1. Workspace: five tensors of the result's size.
+    """
+    need_x, need_nw, need_nb, need_w1, need_dw, need_db, need_w2 = output_mask
+    fmt = output_format(x)
+    g, x = grad_output.contiguous(memory_format=fmt), x.contiguous(memory_format=fmt)
+    gnw, gnb = norm_weight.new_empty(norm_weight.shape), norm_weight.new_empty(norm_weight.shape)
+    gw1, gw2 = pw1_weight.new_empty(pw1_weight.shape), pw2_weight.new_empty(pw2_weight.shape)
+    gx = torch.empty_like(x, memory_format=fmt)
+    if g.numel() == 0:
+        grads = [gx, gnw, gnb, gw1, dw_weight.new_empty(dw_weight.shape), norm_weight.new_empty(dw_weight.shape[:1]), gw2]
+        return [t.zero_() for t, need in zip(grads, output_mask, strict=True) if need]
+    t, b = _both_products(x, norm_weight, norm_bias, pw1_weight, pw2_weight, eps, fmt)
+    ga, gb = torch.empty_like(t, memory_format=fmt), torch.empty_like(b, memory_format=fmt)
+    depthwise.convolve(t, dw_weight, dw_bias, ga, (1, 1), star="backward", outer=outer, gate=b, grad=g, gate_grad=gb)
+    gdw, gdb = depthwise.weight_grad(ga, t, dw_weight, (1, 1), need_dw, need_db) if need_dw or need_db else (None, None)
+    wide = wide_plane(x, t)
+    if need_x or need_nw or need_nb or need_w1:
+        gt = t  # no longer needed itself
+        depthwise.convolve(ga, dw_weight, None, gt, (1, 1), flip=True)
+    norm = (norm_weight, norm_bias, eps)
+    if need_w1:
+        pointwise.weight_grad(gt, x, gw1, None, image_layout(fmt, gt), image_layout(fmt, x), norm=norm, wide=wide)
+    if need_w2:
+        pointwise.weight_grad(gb, x, gw2, None, image_layout(fmt, gb), image_layout(fmt, x), norm=norm, wide=wide)
+    if need_x or need_nw or need_nb:
+        N, C, H, W = x.shape
+        lays = [image_layout(fmt, v) for v in (x, gt, gb)]
+        vc, vp = min(v.VC for v in lays), min(v.VP for v in lays)
+        vi, v1, v2 = (divisor(v.shape[1]) for v in (x, gt, gb))
+        s = heuristics.norm_pointwise(C, gt.shape[1], gb.shape[1], x.element_size(), backward=True)
+        tiles = ceil_div(H * W, s.BP)
+        programs = ceil_div(N * tiles, s.TILES)
+        partial = x.new_empty((programs, 2 * C), dtype=torch.float32)
+        launch(norm_pointwise_grad, (programs,), gt, gb, x, norm_weight.contiguous(), pw1_weight.contiguous(),
+               pw2_weight.contiguous(), gx, partial, N, H * W // vp, C // vi, gt.shape[1] // v1, gb.shape[1] // v2,
+               *(v.stride * v.VC // vc for v in lays), x.stride(0), gt.stride(0), gb.stride(0), tiles, eps,
+               BC=s.BC, BO=s.BO, BP=s.BP, VI=vi, V1=v1, V2=v2, VC=vc, VP=vp, TILES=s.TILES, NCHW=lays[0].NCHW,
+               WIDE=wide, num_warps=s.warps)  # fmt: skip
+        if need_nw or need_nb:
+            finish(partial, gnw, gnb)
+    grads = [gx, gnw, gnb, gw1, gdw, gdb, gw2]
+    return [v for v, need in zip(grads, output_mask, strict=True) if need]
