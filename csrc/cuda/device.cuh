@@ -218,16 +218,20 @@ __device__ __forceinline__ Words<Bytes> load_words(const void* p) {
   return r;
 }
 
+// p is in global memory. Written as instructions, because the compiler takes a vector store apart
+// now and then.
 template <int Bytes>
 __device__ __forceinline__ void store_words(void* p, const Words<Bytes>& v) {
   static_assert(Bytes == 4 || Bytes == 8 || Bytes == 16);
 #if SDAN_DEVICE_PASS
+  const size_t to = __cvta_generic_to_global(p);
   if constexpr (Bytes == 16)
-    *static_cast<uint4*>(p) = make_uint4(v.w[0], v.w[1], v.w[2], v.w[3]);
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.w[0]), "r"(v.w[1]),
+                 "r"(v.w[2]), "r"(v.w[3]));
   else if constexpr (Bytes == 8)
-    *static_cast<uint2*>(p) = make_uint2(v.w[0], v.w[1]);
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(v.w[0]), "r"(v.w[1]));
   else
-    *static_cast<unsigned*>(p) = v.w[0];
+    asm volatile("st.global.b32 [%0], %1;" ::"l"(to), "r"(v.w[0]));
 #else
 #ifdef SDAN_CUDA_HOST
   cuda_host::check_aligned(p, Bytes);
@@ -321,7 +325,7 @@ __device__ __forceinline__ void cp_async(void* shared, const void* global,
       r.w[i / 4] |= static_cast<uint32_t>(static_cast<const unsigned char*>(global)[i])
                     << 8 * (i % 4);
   }
-  store_words<Bytes>(shared, r);
+  for (int i = 0; i < Bytes / 4; ++i) static_cast<uint32_t*>(shared)[i] = r.w[i];
 #endif
 }
 

@@ -208,12 +208,9 @@ __global__ void __launch_bounds__(kNormThreads, 1)
     });
   }
   if (!partial) return;
-  __syncwarp();
-  each_channel<0>(p.channels, [&](int, int c) {
-    if (!first_lane) return;
-    float* to = partial + (static_cast<int64_t>(blockIdx.x) * p.channels + c) * 2;
-    to[0] = sums[2 * c], to[1] = sums[2 * c + 1];
-  });
+  __syncthreads();
+  for (int i = static_cast<int>(threadIdx.x); i < 2 * p.channels; i += kNormThreads)
+    partial[static_cast<int64_t>(blockIdx.x) * 2 * p.channels + i] = sums[i];
 }
 
 // channels_last: `lanes` (a power of two up to 32) neighbouring lanes take a pixel, V channels at a
