@@ -121,6 +121,9 @@ def test_info_says_how_to_get_what_is_missing(monkeypatch: pytest.MonkeyPatch) -
     result = run("info")
     assert "no compiler" in result.output
     assert "C++20 compiler" in result.output
+    skipped = {"cpu": {"built": False, "reason": "SDAN_FAST_SKIP_CPU was set when the package was installed"}}
+    monkeypatch.setattr("sdan_fast.commands.machine.build_record", lambda: skipped)
+    assert "-> unset SDAN_FAST_SKIP_CPU" in run("info").output
 
 
 def test_no_colour_and_no_bars_where_nobody_looks() -> None:

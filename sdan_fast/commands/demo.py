@@ -129,7 +129,7 @@ def _check(runners: list[Runner], y64: Tensor, refused: dict[str, str], bar: Any
 
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the pictures and demo.json.")] = Path(
-        "sdan-fast-demo"
+        "demo_output"
     ),
     size: Annotated[str, typer.Option("--size", help="Input size, HEIGHTxWIDTH.")] = "180x320",
     blocks: Annotated[int, typer.Option("--blocks", min=1, help="Blocks of the model; SDAN has 8.")] = 8,

@@ -24,8 +24,10 @@ def print_version(wanted: bool) -> None:
 
 def _hint(name: str, record: dict[str, Any] | None) -> str:
     """What a person can do about a backend that is not available; empty where nothing helps here."""
-    built = (record or {}).get(name, {}).get("built")
-    gpus = bool(machine.gpus())
+    entry = (record or {}).get(name) or {}
+    built, gpus = entry.get("built"), bool(machine.gpus())
+    if "SDAN_FAST_SKIP" in (entry.get("reason") or ""):
+        return f"unset SDAN_FAST_SKIP_{name.upper()}, {_REBUILD}"
     if name == "cpu" and not built:
         return f"put a C++20 compiler (g++ 11 or later, clang++ 14 or later) on PATH, {_REBUILD}"
     if name == "cuda" and not built:
@@ -95,10 +97,12 @@ def info(
     grid = terminal.table("what", "is", title="\nThis machine")
     grid.add_row("system", about["system"])
     grid.add_row("processor", about["cpu"])
-    cap = about["cpu_instruction_set_cap"]
+    kernels, cap = about["kernel_instruction_set"], about["kernel_instruction_set_cap"]
     grid.add_row(
         "instruction set",
-        f"{about['cpu_instruction_set']} (as torch sees it)" + (f"; SDAN_FAST_CPU_ISA={cap}" if cap else ""),
+        f"{kernels or 'no'} kernels"
+        + (f", capped by SDAN_FAST_CPU_ISA={cap}" if cap else "")
+        + f"; torch uses {about['cpu_instruction_set']}",
     )
     grid.add_row("threads", f"{about['threads']} of {about['cores']} cores")
     for gpu in about["gpus"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import importlib
 import importlib.metadata
 import json
 import os
@@ -60,11 +61,21 @@ def describe() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": cpu_model(),
         "cpu_instruction_set": torch.backends.cpu.get_cpu_capability(),
-        "cpu_instruction_set_cap": os.environ.get("SDAN_FAST_CPU_ISA"),
+        "kernel_instruction_set": kernel_instruction_set(),
+        "kernel_instruction_set_cap": os.environ.get("SDAN_FAST_CPU_ISA"),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpus": gpus(),
     }
+
+
+def kernel_instruction_set() -> str | None:
+    """What the compiled CPU kernels of this process use; None where they are not available."""
+    try:
+        extension = importlib.import_module("sdan_fast._C_cpu")
+    except ImportError:
+        return None
+    return str(extension.isa())
 
 
 def now() -> str:
