@@ -79,7 +79,9 @@ def _triton_missing() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the triton package is not installed"
     if not interpreting_triton() and not torch.cuda.is_available():
-        return "Triton needs a GPU, and torch sees none (TRITON_INTERPRET=1 runs its interpreter on CPU tensors)"
+        return (
+            "Triton needs a GPU, and torch sees none (TRITON_INTERPRET=1 runs its interpreter on CPU tensors)"
+        )
     return None
 
 
@@ -112,7 +114,8 @@ def _initial() -> str:
     return name
 
 
-_current: ContextVar[str] = ContextVar("sdan_fast_backend", default=_initial())
+_INITIAL = _initial()
+_current: ContextVar[str] = ContextVar("sdan_fast_backend", default=_INITIAL)
 
 
 @contextlib.contextmanager
@@ -176,7 +179,9 @@ class Status(NamedTuple):
 
 def status() -> list[Status]:
     """Every backend in the order in which "auto" asks them, with the reason where one is not available."""
-    lines = [Status(name, b.missing is None, b.missing or "") for name in ORDER[:-1] for b in [BACKENDS[name]]]
+    lines = [
+        Status(name, b.missing is None, b.missing or "") for name in ORDER[:-1] for b in [BACKENDS[name]]
+    ]
     return [*lines, Status("reference", True, "")]
 
 

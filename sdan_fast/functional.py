@@ -47,7 +47,9 @@ def _pair(dilation: Any, name: str = "dilation") -> list[int]:
     return pair
 
 
-def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, dilation: Dilation = 1) -> Tensor:
+def depthwise_conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, dilation: Dilation = 1
+) -> Tensor:
     """Depth-wise convolution with "same" zero padding.
 
     Args:
@@ -144,7 +146,9 @@ def star(a: Tensor, b: Tensor, *, activation: str = "gelu", outer: str = "none")
     Raises:
         TypeError, ValueError: see the module's documentation.
     """
-    if activation == "gelu" and outer == "none":  # the defaults: parsing two strings costs as much as the op itself
+    if (
+        activation == "gelu" and outer == "none"
+    ):  # the defaults: parsing two strings costs as much as the op itself
         return ops.star(a, b)
     return ops.star(a, b, activation=activation, outer=outer)
 
@@ -248,7 +252,9 @@ def mm_lka(
     return ops.mm_lka(x, weights, biases, proj_weight, proj_bias, **layout)
 
 
-def _flat_branches(branches: Sequence[Sequence[BranchConv]]) -> tuple[list[Tensor], list[Tensor], dict[str, Any]]:
+def _flat_branches(
+    branches: Sequence[Sequence[BranchConv]],
+) -> tuple[list[Tensor], list[Tensor], dict[str, Any]]:
     """Branches as the ops' schemas take them: weights, present biases, and how they are laid out."""
     weights: list[Tensor] = []
     biases: list[Tensor] = []
@@ -257,7 +263,9 @@ def _flat_branches(branches: Sequence[Sequence[BranchConv]]) -> tuple[list[Tenso
     for b, branch in enumerate(branches):
         for j, conv in enumerate(branch):
             if len(conv) != 3:
-                raise ValueError(f"branches[{b}][{j}] must be (weight, bias, dilation), and it has {len(conv)} items")
+                raise ValueError(
+                    f"branches[{b}][{j}] must be (weight, bias, dilation), and it has {len(conv)} items"
+                )
             weight, bias, dilation = conv
             weights.append(weight)
             bias_mask.append(bias is not None)
@@ -269,7 +277,12 @@ def _flat_branches(branches: Sequence[Sequence[BranchConv]]) -> tuple[list[Tenso
 
 
 def sdm(
-    x: Tensor, distill: Sequence[Pointwise], star: Sequence[StarParameters], fuse: Pointwise, *, eps: float = 1e-5
+    x: Tensor,
+    distill: Sequence[Pointwise],
+    star: Sequence[StarParameters],
+    fuse: Pointwise,
+    *,
+    eps: float = 1e-5,
 ) -> Tensor:
     """The star distillation module: levels that distil a part of the channels and refine the rest, then a fusion.
 

@@ -17,7 +17,9 @@ Dilation = int | Sequence[int]
 StripStage = tuple[Tensor, "Tensor | None", Tensor, "Tensor | None", Dilation]
 BranchConv = tuple[Tensor, "Tensor | None", Dilation]
 Pointwise = tuple[Tensor, "Tensor | None"]  # weight (Co, Ci, 1, 1), bias (Co,)
-StarParameters = tuple[Tensor, "Tensor | None", Tensor, Tensor, "Tensor | None", Tensor]  # as star_conv takes them
+StarParameters = tuple[
+    Tensor, "Tensor | None", Tensor, Tensor, "Tensor | None", Tensor
+]  # as star_conv takes them
 SDMParameters = tuple[Sequence[Pointwise], Sequence[StarParameters], Pointwise]  # distill, star, fuse
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -44,7 +46,9 @@ def output_format(x: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
-def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, dilation: Dilation = 1) -> Tensor:
+def depthwise_conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, dilation: Dilation = 1
+) -> Tensor:
     """Depth-wise convolution with "same" zero padding; see `sdan_fast.functional.depthwise_conv2d`."""
     dh, dw = pair(dilation)
     kh, kw = weight.shape[-2:]
@@ -124,7 +128,12 @@ def mm_lka(
 
 
 def sdm(
-    x: Tensor, distill: Sequence[Pointwise], star: Sequence[StarParameters], fuse: Pointwise, *, eps: float = 1e-5
+    x: Tensor,
+    distill: Sequence[Pointwise],
+    star: Sequence[StarParameters],
+    fuse: Pointwise,
+    *,
+    eps: float = 1e-5,
 ) -> Tensor:
     """The star distillation module; see `sdan_fast.functional.sdm`."""
     parts = []

@@ -73,7 +73,9 @@ def test_training_is_one_graph_for_every_size(backend: str) -> None:
 def test_inductor_runs_inference_and_training() -> None:
     net = model()
     compiled = torch.compile(net, fullgraph=True, dynamic=True)
-    x = picture(2, 12, 16)  # with a batch of one, Inductor 2.14.1 fails on plain 1x1 convolutions (docs/decisions.md)
+    x = picture(
+        2, 12, 16
+    )  # with a batch of one, Inductor 2.14.1 fails on plain 1x1 convolutions (docs/decisions.md)
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), net(x), rtol=1e-4, atol=1e-5)
     loss = compiled(x).square().mean()
@@ -119,7 +121,9 @@ def test_autocast(training: bool, inside: bool) -> None:
         with sdan_fast.use_backend("reference"):
             reference = step(x)
     assert y.dtype == expected.dtype == reference.dtype == torch.bfloat16
-    bound = 2 * (reference.double() - exact).abs().max() + 2 * torch.finfo(torch.bfloat16).eps * exact.abs().max()
+    bound = (
+        2 * (reference.double() - exact).abs().max() + 2 * torch.finfo(torch.bfloat16).eps * exact.abs().max()
+    )
     assert (y.double() - exact).abs().max() <= bound
     assert (expected.double() - exact).abs().max() <= bound
     if training:
@@ -152,7 +156,9 @@ def test_exported_program_survives_a_file(tmp_path: Any) -> None:
 
 def test_channels_last_stays() -> None:
     """A compiled op returns the strides that its fake kernel promised, in both memory formats."""
-    compiled = torch.compile(lambda x: F.layer_norm2d(x, weight, None) * 2, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda x: F.layer_norm2d(x, weight, None) * 2, fullgraph=True, backend="aot_eager"
+    )
     weight = torch.ones(6)
     for memory_format in (torch.contiguous_format, torch.channels_last):
         x = torch.randn(2, 6, 5, 7).contiguous(memory_format=memory_format)

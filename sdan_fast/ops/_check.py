@@ -44,7 +44,7 @@ def parameter(name: str, value: Any, expected: Sequence[int], *, like: Tensor, l
 def depthwise(
     name: str, weight: Any, bias: Any, channels: int, *, like: Tensor, kernel: tuple[int, int] | None = None
 ) -> None:
-    """Refuse a depth-wise weight that is not (channels, 1, kh, kw) with odd kh, kw, or a bias that is not (channels)."""
+    """Refuse a depth-wise weight that is not (channels, 1, kh, kw) with odd kh, kw, or a bias of another size."""
     tensor(f"{name}weight", weight, like=like)
     if weight.dim() != 4 or weight.shape[0] != channels or weight.shape[1] != 1:
         raise ValueError(
@@ -54,7 +54,9 @@ def depthwise(
     if kh % 2 == 0 or kw % 2 == 0:
         raise ValueError(f"{name}weight must have an odd kernel size, and it is {kh}x{kw}")
     if kernel is not None and (kh, kw) != kernel:
-        raise ValueError(f"{name}weight must have the kernel size {kernel[0]}x{kernel[1]}, and it is {kh}x{kw}")
+        raise ValueError(
+            f"{name}weight must have the kernel size {kernel[0]}x{kernel[1]}, and it is {kh}x{kw}"
+        )
     if bias is not None:
         parameter(f"{name}bias", bias, (channels,), like=like)
 

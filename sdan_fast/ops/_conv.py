@@ -24,7 +24,13 @@ class Conv(NamedTuple):
 
 
 def conv_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, mask: Mask, *, dilation: tuple[int, int] = (1, 1), groups: int = 1
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mask: Mask,
+    *,
+    dilation: tuple[int, int] = (1, 1),
+    groups: int = 1,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of a "same" convolution with respect to input, weight and bias, those of `mask`."""
     if not any(mask):
@@ -49,7 +55,11 @@ def chain(x: Tensor, convs: Sequence[Conv]) -> list[Tensor]:
 
 
 def chain_backward(
-    grad: Tensor, values: Sequence[Tensor], convs: Sequence[Conv], need_x: bool, masks: Sequence[tuple[bool, bool]]
+    grad: Tensor,
+    values: Sequence[Tensor],
+    convs: Sequence[Conv],
+    need_x: bool,
+    masks: Sequence[tuple[bool, bool]],
 ) -> tuple[Tensor | None, list[tuple[Tensor | None, Tensor | None]]]:
     """Gradients of a depth-wise chain: of its input, and (weight, bias) of each convolution.
 
@@ -111,7 +121,8 @@ def chain_backward_flops(
 ) -> int:
     """FLOPs of a depth-wise chain's backward."""
     return sum(
-        conv_backward_flops(x, weight, mask) for weight, mask in zip(weights, _masks(need_x, masks), strict=True)
+        conv_backward_flops(x, weight, mask)
+        for weight, mask in zip(weights, _masks(need_x, masks), strict=True)
     )
 
 

@@ -10,8 +10,8 @@ from the dispatcher. docs/decisions.md says why it is done this way, with the me
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ def _no_backward(*_: Any, **__: Any) -> Any:
     raise NotImplementedError("a composed op is differentiated through its parts")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Op:
     """One op and everything that torch knows of it.
 
@@ -62,18 +62,21 @@ class Op:
     autocast: Callable[[Sequence[Tensor], torch.dtype, str], tuple[torch.dtype, torch.dtype]] | None = None
     output_channels: Callable[..., int] | None = None
 
-    composed = False  # see ComposedOp
+    composed: ClassVar[bool] = False  # see ComposedOp
+
+    kernels: set[str] = field(default_factory=set, init=False)  # the backends with a forward kernel
+    backward_kernels: set[str] = field(default_factory=set, init=False)
+    supports: dict[str, Callable[..., str | None]] = field(
+        default_factory=dict, init=False
+    )  # why not these arguments
+    overloads: dict[str, Any] = field(default_factory=dict, init=False)  # by backend; "" asks at run time
+    backward_overloads: dict[str, Any] = field(default_factory=dict, init=False)
+    kinds: tuple[str, ...] = field(default=(), init=False)  # the types of the positional arguments
 
     def __post_init__(self) -> None:
-        set_ = object.__setattr__  # frozen: what follows is derived once, and never changes for the user
-        set_(self, "kernels", set())  # backends with a forward kernel
-        set_(self, "backward_kernels", set())
-        set_(self, "supports", {})  # backend -> (arguments) -> None or why it cannot run these
-        set_(self, "overloads", {})
-        set_(self, "backward_overloads", {})
         schema = torch._C.parse_schema(f"{NAMESPACE}::{self.name}({self.arguments}) -> Tensor")
         positional = [a for a in schema.arguments if not a.kwarg_only]
-        set_(self, "kinds", tuple(str(a.type) for a in positional))
+        self.kinds = tuple(str(a.type) for a in positional)
         OPS[self.name] = self
         self.define("")
         self.define_backward("")
@@ -91,7 +94,9 @@ class Op:
             return self._autocast_call(args, kwargs)
         self.check(*args, **kwargs)
         backend = backends.choose(self, args, kwargs)
-        if backend == "reference" or _transforms_active():  # vmap, jvp and the like see through plain PyTorch best
+        if (
+            backend == "reference" or _transforms_active()
+        ):  # vmap, jvp and the like see through plain PyTorch best
             return self.reference(*args, **kwargs)
         if torch.compiler.is_compiling():
             return self.overloads[backend](*args, **kwargs)
@@ -165,7 +170,7 @@ class Op:
         """One entry per tensor slot of the schema, as `output_mask` counts them: an absent bias is None."""
         slots: list[Any] = []
         for i, kind in enumerate(self.kinds):
-            arg = args[i] if i < len(args) else None
+            arg: Any = args[i] if i < len(args) else None
             if kind == "List[Tensor]":
                 slots.extend(arg)
             elif kind in ("Tensor", "Optional[Tensor]"):
@@ -183,13 +188,17 @@ class Op:
         torch.library.register_fake(f"{NAMESPACE}::{qualified}", self._fake, lib=LIBRARY)
 
         def autograd(*args: Any, **kwargs: Any) -> Tensor:
-            if _transforms_active():  # torch.func.grad and the like: nodes of autograd.Function cannot nest there
+            if (
+                _transforms_active()
+            ):  # torch.func.grad and the like: nodes of autograd.Function cannot nest there
                 return self.reference(*args, **kwargs)
             return self.differentiable(backend, args, kwargs)
 
         def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any, **kwargs: Any) -> tuple[Tensor, int]:
             def example(i: int) -> tuple[Any, ...]:
-                return pytree.tree_map(lambda arg, dim: arg if dim is None else arg.select(dim, i), args, in_dims)
+                return pytree.tree_map(
+                    lambda arg, dim: arg if dim is None else arg.select(dim, i), args, in_dims
+                )
 
             return torch.stack([overload(*example(i), **kwargs) for i in range(info.batch_size)]), 0
 
@@ -300,7 +309,7 @@ def output_format(x: Tensor) -> torch.memory_format:
     return rule(x)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class ComposedOp(Op):
     """An op made of other ops, whose kernels fuse them for inference.
 
@@ -308,7 +317,7 @@ class ComposedOp(Op):
     here their composition, which chooses a backend for each. So it has no backward of its own.
     """
 
-    composed = True
+    composed: ClassVar[bool] = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         if _autocasting() or _transforms_active():
@@ -459,7 +468,9 @@ def _attach_stubs() -> None:
                     continue
                 reason = missing or f"the {backend} backend has no kernel for {name}"
 
-                def stub(*_: Any, _name: str = _qualified(name, backend), _reason: str = reason, **__: Any) -> Any:
+                def stub(
+                    *_: Any, _name: str = _qualified(name, backend), _reason: str = reason, **__: Any
+                ) -> Any:
                     raise RuntimeError(f"sdan_fast::{_name} cannot run: {_reason}")
 
                 LIBRARY.impl(_qualified(name, backend), stub, "CompositeExplicitAutograd")

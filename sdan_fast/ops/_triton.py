@@ -52,4 +52,6 @@ def _register(name: str, function: Callable[..., Tensor | list[Tensor]]) -> None
             return function(*args, **kwargs)
 
     LIBRARY.impl(name, eager, "CUDA")
-    torch.library.register_torch_dispatch(f"{NAMESPACE}::{name}", FunctionalTensorMode, decompose, lib=LIBRARY)
+    torch.library.register_torch_dispatch(
+        f"{NAMESPACE}::{name}", FunctionalTensorMode, decompose, lib=LIBRARY
+    )

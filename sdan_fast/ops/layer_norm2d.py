@@ -29,7 +29,9 @@ def normalize(
     """LN(x), and what its backward needs: x as N x H x W x C, the mean and 1/std of each pixel."""
     nhwc = x.permute(0, 2, 3, 1)
     z, mean, rstd = aten.native_layer_norm(nhwc, [x.shape[1]], weight, bias, eps)
-    z = z.permute(0, 3, 1, 2).contiguous(memory_format=reference.output_format(x))  # as the reference sequence has it
+    z = z.permute(0, 3, 1, 2).contiguous(
+        memory_format=reference.output_format(x)
+    )  # as the reference sequence has it
     return z, (nhwc, mean, rstd)
 
 
@@ -51,13 +53,21 @@ def normalize_backward(
 
 
 def backward(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5, *, output_mask: Sequence[bool]
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float = 1e-5,
+    *,
+    output_mask: Sequence[bool],
 ) -> list[Tensor | None]:
     _, saved = normalize(x, weight, bias, eps)
     return list(normalize_backward(grad, saved, weight, bias, output_mask))
 
 
-def autocast(tensors: Sequence[Tensor], low: torch.dtype, device_type: str) -> tuple[torch.dtype, torch.dtype]:
+def autocast(
+    tensors: Sequence[Tensor], low: torch.dtype, device_type: str
+) -> tuple[torch.dtype, torch.dtype]:
     """Autocast runs layer_norm in float32 on a GPU, and leaves it alone on a CPU."""
     dtype = torch.float32 if device_type == "cuda" else tensors[0].dtype
     return dtype, dtype

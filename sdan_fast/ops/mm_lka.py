@@ -75,7 +75,8 @@ def branches_of(
 
 
 def run_reference(
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], proj_weight: Tensor, proj_bias: Tensor | None = None,
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], proj_weight: Tensor,
+    proj_bias: Tensor | None = None,
     *, bias_mask: Sequence[bool], dilations: Sequence[int], lengths: Sequence[int],
 ) -> Tensor:  # fmt: skip
     branches = branches_of(weights, biases, bias_mask, dilations, lengths)
@@ -84,7 +85,8 @@ def run_reference(
 
 def backward(
     grad: Tensor,
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], proj_weight: Tensor, proj_bias: Tensor | None = None,
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], proj_weight: Tensor,
+    proj_bias: Tensor | None = None,
     *, bias_mask: Sequence[bool], dilations: Sequence[int], lengths: Sequence[int], output_mask: Sequence[bool],
 ) -> list[Tensor | None]:  # fmt: skip
     need_x, need_pw, need_pb = output_mask[0], output_mask[-2], output_mask[-1]
@@ -92,7 +94,9 @@ def backward(
     need_t = need_x or any(map(any, masks))
     branches = branches_of(weights, biases, bias_mask, dilations, lengths)
     sizes = [branch[0].weight.shape[0] for branch in branches]
-    values = [chain(chunk, branch) for chunk, branch in zip(torch.split(x, sizes, dim=1), branches, strict=True)]
+    values = [
+        chain(chunk, branch) for chunk, branch in zip(torch.split(x, sizes, dim=1), branches, strict=True)
+    ]
     t = torch.cat([v[-1] for v in values], dim=1)
     gx, gt, gpw, gpb = gate_backward(grad, x, t, proj_weight, proj_bias, [need_x, need_t, need_pw, need_pb])
     grads: list[tuple[Tensor | None, Tensor | None]] = [(None, None)] * len(weights)

@@ -37,12 +37,20 @@ def gate_backward(
 
 
 def backward(
-    grad: Tensor, u: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, output_mask: Sequence[bool]
+    grad: Tensor,
+    u: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    output_mask: Sequence[bool],
 ) -> list[Tensor | None]:
     return gate_backward(grad, u, x, weight, bias, output_mask)
 
 
-def gated_autocast(tensors: Sequence[Tensor], low: torch.dtype, device_type: str) -> tuple[torch.dtype, torch.dtype]:
+def gated_autocast(
+    tensors: Sequence[Tensor], low: torch.dtype, device_type: str
+) -> tuple[torch.dtype, torch.dtype]:
     """The convolution runs in the lower precision, and the product with the first tensor promotes."""
     dtype = torch.promote_types(tensors[0].dtype, low)
     return dtype, dtype

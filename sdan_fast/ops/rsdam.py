@@ -42,7 +42,7 @@ def compose(
     """The block as its parts, each on a backend of its own."""
     t = sdm(x, distill, star, fuse, eps=eps)
     t = mm_lka(t, weights, biases, *attn_proj, bias_mask=bias_mask, dilations=dilations, lengths=lengths)
-    return x + layer_norm2d(F.conv2d(t, *proj), *norm, eps)
+    return x + layer_norm2d(F.conv2d(t, proj[0], proj[1]), *norm, eps)
 
 
 def flops(

@@ -42,7 +42,9 @@ def check(x: Any, distill: Any, star: Any, fuse: Any, *, eps: Any = 1e-5) -> Non
             gathered += weight.shape[0]
         check_star_conv(level_input, *level, eps=eps)
         level_input = x.new_empty((0, level[2].shape[0], 1, 1))
-    _check.parameter("fuse weight", fuse[0], (fuse[0].shape[0], gathered + level_input.shape[1], 1, 1), like=x)
+    _check.parameter(
+        "fuse weight", fuse[0], (fuse[0].shape[0], gathered + level_input.shape[1], 1, 1), like=x
+    )
     _check.parameter("fuse bias", fuse[1], (fuse[0].shape[0],), like=x)
 
 
@@ -55,7 +57,7 @@ def compose(
         if 2 * i < len(distill):
             parts.append(F.gelu(F.conv2d(x, distill[2 * i], distill[2 * i + 1])))
         x = star_conv(x, *level, outer="gelu", eps=eps)
-    return F.conv2d(torch.cat([*parts, x], dim=1), *fuse)
+    return F.conv2d(torch.cat([*parts, x], dim=1), fuse[0], fuse[1])
 
 
 def flops(x: Shape, distill: Sequence[Shape], star: Sequence[Shape], fuse: Sequence[Shape], **_: Any) -> int:

@@ -53,7 +53,13 @@ def activation_backward(name: str, grad: Tensor, x: Tensor) -> Tensor:
 
 
 def backward(
-    grad: Tensor, a: Tensor, b: Tensor, *, activation: str = "gelu", outer: str = "none", output_mask: Sequence[bool]
+    grad: Tensor,
+    a: Tensor,
+    b: Tensor,
+    *,
+    activation: str = "gelu",
+    outer: str = "none",
+    output_mask: Sequence[bool],
 ) -> list[Tensor | None]:
     s = reference.ACTIVATIONS[activation](a)
     if outer != "none":
@@ -64,7 +70,9 @@ def backward(
     ]
 
 
-def autocast(tensors: Sequence[Tensor], low: torch.dtype, device_type: str) -> tuple[torch.dtype, torch.dtype]:
+def autocast(
+    tensors: Sequence[Tensor], low: torch.dtype, device_type: str
+) -> tuple[torch.dtype, torch.dtype]:
     """Element-wise ops follow type promotion."""
     dtype = torch.promote_types(tensors[0].dtype, tensors[1].dtype)
     return dtype, dtype

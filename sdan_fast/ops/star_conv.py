@@ -80,11 +80,15 @@ def backward(
         gz2, gpw2, _ = conv_backward(gb, z, pw2_weight, (need_z, need_pw2, False))
     gx = gnw = gnb = None
     if gz1 is not None and gz2 is not None:
-        gx, gnw, gnb = normalize_backward(gz1 + gz2, saved, norm_weight, norm_bias, (need_x, need_nw, need_nb))
+        gx, gnw, gnb = normalize_backward(
+            gz1 + gz2, saved, norm_weight, norm_bias, (need_x, need_nw, need_nb)
+        )
     return [gx, gnw, gnb, gpw1, gdw, gdb, gpw2]
 
 
-def autocast(tensors: Sequence[Tensor], low: torch.dtype, device_type: str) -> tuple[torch.dtype, torch.dtype]:
+def autocast(
+    tensors: Sequence[Tensor], low: torch.dtype, device_type: str
+) -> tuple[torch.dtype, torch.dtype]:
     """Both branches end in the lower precision. Normalizing a rounded float32 x would lose what LN is there for,
     so it is computed in the dtype of x, and its result rounded."""
     return tensors[0].dtype, low

@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import reference
 from . import _check
 from ._conv import Conv, Shape, chain, chain_backward, chain_backward_flops, chain_flops, with_absent
 from ._op import Op
@@ -74,11 +73,15 @@ def backward(
     values = chain(x, convs[:-1])  # the last output is not needed
     masks = slot_masks(output_mask[1:], len(weights), bias_mask)
     gx, grads = chain_backward(grad, values, convs, output_mask[0], masks)
-    return [gx, *(gw for gw, _ in grads), *(gb for (_, gb), there in zip(grads, bias_mask, strict=True) if there)]
+    return [
+        gx,
+        *(gw for gw, _ in grads),
+        *(gb for (_, gb), there in zip(grads, bias_mask, strict=True) if there),
+    ]
 
 
 def slot_masks(slots: Sequence[bool], count: int, bias_mask: Sequence[bool]) -> list[tuple[bool, bool]]:
-    """(weight, bias) wanted for each of `count` convolutions, from their slots: all weights, then the present biases."""
+    """(weight, bias) wanted for each of `count` convolutions; the slots are all weights, then the biases there are."""
     it = iter(slots[count : count + sum(bias_mask)])
     return [(slots[i], next(it) if bias_mask[i] else False) for i in range(count)]
 
@@ -96,7 +99,9 @@ def backward_flops(
     output_mask: Sequence[bool],
     **_: Any,
 ) -> int:
-    return chain_backward_flops(x, weights, output_mask[0], slot_masks(output_mask[1:], len(weights), bias_mask))
+    return chain_backward_flops(
+        x, weights, output_mask[0], slot_masks(output_mask[1:], len(weights), bias_mask)
+    )
 
 
 strip_conv_chain = Op(

@@ -55,7 +55,9 @@ def cast(tree: Any, dtype: torch.dtype) -> Any:
 
 def fresh(tree: Any, dtype: torch.dtype, requires_grad: bool = False) -> Any:
     """Leaves in another dtype."""
-    return pytree.tree_map_only(Tensor, lambda t: t.detach().to(dtype).clone().requires_grad_(requires_grad), tree)
+    return pytree.tree_map_only(
+        Tensor, lambda t: t.detach().to(dtype).clone().requires_grad_(requires_grad), tree
+    )
 
 
 def tensors(tree: Any) -> list[Tensor]:
@@ -94,7 +96,9 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
     raise AssertionError(layout)
 
 
-def captured(fn_name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Op, tuple[Any, ...], dict[str, Any]]:
+def captured(
+    fn_name: str, args: Sequence[Any], kwargs: dict[str, Any]
+) -> tuple[Op, tuple[Any, ...], dict[str, Any]]:
     """The op and its flat arguments that a call of `functional` ends in."""
     token = backends._current.set(backends._EXPLAIN)
     try:
@@ -182,11 +186,19 @@ class OpContract:
         for case in self.cases:
             base, kwargs = case.arguments(dtype)
 
-            def gradients(run: Callable[..., Tensor], kind: torch.dtype, layout: str) -> list[Tensor]:
+            def gradients(
+                run: Callable[..., Tensor],
+                kind: torch.dtype,
+                layout: str,
+                base: Any = base,
+                kwargs: Any = kwargs,
+            ) -> list[Tensor]:
                 leaves = fresh(base, kind, requires_grad=True)
                 y = run(*self.with_layout(leaves, layout), **kwargs)
                 if run == self.ours:
-                    assert self.differentiated_as or "_Function" in type(y.grad_fn).__name__, "plain PyTorch ran"
+                    assert self.differentiated_as or "_Function" in type(y.grad_fn).__name__, (
+                        "plain PyTorch ran"
+                    )
                 y.backward(torch.linspace(-1, 1, y.numel()).reshape(y.shape).to(dtype).to(kind))
                 return [t.grad for t in tensors(leaves)]
 
@@ -194,13 +206,18 @@ class OpContract:
             # PyTorch's own 16-bit channels_last backward is not always right, so it is no yardstick.
             yardsticks = ("contiguous", "channels_last") if dtype == torch.float32 else ("contiguous",)
             eager = [gradients(self.plain, dtype, layout) for layout in yardsticks]
-            worst = [max(candidates, key=lambda g, e=e: error(g, e)) for e, *candidates in zip(exact, *eager, strict=True)]
+            worst = [
+                max(candidates, key=lambda g, e=e: error(g, e))
+                for e, *candidates in zip(exact, *eager, strict=True)
+            ]
             for layout in ("contiguous", "channels_last", "sliced"):
                 with sdan_fast.use_backend(backend):
                     ours = gradients(self.ours, dtype, layout)
                 self.check_gradients(ours, worst, exact, f"{case.id} {layout}")
 
-    def check_gradients(self, ours: list[Tensor], eager: list[Tensor], exact: list[Tensor], what: str) -> None:
+    def check_gradients(
+        self, ours: list[Tensor], eager: list[Tensor], exact: list[Tensor], what: str
+    ) -> None:
         """Each gradient within the bound. A composed op is a long chain of ops that are each within it, and some of its
         gradients have four elements: there the yardstick is eager's worst relative error over all of them."""
         if self.differentiated_as is None:
@@ -230,7 +247,11 @@ class OpContract:
         args, kwargs = case.arguments(torch.float32)
         for i in range(len(tensors(args))):
             grads = []
-            for run, kind in ((self.plain, torch.float64), (self.plain, torch.float32), (self.ours, torch.float32)):
+            for run, kind in (
+                (self.plain, torch.float64),
+                (self.plain, torch.float32),
+                (self.ours, torch.float32),
+            ):
                 leaves = fresh(args, kind)
                 leaf = tensors(leaves)[i].requires_grad_()
                 with sdan_fast.use_backend(backend):
@@ -243,7 +264,11 @@ class OpContract:
         case = next(self.small())
         args, kwargs = case.arguments(torch.float32)
         seconds = []
-        for run, kind in ((self.plain, torch.float64), (self.plain, torch.float32), (self.ours, torch.float32)):
+        for run, kind in (
+            (self.plain, torch.float64),
+            (self.plain, torch.float32),
+            (self.ours, torch.float32),
+        ):
             leaves = fresh(args, kind, requires_grad=True)
             with sdan_fast.use_backend(backend):
                 y = run(*leaves, **kwargs)
@@ -266,7 +291,11 @@ class OpContract:
 
         with sdan_fast.use_backend("reference"), Record():
             y.sum().backward()
-        op = captured(self.fn_name, args, kwargs)[0] if self.differentiated_as is None else OPS[self.differentiated_as]
+        op = (
+            captured(self.fn_name, args, kwargs)[0]
+            if self.differentiated_as is None
+            else OPS[self.differentiated_as]
+        )
         suffix = backend if backend in op.backward_kernels else "default"
         assert f"sdan_fast.{op.name}_backward.{suffix}" in seen
 
@@ -303,7 +332,9 @@ class OpContract:
         for run in (self.plain, self.ours):
             leaves = fresh(args, torch.float32)
             for i, leaf in enumerate(tensors(leaves)):
-                leaf.requires_grad_(mode == "all" or (mode == "input") == (i < self.images) and mode != "forward")
+                leaf.requires_grad_(
+                    mode == "all" or (mode == "input") == (i < self.images) and mode != "forward"
+                )
             if mode == "parameters" and len(tensors(leaves)) == self.images:
                 pytest.skip("the op has no parameters")
             with sdan_fast.use_backend(backend), FlopCounterMode(display=False) as counter:
@@ -313,8 +344,12 @@ class OpContract:
             counts.append(counter.get_total_flops())
         assert counts[0] == counts[1]
 
-    @pytest.mark.parametrize("low", (torch.bfloat16, torch.float16), ids=lambda d: str(d).removeprefix("torch."))
-    @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=lambda d: str(d).removeprefix("torch."))
+    @pytest.mark.parametrize(
+        "low", (torch.bfloat16, torch.float16), ids=lambda d: str(d).removeprefix("torch.")
+    )
+    @pytest.mark.parametrize(
+        "dtype", (torch.float32, torch.bfloat16), ids=lambda d: str(d).removeprefix("torch.")
+    )
     @pytest.mark.parametrize("backend", BACKENDS)
     def test_autocast(self, backend: str, dtype: torch.dtype, low: torch.dtype) -> None:
         """The dtype that the reference sequence returns, and its values, whatever the dtype of the images."""
@@ -329,7 +364,9 @@ class OpContract:
                 pytest.skip("PyTorch's own sequence does not mix these dtypes")
             with sdan_fast.use_backend(backend):
                 leaves = fresh(args, torch.float32, requires_grad=True)
-                y = self.ours(*[a.to(dtype) if i < self.images else a for i, a in enumerate(leaves)], **kwargs)
+                y = self.ours(
+                    *[a.to(dtype) if i < self.images else a for i, a in enumerate(leaves)], **kwargs
+                )
                 direct = op.overloads[""](*mixed[: self.images], *flat[self.images :], **op_kwargs)
                 assert direct.dtype == expected.dtype
         assert y.dtype == expected.dtype
@@ -353,7 +390,9 @@ class OpContract:
             mapped = torch.vmap(lambda x: op.overloads[backend](x, *flat[1:], **op_kwargs))(batch)
             torch.testing.assert_close(mapped, expected, rtol=1e-4, atol=1e-5)
             grad = torch.func.grad(lambda x: self.ours(x, *args[1:], **kwargs).sum())(args[0])
-            direct = torch.func.grad(lambda x: op.overloads[backend](x, *flat[1:], **op_kwargs).sum())(args[0])
+            direct = torch.func.grad(lambda x: op.overloads[backend](x, *flat[1:], **op_kwargs).sum())(
+                args[0]
+            )
             x = args[0].clone().requires_grad_()
             (plain,) = torch.autograd.grad(self.plain(x, *args[1:], **kwargs).sum(), x)
             torch.testing.assert_close(grad, plain, rtol=1e-4, atol=1e-4)

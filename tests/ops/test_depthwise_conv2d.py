@@ -64,7 +64,11 @@ def test_any_shape(
     generator = torch.Generator().manual_seed(7)
     x = torch.randn(shape, generator=generator)
     x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
-    args = (x, torch.randn(shape[1], 1, *kernel, generator=generator), torch.randn(shape[1]) if bias else None)
+    args = (
+        x,
+        torch.randn(shape[1], 1, *kernel, generator=generator),
+        torch.randn(shape[1]) if bias else None,
+    )
     with sdan_fast.use_backend(backend):
         y = F.depthwise_conv2d(*args, dilation=dilation)
     exact = reference.depthwise_conv2d(*cast(args, torch.float64), dilation=dilation)
@@ -77,18 +81,58 @@ X = torch.ones(1, 4, 5, 5)
 @pytest.mark.parametrize(
     ("args", "kwargs", "error", "words"),
     [
-        ((X[0], torch.ones(4, 1, 3, 3)), {}, ValueError, r"x must be N x C x H x W, and its shape is \[4, 5, 5\]"),
+        (
+            (X[0], torch.ones(4, 1, 3, 3)),
+            {},
+            ValueError,
+            r"x must be N x C x H x W, and its shape is \[4, 5, 5\]",
+        ),
         ((X, torch.ones(4, 1, 2, 3)), {}, ValueError, "weight must have an odd kernel size, and it is 2x3"),
         ((X, torch.ones(3, 1, 3, 3)), {}, ValueError, r"weight must have the shape \[4, 1, kh, kw\]"),
         ((X, torch.ones(4, 4, 3, 3)), {}, ValueError, r"weight must have the shape \[4, 1, kh, kw\]"),
-        ((X, torch.ones(4, 1, 3, 3), torch.ones(3)), {}, ValueError, r"bias must have the shape \[4\].* \[3\]"),
-        ((X, torch.ones(4, 1, 3, 3).double()), {}, TypeError, "weight must be float32 like x, and it is float64"),
-        ((X, torch.ones(4, 1, 3, 3)), {"dilation": 0}, ValueError, "dilation must be at least 1, and it is 0"),
-        ((X, torch.ones(4, 1, 3, 3)), {"dilation": (1, 2, 3)}, ValueError, "dilation must be a positive int or a pair"),
-        ((X, torch.ones(4, 1, 3, 3)), {"dilation": 1.5}, TypeError, "dilation must be a positive int or a pair"),
-        ((X, torch.ones(4, 1, 3, 3)), {"dilation": (1.5, 1)}, TypeError, "dilation must be a positive int or a pair"),
+        (
+            (X, torch.ones(4, 1, 3, 3), torch.ones(3)),
+            {},
+            ValueError,
+            r"bias must have the shape \[4\].* \[3\]",
+        ),
+        (
+            (X, torch.ones(4, 1, 3, 3).double()),
+            {},
+            TypeError,
+            "weight must be float32 like x, and it is float64",
+        ),
+        (
+            (X, torch.ones(4, 1, 3, 3)),
+            {"dilation": 0},
+            ValueError,
+            "dilation must be at least 1, and it is 0",
+        ),
+        (
+            (X, torch.ones(4, 1, 3, 3)),
+            {"dilation": (1, 2, 3)},
+            ValueError,
+            "dilation must be a positive int or a pair",
+        ),
+        (
+            (X, torch.ones(4, 1, 3, 3)),
+            {"dilation": 1.5},
+            TypeError,
+            "dilation must be a positive int or a pair",
+        ),
+        (
+            (X, torch.ones(4, 1, 3, 3)),
+            {"dilation": (1.5, 1)},
+            TypeError,
+            "dilation must be a positive int or a pair",
+        ),
         ((None, torch.ones(4, 1, 3, 3)), {}, TypeError, "x must be a torch.Tensor, and it is a NoneType"),
-        ((X, torch.ones(4, 1, 3, 3, device="meta")), {}, ValueError, "weight must be on cpu like x, and it is on meta"),
+        (
+            (X, torch.ones(4, 1, 3, 3, device="meta")),
+            {},
+            ValueError,
+            "weight must be on cpu like x, and it is on meta",
+        ),
     ],
 )
 def test_refusals(args: tuple, kwargs: dict, error: type[Exception], words: str) -> None:

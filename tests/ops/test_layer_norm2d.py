@@ -35,7 +35,11 @@ X = torch.ones(1, 4, 5, 5)
     ("args", "error", "words"),
     [
         ((X, torch.ones(3), None), ValueError, r"weight must have the shape \[4\], and its shape is \[3\]"),
-        ((X, torch.ones(4), torch.ones(4).half()), TypeError, "bias must be float32 like x, and it is float16"),
+        (
+            (X, torch.ones(4), torch.ones(4).half()),
+            TypeError,
+            "bias must be float32 like x, and it is float16",
+        ),
         ((X, torch.ones(4), None, 0.0), ValueError, "eps must be a positive number, and it is 0.0"),
         ((X, torch.ones(4), None, "small"), TypeError, "eps must be a positive number, and it is a str"),
         ((X[0], torch.ones(4), None), ValueError, "x must be N x C x H x W"),

@@ -21,7 +21,9 @@ def strip(k: int) -> list[Kernel]:
     return [(1, k, 1), (k, 1, 1), (1, k, d), (k, 1, d)]
 
 
-def case(name: str, n: int, h: int, w: int, branches: list[tuple[int, list[Kernel]]], biases: str = "1") -> Case:
+def case(
+    name: str, n: int, h: int, w: int, branches: list[tuple[int, list[Kernel]]], biases: str = "1"
+) -> Case:
     """branches are (channels, kernels); `biases` is repeated over the convolutions and proj, in order."""
 
     def build(t):  # type: ignore[no-untyped-def]
@@ -31,7 +33,8 @@ def case(name: str, n: int, h: int, w: int, branches: list[tuple[int, list[Kerne
             return t(c) if next(flags) == "1" else None
 
         built = [
-            [(t(c, 1, kh, kw) / (kh * kw) ** 0.5, bias(c), d) for kh, kw, d in kernels] for c, kernels in branches
+            [(t(c, 1, kh, kw) / (kh * kw) ** 0.5, bias(c), d) for kh, kw, d in kernels]
+            for c, kernels in branches
         ]
         channels = sum(c for c, _ in branches)
         return (t(n, channels, h, w), built, t(channels, channels, 1, 1) / channels**0.5, bias(channels)), {}
@@ -70,7 +73,8 @@ P = torch.ones(4, 4, 1, 1)
     ("args", "error", "words"),
     [
         ((X, [[(W3, None, 1)]], P), ValueError, "branches must cover the 4 channels of x, and they cover 2"),
-        ((X, [[(W3, None, 1)], [(torch.ones(2, 1, 3, 2), None, 1)]], P), ValueError, r"branches\[1\]\[0\].weight .* odd"),
+        ((X, [[(W3, None, 1)], [(torch.ones(2, 1, 3, 2), None, 1)]], P), ValueError,
+         r"branches\[1\]\[0\].weight .* odd"),
         ((X, [[(W3, None, 1), (torch.ones(3, 1, 3, 3), None, 1)], [(W3, None, 1)]], P), ValueError,
          r"branches\[0\]\[1\].weight must have the shape \[2, 1, kh, kw\]"),
         ((X, [[(W3, torch.ones(4), 1)], [(W3, None, 1)]], P), ValueError, r"branches\[0\]\[0\].bias must have"),

@@ -37,8 +37,16 @@ U, X, W = torch.ones(1, 4, 5, 5), torch.ones(1, 3, 5, 5), torch.ones(4, 3, 1, 1)
 @pytest.mark.parametrize(
     ("args", "error", "words"),
     [
-        ((U, X[..., :4], W), ValueError, r"u must agree with x in N, H and W, .* \[1, 4, 5, 5\] and \[1, 3, 5, 4\]"),
-        ((U, X, W[:3]), ValueError, r"weight must have the shape \[4, 3, 1, 1\], and its shape is \[3, 3, 1, 1\]"),
+        (
+            (U, X[..., :4], W),
+            ValueError,
+            r"u must agree with x in N, H and W, .* \[1, 4, 5, 5\] and \[1, 3, 5, 4\]",
+        ),
+        (
+            (U, X, W[:3]),
+            ValueError,
+            r"weight must have the shape \[4, 3, 1, 1\], and its shape is \[3, 3, 1, 1\]",
+        ),
         ((U, X, W.flatten(1)), ValueError, r"weight must have the shape \[4, 3, 1, 1\]"),
         ((U, X, W, torch.ones(3)), ValueError, r"bias must have the shape \[4\], and its shape is \[3\]"),
         ((U, X.half(), W), TypeError, "x must be float32 like u, and it is float16"),

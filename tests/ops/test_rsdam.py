@@ -17,7 +17,10 @@ def branches_of(groups: int) -> list[list[Kernel]]:
     out = []
     for local, dilated, k in BRANCHES[groups]:
         both = {"square": square(k), "strip": strip(k)}
-        half = {name: (kernels[: len(kernels) // 2], kernels[len(kernels) // 2 :]) for name, kernels in both.items()}
+        half = {
+            name: (kernels[: len(kernels) // 2], kernels[len(kernels) // 2 :])
+            for name, kernels in both.items()
+        }
         out.append(half[local][0] + half[dilated][1])
     return out
 
@@ -25,7 +28,9 @@ def branches_of(groups: int) -> list[list[Kernel]]:
 def case(name: str, n: int, c: int, h: int, w: int, branches: list[list[Kernel]], levels: int = 4) -> Case:
     def build(t):  # type: ignore[no-untyped-def]
         chunk = c // len(branches)
-        built = [[(t(chunk, 1, kh, kw) / (kh * kw) ** 0.5, t(chunk) / 8, d) for kh, kw, d in b] for b in branches]
+        built = [
+            [(t(chunk, 1, kh, kw) / (kh * kw) ** 0.5, t(chunk) / 8, d) for kh, kw, d in b] for b in branches
+        ]
         proj = [(t(c, c, 1, 1) / c**0.5, t(c) / 8) for _ in range(2)]
         return (t(n, c, h, w), parameters(t, c, c // 2, levels), built, *proj, (1 + t(c) / 8, t(c) / 8)), {}
 
@@ -50,7 +55,7 @@ def test_refusals() -> None:
     x, distillation, branches, attention_proj, proj, norm = args
     with pytest.raises(ValueError, match=r"proj weight must have the shape \[4, 4, 1, 1\]"):
         F.rsdam(x, distillation, branches, attention_proj, (proj[0][:2], proj[1]), norm)
-    with pytest.raises(ValueError, match="branches must cover the 4 channels of x, and they cover 2"):
+    with pytest.raises(ValueError, match=r"branches must cover the 4 channels of x, and they cover 2"):
         F.rsdam(x, distillation, branches[:1], attention_proj, proj, norm)
-    with pytest.raises(TypeError, match="norm bias must be a torch.Tensor, and it is a NoneType"):
+    with pytest.raises(TypeError, match=r"norm bias must be a torch.Tensor, and it is a NoneType"):
         F.rsdam(x, distillation, branches, attention_proj, proj, (norm[0], None))

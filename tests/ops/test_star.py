@@ -37,12 +37,24 @@ def test_any_rank() -> None:
 @pytest.mark.parametrize(
     ("a", "b", "kwargs", "error", "words"),
     [
-        (torch.ones(2, 3), torch.ones(2, 4), {}, ValueError, r"b must have the shape \[2, 3\] of a, .* \[2, 4\]"),
+        (
+            torch.ones(2, 3),
+            torch.ones(2, 4),
+            {},
+            ValueError,
+            r"b must have the shape \[2, 3\] of a, .* \[2, 4\]",
+        ),
         (torch.ones(2), torch.ones(2).half(), {}, TypeError, "b must be float32 like a, and it is float16"),
         (torch.ones(2).int(), torch.ones(2).int(), {}, TypeError, "a must be float32, .* and it is int32"),
         ([1.0], torch.ones(1), {}, TypeError, "a must be a torch.Tensor, and it is a list"),
         (torch.ones(1), 2.0, {}, TypeError, "b must be a torch.Tensor, and it is a float"),
-        (torch.ones(1), torch.ones(1), {"activation": "tanh"}, ValueError, "activation must be one of .* 'tanh'"),
+        (
+            torch.ones(1),
+            torch.ones(1),
+            {"activation": "tanh"},
+            ValueError,
+            "activation must be one of .* 'tanh'",
+        ),
         (torch.ones(1), torch.ones(1), {"outer": 3}, ValueError, "outer must be one of .* and it is 3"),
         (torch.ones(1).to_sparse(), torch.ones(1), {}, TypeError, "a must be a dense .* torch.sparse_coo"),
     ],

@@ -53,14 +53,18 @@ class TestSeparableConv2d(OpContract):
     fn_name = "separable_conv2d"
     cases = (
         Case("plain", lambda t: ((t(1, 2, 5, 4), t(2, 1, 1, 5), t(2), t(2, 1, 5, 1), t(2)), {})),
-        Case("dilated", lambda t: ((t(1, 2, 5, 4), t(2, 1, 1, 3), None, t(2, 1, 7, 1), t(2)), {"dilation": 3})),
+        Case(
+            "dilated", lambda t: ((t(1, 2, 5, 4), t(2, 1, 1, 3), None, t(2, 1, 7, 1), t(2)), {"dilation": 3})
+        ),
     )
 
 
 @settings(max_examples=40, deadline=None)
 @given(
     shape=st.tuples(st.integers(1, 2), st.integers(1, 18), st.integers(1, 40), st.integers(1, 40)),
-    stages=st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8), st.integers(1, 6)), min_size=1, max_size=3),
+    stages=st.lists(
+        st.tuples(st.integers(0, 8), st.integers(0, 8), st.integers(1, 6)), min_size=1, max_size=3
+    ),
     biases=st.text("01", min_size=6, max_size=6),
     channels_last=st.booleans(),
     backend=st.sampled_from(BACKENDS),
@@ -84,12 +88,28 @@ H, V, B = torch.ones(4, 1, 1, 3), torch.ones(4, 1, 3, 1), torch.ones(4)
     [
         ([], ValueError, "two for each of one or more stages, and there are 0"),
         ([(H, B, V, B)], ValueError, r"stages\[0\] must be \(weight_h, .* has 4 items"),
-        ([(V, B, H, B, 1)], ValueError, r"stages\[0\].weight_h must have the shape \[4, 1, 1, k\] with k odd"),
-        ([(H, B, V, B, 1), (H, B, H, B, 1)], ValueError, r"stages\[1\].weight_v must have the shape \[4, 1, k, 1\]"),
+        (
+            [(V, B, H, B, 1)],
+            ValueError,
+            r"stages\[0\].weight_h must have the shape \[4, 1, 1, k\] with k odd",
+        ),
+        (
+            [(H, B, V, B, 1), (H, B, H, B, 1)],
+            ValueError,
+            r"stages\[1\].weight_v must have the shape \[4, 1, k, 1\]",
+        ),
         ([(H, B, V, torch.ones(5), 1)], ValueError, r"stages\[0\].bias_v must have the shape \[4\].* \[5\]"),
         ([(H, B, V, B, -1)], ValueError, "dilation must be at least 1, and it is -1"),
-        ([(H.half(), B, V, B, 1)], TypeError, r"stages\[0\].weight_h must be float32 like x, and it is float16"),
-        ([(None, B, V, B, 1)], TypeError, r"stages\[0\].weight_h must be a torch.Tensor, and it is a NoneType"),
+        (
+            [(H.half(), B, V, B, 1)],
+            TypeError,
+            r"stages\[0\].weight_h must be float32 like x, and it is float16",
+        ),
+        (
+            [(None, B, V, B, 1)],
+            TypeError,
+            r"stages\[0\].weight_h must be a torch.Tensor, and it is a NoneType",
+        ),
     ],
 )
 def test_refusals(stages: list, error: type[Exception], words: str) -> None:
