@@ -126,19 +126,27 @@ def strip_columns(
 
 @dataclass
 class Strip:
-    """One convolution of the chain: weight (C, 1, 1, k) or (C, 1, k, 1), bias (C,) or None, dilation along its axis."""
+    """One depth-wise convolution: weight (C, 1, kh, kw), bias (C,) or None, dilations along H and W."""
 
     weight: Tensor
     bias: Tensor | None
-    dilation: int
+    dilations: tuple[int, int]
+
+    @property
+    def axis(self) -> str:
+        """ "w" for 1xk, "h" for kx1, else "hw"."""
+        kh, kw = self.weight.shape[2:]
+        return "w" if kh == 1 else "h" if kw == 1 else "hw"
 
     @property
     def taps(self) -> int:
+        """Taps of a strip."""
         return self.weight.shape[2] * self.weight.shape[3]
 
     @property
-    def dilations(self) -> tuple[int, int]:
-        return (1, self.dilation) if self.weight.shape[2] == 1 else (self.dilation, 1)
+    def dilation(self) -> int:
+        """Dilation of a strip along its axis."""
+        return self.dilations[1] if self.axis == "w" else self.dilations[0]
 
 
 def two_stages(x: Tensor, strips: Sequence[Strip], y: Tensor, middle: Tensor, *, flip: bool = False) -> None:
@@ -153,7 +161,7 @@ def two_stages(x: Tensor, strips: Sequence[Strip], y: Tensor, middle: Tensor, *,
         one_by_one(x, list(reversed(strips)) if flip else strips, y, middle, flip=flip)
         return
     if flip:
-        h1, v1, h2, v2 = (Strip(t.weight, None, t.dilation) for t in (h2, v2, h1, v1))
+        h1, v1, h2, v2 = (Strip(t.weight, None, t.dilations) for t in (h2, v2, h1, v1))
     QW = ceil_div(W, s.V)
     common = dict(V=s.V, FLIP=flip, VECTOR=s.VECTOR, WIDE=wide_plane(x, y))
     need_field = v1.bias is not None
@@ -187,17 +195,24 @@ def one_by_one(x: Tensor, strips: Sequence[Strip], y: Tensor, middle: Tensor, *,
 
 
 def run(x: Tensor, strips: Sequence[Strip], y: Tensor, *, flip: bool = False) -> None:
-    """y = the whole chain of x, two stages at a time; flip: its input gradient. Workspace: up to two tensors like y."""
-    pairs = [strips[i : i + 4] for i in range(0, len(strips), 4)]
+    """y = the convolutions of x in order, each H1 V1 H2 V2 among them in two launches; flip: the input gradient.
+
+    x and y may be slices of channels. Workspace: up to three tensors like y.
+    """
+    units: list[Sequence[Strip]] = []
+    at = 0
+    while at < len(strips):
+        length = 4 if [t.axis for t in strips[at : at + 4]] == ["w", "h", "w", "h"] else 1
+        units.append(strips[at : at + length])
+        at += length
     if flip:
-        pairs.reverse()
-    for i, part in enumerate(pairs):
-        out = y if i == len(pairs) - 1 else torch.empty_like(y)
-        middle = torch.empty_like(y)
-        if len(part) == 4:
-            two_stages(x, part, out, middle, flip=flip)
+        units.reverse()
+    for i, unit in enumerate(units):
+        out = y if i == len(units) - 1 else torch.empty_like(y)
+        if len(unit) == 4:
+            two_stages(x, unit, out, torch.empty_like(y), flip=flip)
         else:
-            one_by_one(x, list(reversed(part)) if flip else part, out, middle, flip=flip)
+            one_by_one(x, unit, out, out, flip=flip)
         x = out
 
 
@@ -206,7 +221,7 @@ def _strips(
 ) -> list[Strip]:
     present = iter(biases)
     return [
-        Strip(w, next(present) if has else None, d)
+        Strip(w, next(present) if has else None, (d, d))
         for w, has, d in zip(weights, bias_mask, dilations, strict=True)
     ]
 
@@ -267,21 +282,19 @@ def backward(
 
 
 def gradients(
-    g: Tensor,
-    x: Tensor,
-    strips: Sequence[Strip],
-    need_x: bool,
-    need_w: Sequence[bool],
-    need_b: Sequence[bool],
-) -> tuple[Tensor | None, list[tuple[Tensor | None, Tensor | None]]]:
-    """The gradient of a chain of depth-wise convolutions in its input, and in each filter and bias, as asked for."""
+    g: Tensor, x: Tensor, strips: Sequence[Strip], need_x: bool, need_w: Sequence[bool], need_b: Sequence[bool],
+    gx: Tensor | None = None,
+) -> tuple[Tensor | None, list[tuple[Tensor | None, Tensor | None]]]:  # fmt: skip
+    """The gradient of a chain of depth-wise convolutions in its input, and in each filter and bias, as asked for.
+
+    gx: where to put the input's, which may be a slice of channels.
+    """
     grads: list[tuple[Tensor | None, Tensor | None]] = [(None, None)] * len(strips)
     wanted = [i for i in range(len(strips)) if need_w[i] or need_b[i]]
-    if not wanted:
-        if not need_x:
-            return None, grads
+    if need_x and gx is None:
         gx = torch.empty_like(x)
-        if gx.numel() > 0:
+    if not wanted:
+        if need_x and gx.numel() > 0:
             run(g, strips, gx, flip=True)
         return gx, grads
     inputs = [x]
@@ -291,11 +304,9 @@ def gradients(
     for i in reversed(range(len(strips))):
         strip = strips[i]
         if i in wanted:
-            grads[i] = depthwise.weight_grad(
-                g, inputs[i], strip.weight, strip.dilations, need_w[i], need_b[i]
-            )
+            grads[i] = depthwise.weight_grad(g, inputs[i], strip.weight, strip.dilations, need_w[i], need_b[i])
         if need_x or i > wanted[0]:
-            below = torch.empty_like(x)
+            below = gx if i == 0 else torch.empty_like(x)
             depthwise.convolve(g, strip.weight, None, below, strip.dilations, flip=True)
             g = below
-    return (g if need_x else None), grads
+    return gx, grads
