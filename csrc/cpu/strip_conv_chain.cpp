@@ -87,7 +87,10 @@ Tensor strip_conv_chain(const Tensor& x, std::vector<Tensor> weights, std::vecto
 
   const int64_t per_tile = args.n * ((args.c + args.lanes - 1) / args.lanes);
   // The horizontal pass leaves up to 2 MB behind; the vertical one reads it in narrow columns.
-  args.grid = make_tiles({args.h, args.w, args.halo_h, args.halo_w, args.lanes, false}, 96 * 1024, 512 * 1024);
+  double ratio = 0.0;
+  args.grid = make_tiles({args.h, args.w, args.halo_h, args.halo_w, args.lanes, false, 512 * 1024, args.h,
+                          96 * 1024},
+                         &ratio);
   const int64_t work = x.numel() * work_per_pixel;
   if (work > (1 << 20)) {
     refine_tiles(&args.grid, args.h, args.halo_h, per_tile, 4 * torch::stable::get_num_threads());

@@ -25,48 +25,54 @@ inline UsedTaps used_taps(int64_t k, int64_t d, int64_t size) {
 
 struct TileProblem {
   int64_t h, w;
-  int64_t halo_h, halo_w;   // input pixels beyond the outputs, both sides together
-  int64_t pixel_floats;     // of the buffer
-  bool columns_have_halo;   // whether the buffer holds halo_w too
+  int64_t halo_h, halo_w;  // input pixels beyond the outputs, both sides together
+  int64_t pixel_floats;    // of the buffer
+  bool columns_have_halo;  // whether the buffer holds halo_w too
+  int64_t budget;          // floats of the buffer
+  int64_t window_rows;     // rows in use at a time
+  int64_t window_budget;   // floats that they should not exceed
 };
 
-// Cuts into tiles whose buffer has at most `budget` floats, with the least input read twice. *ratio is
-// what is read over what there is, zero if nothing fits.
-inline TileGrid tiles_within(const TileProblem& p, int64_t budget, double* ratio) {
+// The tiles within the budget that read the least input twice, preferring those whose window of rows stays
+// in the first-level cache if that costs little. For halos beyond the budget: short tiles, any size. *read is
+// what is read over what there is.
+inline TileGrid make_tiles(const TileProblem& p, double* read) {
   const int64_t align = p.pixel_floats == 1 ? 64 : 8;
-  TileGrid best = {1, 1, p.h, p.w};
-  *ratio = 0.0;
+  TileGrid best = {}, best_windowed = {};
+  double ratio = 0.0, ratio_windowed = 0.0;
   for (int64_t wanted = 1; wanted <= 32; ++wanted) {
     int64_t tw = ((p.w + wanted - 1) / wanted + align - 1) / align * align;
     if (tw > p.w) tw = p.w;
-    const int64_t columns = tw + (p.columns_have_halo ? p.halo_w : 0);
-    int64_t th = budget / (columns * p.pixel_floats) - p.halo_h;
+    const int64_t row = (tw + (p.columns_have_halo ? p.halo_w : 0)) * p.pixel_floats;
+    int64_t th = p.budget / row - p.halo_h;
     if (th >= 1) {
       if (th > p.h) th = p.h;
       const int64_t tiles_h = (p.h + th - 1) / th;
       const int64_t tiles_w = (p.w + tw - 1) / tw;
       th = (p.h + tiles_h - 1) / tiles_h;  // even rows of tiles
+      const TileGrid grid = {th, tw, (p.h + th - 1) / th, tiles_w};
       const double rows_read = static_cast<double>(p.h + (tiles_h - 1) * p.halo_h);
       const double columns_read = static_cast<double>(p.w + (tiles_w - 1) * p.halo_w);
       const double r = rows_read * columns_read / (static_cast<double>(p.h) * static_cast<double>(p.w));
-      if (*ratio == 0.0 || r < *ratio) {
-        *ratio = r;
-        best = {th, tw, (p.h + th - 1) / th, tiles_w};
+      if (ratio == 0.0 || r < ratio) {
+        ratio = r;
+        best = grid;
+      }
+      const int64_t window = p.window_rows < th + p.halo_h ? p.window_rows : th + p.halo_h;
+      if (window * row <= p.window_budget && (ratio_windowed == 0.0 || r < ratio_windowed)) {
+        ratio_windowed = r;
+        best_windowed = grid;
       }
     }
-    if (tw <= align) break;
+    if (ratio_windowed != 0.0 || tw <= align) break;  // narrower tiles only read more
   }
-  return best;
-}
-
-// The smallest of the two budgets that reads little twice; else the large one; else, for halos beyond any
-// cache, short tiles of the whole width.
-inline TileGrid make_tiles(const TileProblem& p, int64_t small_budget, int64_t large_budget) {
-  double ratio = 0.0;
-  TileGrid grid = tiles_within(p, small_budget, &ratio);
-  if (ratio != 0.0 && ratio <= 1.3) return grid;
-  grid = tiles_within(p, large_budget, &ratio);
-  if (ratio != 0.0) return grid;
+  if (ratio_windowed != 0.0 && ratio_windowed <= 1.25 * ratio) {
+    *read = ratio_windowed;
+    return best_windowed;
+  }
+  *read = ratio;
+  if (ratio != 0.0) return best;
+  *read = 100.0;
   const int64_t th = p.h < 64 ? p.h : 64;
   const int64_t tw = p.w < 512 ? p.w : 512;
   return {th, tw, (p.h + th - 1) / th, (p.w + tw - 1) / tw};

@@ -1,4 +1,5 @@
-// Depth-wise convolution, tile by tile: stage the zero-padded input as float32, then convolve.
+// Depth-wise convolution, tile by tile: what needs padding or conversion is staged as float32 and then
+// convolved, the rest is read in place.
 #include "depthwise_conv2d.h"
 
 #include "tile_conv.h"
@@ -7,65 +8,191 @@ namespace sdan_fast {
 namespace SDAN_ISA {
 namespace {
 
+constexpr int kMaxBlocks = kGroupChannels / 8;
+
+struct ConstantBias {
+  Vec value;
+  SDAN_INLINE Vec operator()(int64_t, int64_t) const { return value; }
+};
+
+SDAN_INLINE int64_t round_up(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+
+// Output pixels [h0, h1) x [w0, w1) of the image.
+struct Rect {
+  int64_t h0, h1, w0, w1;
+};
+
+template <typename T>
+constexpr bool is_float() {
+  return false;
+}
+template <>
+constexpr bool is_float<float>() {
+  return true;
+}
+
+// One group of channels of one image.
 template <bool kLanewise, typename T>
-void run_tile(const DepthwiseArgs& a, int64_t n, int64_t block, int64_t tile) {
-  constexpr int kStep = pixel_floats<kLanewise>();
+struct Plane {
+  const DepthwiseArgs& a;
+  const T* x;
+  T* y;
+  int64_t pixel;  // elements from one pixel to the next
+  int64_t pad_h, pad_w;
+  int channels;
+  int count;  // blocks of one vector of channels
+  const float* weights;
+  int64_t weight_floats;
+  Vec bias[kLanewise ? kMaxBlocks : 1];
+};
+
+// Convolves a rectangle from a tile whose pixel (0, 0) is the first tap of the first output.
+template <bool kLanewise, typename T, typename Prepare>
+SDAN_INLINE void run_blocks(const Plane<kLanewise, T>& p, const Rect& rect, const float* tile,
+                            ptrdiff_t row_floats, int step, const Prepare& prepare) {
+  const DepthwiseArgs& a = p.a;
+  const int64_t columns = rect.w1 - rect.w0;
+  ConvBlock<kLanewise, ConstantBias, GridSink<kLanewise, T>> blocks[kLanewise ? kMaxBlocks : 1];
+  const int count = kLanewise ? p.count : 1;
+  for (int b = 0; b < count; ++b) {
+    const int left = p.channels - b * kLanes;
+    blocks[b] = {tile + b * kLanes,
+                 {p.weights + b * p.weight_floats, static_cast<int>(a.kh_used), static_cast<int>(a.kw_used),
+                  static_cast<int>(a.dh), static_cast<int>(a.dw), step},
+                 {p.bias[b]},
+                 {p.y + (rect.h0 * a.w + rect.w0) * p.pixel + b * kLanes, a.w * p.pixel, p.pixel, columns,
+                  left < kLanes ? left : kLanes}};
+  }
+  conv_tile(blocks, count, row_floats, rect.h1 - rect.h0, columns, prepare);
+}
+
+// A rectangle by way of a zero-padded float32 copy of its input.
+template <bool kLanewise, typename T>
+void run_staged(const Plane<kLanewise, T>& p, const Rect& rect, float* staged) {
+  const DepthwiseArgs& a = p.a;
+  const int64_t columns = rect.w1 - rect.w0;
+  if (columns <= 0 || rect.h1 <= rect.h0) return;
+  const int step = kLanewise ? p.count * kLanes : 1;
+  const int64_t in_columns = columns + 2 * p.pad_w;
+  const ptrdiff_t row_floats = round_up(in_columns * step) + kLanes;
+  const int64_t row = a.w * p.pixel;
+  const int64_t ahead = (a.dh < 2 ? 4 : 8) * row;  // about a group of rows
+  int64_t staged_rows = 0;
+  const auto prepare = [&](int64_t wanted) __attribute__((always_inline)) {
+    for (; staged_rows < wanted; ++staged_rows) {
+      const int64_t h = rect.h0 - p.pad_h + staged_rows;
+      const int64_t done = rect.h0 + staged_rows - 2 * p.pad_h;
+      if (done >= rect.h0) prefetch_row(p.y + done * row + rect.w0 * p.pixel, columns, p.pixel, p.channels);
+      float* out = staged + staged_rows * row_floats;
+      if (h < 0 || h >= a.h) {
+        fill_zero(out, in_columns * step);
+      } else {
+        stage_row<kLanewise>(out, p.x + h * row, rect.w0 - p.pad_w, in_columns, a.w, p.pixel, p.channels,
+                             step, ahead);
+      }
+    }
+  };
+  run_blocks<kLanewise>(p, rect, staged, row_floats, step, prepare);
+}
+
+// A channels_last rectangle whose taps all lie in the image, read in place.
+void run_direct(const Plane<true, float>& p, const Rect& rect) {
+  const DepthwiseArgs& a = p.a;
+  const int64_t row = a.w * p.pixel;
+  const int64_t columns = rect.w1 - rect.w0;
+  const float* x = p.x + (rect.h0 - p.pad_h) * row + (rect.w0 - p.pad_w) * p.pixel;
+  float* y = p.y + rect.h0 * row + rect.w0 * p.pixel;
+  const int64_t in_rows = rect.h1 - rect.h0 + 2 * p.pad_h;
+  int64_t fetched = 0;
+  const auto prepare = [&](int64_t wanted) __attribute__((always_inline)) {
+    // The rows after the ones wanted now, and the outputs about to be written.
+    for (; fetched < wanted; ++fetched) {
+      const int64_t next = fetched + 4 < in_rows ? fetched + 4 : in_rows - 1;
+      prefetch_row(x + next * row, columns + 2 * p.pad_w, p.pixel, p.channels);
+      const int64_t done = fetched - 2 * p.pad_h;
+      if (done >= 0) prefetch_row(y + done * row, columns, p.pixel, p.channels);
+    }
+  };
+  run_blocks<true>(p, rect, x, static_cast<ptrdiff_t>(row), static_cast<int>(p.pixel), prepare);
+}
+
+SDAN_INLINE int64_t clamp(int64_t v, int64_t low, int64_t high) {
+  return v < low ? low : (v > high ? high : v);
+}
+
+template <bool kLanewise, typename T>
+void run_tile(const DepthwiseArgs& a, int64_t n, int64_t group, int64_t tile) {
   const int64_t h0 = tile / a.grid.tiles_w * a.grid.tile_h;
   const int64_t w0 = tile % a.grid.tiles_w * a.grid.tile_w;
-  const int64_t rows = a.h - h0 < a.grid.tile_h ? a.h - h0 : a.grid.tile_h;
-  const int64_t columns = a.w - w0 < a.grid.tile_w ? a.w - w0 : a.grid.tile_w;
-  const int64_t c0 = block * a.lanes;
+  const Rect whole = {h0, a.h - h0 < a.grid.tile_h ? a.h : h0 + a.grid.tile_h, w0,
+                      a.w - w0 < a.grid.tile_w ? a.w : w0 + a.grid.tile_w};
+  const int64_t c0 = group * a.lanes;
+  const int64_t plane = kLanewise ? n * a.h * a.w * a.c + c0 : (n * a.c + c0) * a.h * a.w;
   const int channels = static_cast<int>(a.c - c0 < a.lanes ? a.c - c0 : a.lanes);
+  const int count = kLanewise ? (channels + kLanes - 1) / kLanes : 1;
+  const int step = kLanewise ? count * kLanes : 1;
   const int64_t pad_h = (a.kh_used - 1) / 2 * a.dh;
   const int64_t pad_w = (a.kw_used - 1) / 2 * a.dw;
-  const int64_t in_rows = rows + 2 * pad_h;
-  const int64_t in_columns = columns + 2 * pad_w;
 
-  // The row's length is a multiple of a vector, plus one so that rows do not share cache sets.
-  const ptrdiff_t row_floats = (in_columns * kStep + kLanes - 1) / kLanes * kLanes + kLanes;
-  const int64_t weight_floats = (a.kh_used * a.kw_used * kStep + kLanes - 1) / kLanes * kLanes;
-  const int64_t total = weight_floats + in_rows * row_floats + kConvSlack * kLanes;
+  // A staged row's length is a multiple of a vector, plus one so that rows do not share cache sets.
+  const int64_t row_floats = round_up((whole.w1 - whole.w0 + 2 * pad_w) * step) + kLanes;
+  const int64_t weight_floats = round_up(a.kh_used * a.kw_used * pixel_floats<kLanewise>());
+  const int64_t total = count * weight_floats + (whole.h1 - whole.h0 + 2 * pad_h) * row_floats +
+                        kConvSlack * (kLanewise ? step : kLanes);
   float* weights = static_cast<float*>(thread_scratch(static_cast<size_t>(total) * sizeof(float)));
-  float* staged = weights + weight_floats;
+  float* staged = weights + count * weight_floats;
 
-  stage_weights<kLanewise>(weights, static_cast<const T*>(a.weight) + c0 * a.kh * a.kw, a.kh * a.kw,
-                           static_cast<int>(a.kw), static_cast<int>(a.i0), static_cast<int>(a.j0),
-                           static_cast<int>(a.kh_used), static_cast<int>(a.kw_used), channels);
-  const int64_t pixel = kLanewise ? a.c : 1;  // elements from one pixel to the next
-  const int64_t plane = kLanewise ? n * a.h * a.w * a.c + c0 : (n * a.c + c0) * a.h * a.w;
-  const T* x = static_cast<const T*>(a.x) + plane;
-  for (int64_t r = 0; r < in_rows; ++r) {
-    const int64_t h = h0 - pad_h + r;
-    float* out = staged + r * row_floats;
-    if (h < 0 || h >= a.h) {
-      fill_zero(out, in_columns * kStep);
-    } else {
-      stage_row<kLanewise>(out, x + h * a.w * pixel, w0 - pad_w, in_columns, a.w, pixel, channels);
+  Plane<kLanewise, T> p = {a,     static_cast<const T*>(a.x) + plane,
+                           static_cast<T*>(a.y) + plane, kLanewise ? a.c : 1, pad_h, pad_w, channels, count,
+                           weights, weight_floats, {}};
+  for (int b = 0; b < count; ++b) {
+    const int64_t first = c0 + b * kLanes;
+    const int left = channels - b * kLanes;
+    const int lanes = left < kLanes ? left : kLanes;
+    stage_weights<kLanewise>(weights + b * weight_floats,
+                             static_cast<const T*>(a.weight) + first * a.kh * a.kw, a.kh * a.kw,
+                             static_cast<int>(a.kw), static_cast<int>(a.i0), static_cast<int>(a.j0),
+                             static_cast<int>(a.kh_used), static_cast<int>(a.kw_used), lanes);
+    p.bias[b] = zero();
+    if (a.bias != nullptr) {
+      const T* bias = static_cast<const T*>(a.bias) + first;
+      p.bias[b] = kLanewise ? load_n(bias, lanes) : set1(to_float(*bias));
     }
   }
 
-  Vec bias = zero();
-  if (a.bias != nullptr) {
-    const T* b = static_cast<const T*>(a.bias) + c0;
-    bias = kLanewise ? load_n(b, channels) : set1(to_float(*b));
+  if constexpr (kLanewise && is_float<T>()) {
+    // What needs no padding is read in place where the taps are few. (In NCHW a copy pays anyway: narrow
+    // borders would fill vectors badly.) The kernel reads up to a pixel and a vector past its last column;
+    // leaving the image's last row alone keeps that inside the tensor.
+    const int64_t spare = a.c + kLanes;
+    if (a.kh_used * a.kw_used <= 12 && a.w * p.pixel >= spare) {
+      const Rect inner = {clamp(pad_h, whole.h0, whole.h1), clamp(a.h - 1 - pad_h, whole.h0, whole.h1),
+                          clamp(pad_w, whole.w0, whole.w1), clamp(a.w - pad_w, whole.w0, whole.w1)};
+      const int64_t height = inner.h1 - inner.h0;
+      const int64_t width = inner.w1 - inner.w0;
+      if (height > 0 && width > 0 &&
+          2 * height * width > (whole.h1 - whole.h0) * (whole.w1 - whole.w0)) {
+        run_staged<kLanewise>(p, {whole.h0, inner.h0, whole.w0, whole.w1}, staged);
+        run_staged<kLanewise>(p, {inner.h0, inner.h1, whole.w0, inner.w0}, staged);
+        run_direct(p, inner);
+        run_staged<kLanewise>(p, {inner.h0, inner.h1, inner.w1, whole.w1}, staged);
+        run_staged<kLanewise>(p, {inner.h1, whole.h1, whole.w0, whole.w1}, staged);
+        return;
+      }
+    }
   }
-  T* y = static_cast<T*>(a.y) + plane + (h0 * a.w + w0) * pixel;
-  const auto add = [bias](int64_t, int64_t) __attribute__((always_inline)) { return bias; };
-  const GridSink<kLanewise, T> sink = {y, a.w * pixel, pixel, columns, channels};
-  const Taps taps = {weights, static_cast<int>(a.kh_used), static_cast<int>(a.kw_used),
-                     static_cast<int>(a.dh), static_cast<int>(a.dw)};
-  conv_tile<kLanewise>(staged, taps, row_floats, rows, columns, add, sink);
+  run_staged<kLanewise>(p, whole, staged);
 }
 
 template <bool kLanewise, typename T>
 void run(const DepthwiseArgs& a, int64_t begin, int64_t end) {
-  const int64_t blocks = (a.c + a.lanes - 1) / a.lanes;
+  const int64_t groups = (a.c + a.lanes - 1) / a.lanes;
   const int64_t tiles = a.grid.tiles_h * a.grid.tiles_w;
   for (int64_t t = begin; t < end; ++t) {
-    const int64_t n = t / (blocks * tiles);
-    const int64_t rest = t % (blocks * tiles);
+    const int64_t n = t / (groups * tiles);
+    const int64_t rest = t % (groups * tiles);
     if constexpr (kLanewise) {
-      run_tile<kLanewise, T>(a, n, rest % blocks, rest / blocks);
+      run_tile<kLanewise, T>(a, n, rest % groups, rest / groups);
     } else {
       run_tile<kLanewise, T>(a, n, rest / tiles, rest % tiles);
     }

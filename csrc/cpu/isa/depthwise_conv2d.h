@@ -5,7 +5,10 @@
 
 namespace sdan_fast {
 
-// How one image plane (NCHW) or block of channels (channels_last) is cut into tiles.
+// Channels that a channels_last tile of depthwise_conv2d holds at most: a few cache lines of a pixel.
+constexpr int kGroupChannels = 64;
+
+// How one image plane (NCHW) or group of channels (channels_last) is cut into tiles.
 struct TileGrid {
   int64_t tile_h, tile_w;    // output pixels of a tile
   int64_t tiles_h, tiles_w;  // tiles of a plane
@@ -23,12 +26,12 @@ struct DepthwiseArgs {
   int64_t i0, j0;  // the first taps that can touch the image
   int64_t kh_used, kw_used;
   int64_t dh, dw;
-  int64_t lanes;  // channels of a block: the vector's lanes for channels_last, else 1
+  int64_t lanes;  // channels of a group: whole vectors, at most kGroupChannels, for channels_last, else 1
   TileGrid grid;
 };
 
 }  // namespace sdan_fast
 
 // Tasks [begin, end) of n * ceil(c / lanes) * tiles_h * tiles_w, the last index fastest for NCHW; for
-// channels_last the block of channels is the fastest, so that neighbours share cache lines.
+// channels_last the group of channels is the fastest, so that neighbours share cache lines.
 SDAN_DECLARE_KERNEL(depthwise_conv2d_run, const ::sdan_fast::DepthwiseArgs& args, int64_t begin, int64_t end)

@@ -45,6 +45,10 @@ struct NoBias {
   SDAN_INLINE Vec operator()(int64_t, int64_t) const { return zero(); }
 };
 
+struct NoPrepare {
+  SDAN_INLINE void operator()(int64_t) const {}
+};
+
 // Runs strips [from, stages) along one line of pixels; `taps` holds each as a row convolution. The line
 // lies in `a`, zero outside the image, and pixel 0 of `a` and of `b`, the other buffer, stands at
 // axis.out_first - pad_from(strips, 0, stages). The tile's outputs go to `dest`.
@@ -153,9 +157,9 @@ Buffers lay_out(const StripChainArgs& a, int64_t rows, int64_t columns, Arena* a
     float* wh = arena->take(static_cast<int64_t>(kw) * kStep);
     float* wv = arena->take(static_cast<int64_t>(kh) * kStep);
     if (arena->base == nullptr) continue;
-    b.horizontal[s] = {wh, 1, kw, 1, static_cast<int>(a.horizontal[s].d)};
-    b.vertical[s] = {wv, kh, 1, static_cast<int>(a.vertical[s].d), 1};
-    b.turned[s] = {wv, 1, kh, 1, static_cast<int>(a.vertical[s].d)};
+    b.horizontal[s] = {wh, 1, kw, 1, static_cast<int>(a.horizontal[s].d), kStep};
+    b.vertical[s] = {wv, kh, 1, static_cast<int>(a.vertical[s].d), 1, kStep};
+    b.turned[s] = {wv, 1, kh, 1, static_cast<int>(a.vertical[s].d), kStep};
   }
   return b;
 }
@@ -245,7 +249,9 @@ void vertical_pass(const StripChainArgs& a, const Buffers& b, const Axis& rows, 
       const GridSink<kLanewise, T> sink = {y, a.w * pixel, pixel, columns, channels};
       const FieldBias<kLanewise> field = {b.field_row + c0 * kStep, b.field_col, b.row_floats, b.col_floats,
                                           a.any_bias ? a.stages : 0};
-      conv_tile<kLanewise>(in, b.vertical[s], from_floats, span.count, columns, field, sink);
+      const ConvBlock<kLanewise, FieldBias<kLanewise>, GridSink<kLanewise, T>> block = {in, b.vertical[s],
+                                                                                        field, sink};
+      conv_tile(&block, 1, from_floats, span.count, columns, NoPrepare{});
       return;
     }
     const int64_t wanted = pad - later;
@@ -253,7 +259,8 @@ void vertical_pass(const StripChainArgs& a, const Buffers& b, const Axis& rows, 
     for (int64_t r = wanted; r < begin; ++r) fill_zero(to + r * to_floats, columns * kStep);
     for (int64_t r = end; r < wanted_end; ++r) fill_zero(to + r * to_floats, columns * kStep);
     const TileSink<kLanewise> sink = {to + begin * to_floats, to_floats, columns};
-    conv_tile<kLanewise>(in, b.vertical[s], from_floats, span.count, columns, NoBias{}, sink);
+    const ConvBlock<kLanewise, NoBias, TileSink<kLanewise>> block = {in, b.vertical[s], {}, sink};
+    conv_tile(&block, 1, from_floats, span.count, columns, NoPrepare{});
     float* t = from;
     from = to;
     to = t;
@@ -303,7 +310,7 @@ void run_tile(const StripChainArgs& a, int64_t n, int64_t block, int64_t tile) {
       continue;
     }
     stage_row<kLanewise>(b.line[0], x + h * a.w * pixel, w0 - pad_w, columns.out_count + a.halo_w, a.w,
-                         pixel, channels);
+                         pixel, channels, pixel_floats<kLanewise>(), 4 * a.w * pixel);
     run_line<kLanewise>(b.line[0], b.line[1], a.horizontal, b.horizontal, 0, a.stages, columns, out);
   }
 

@@ -2,10 +2,10 @@
 // strip_conv_chain.
 //
 // A tile is a grid of pixels. With kLanewise = false a pixel is one float and a vector is kLanes
-// neighbours of one row (NCHW); a tap's weight is one float. With kLanewise = true a pixel is a vector of
-// kLanes channels (channels_last), and so is a tap's weight. The address arithmetic is the same but for
-// the pixel's size, so both formats share one kernel. Padding is part of the tile, so the kernel knows
-// no borders.
+// neighbours of one row (NCHW); a tap's weight is one float. With kLanewise = true a pixel is one or more
+// vectors of kLanes channels (channels_last), and a tap's weight is one for each. The address arithmetic is
+// the same but for the pixel's size, so both formats share one kernel. Padding is part of the tile, so the
+// kernel knows no borders.
 //
 // R output rows, dh apart, are computed together: a vector of the input, once loaded, serves up to R
 // taps, because unaligned loads rather than multiply-adds would bind otherwise.
@@ -30,16 +30,25 @@ constexpr int kRowConvVecs = 4;
 // What a kernel may read past the last pixel that it needs, in vectors.
 constexpr int kConvSlack = kRowConvVecs;
 
-// The taps of a convolution. `weights` is ordered [kw][kh], each a float or a vector.
+// The taps of a convolution. `weights` is ordered [kw][kh], each a float or a vector. `pixel` is the floats
+// from one pixel of the tile to the next, 1 in NCHW.
 struct Taps {
   const float* weights;
   int kh, kw;
   int dh, dw;
+  int pixel;
 };
 
+// Floats of a pixel of one vector.
 template <bool kLanewise>
 constexpr int pixel_floats() {
   return kLanewise ? kLanes : 1;
+}
+
+// Floats between neighbouring vectors of a row.
+template <bool kLanewise>
+SDAN_INLINE ptrdiff_t vector_stride(const Taps& taps) {
+  return kLanewise ? taps.pixel : kLanes;
 }
 
 template <bool kLanewise>
@@ -66,6 +75,7 @@ SDAN_INLINE void accumulate(Vec (&acc)[R][V], const float* x, const Taps& taps, 
                             ptrdiff_t column) {
   constexpr int kStep = pixel_floats<kLanewise>();
   const int kh = KH > 0 ? KH : taps.kh;
+  const ptrdiff_t next = vector_stride<kLanewise>(taps);
   const float* w = taps.weights;
   for (int j = 0; j < taps.kw; ++j, x += column, w += static_cast<ptrdiff_t>(kh) * kStep) {
     if constexpr (KH > 0) {
@@ -73,7 +83,7 @@ SDAN_INLINE void accumulate(Vec (&acc)[R][V], const float* x, const Taps& taps, 
       for (int s = 0; s < R + KH - 1; ++s) {
         Vec in[V];
 #pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) in[v] = load_used<R>(x + s * row + v * kLanes);
+        for (int v = 0; v < V; ++v) in[v] = load_used<R>(x + s * row + v * next);
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
           if (s - r < 0 || s - r >= KH) continue;
@@ -88,7 +98,7 @@ SDAN_INLINE void accumulate(Vec (&acc)[R][V], const float* x, const Taps& taps, 
       for (int s = 0; s < R - 1; ++s, xs += row) {
         Vec in[V];
 #pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) in[v] = load_used<R>(xs + v * kLanes);
+        for (int v = 0; v < V; ++v) in[v] = load_used<R>(xs + v * next);
 #pragma GCC unroll 8
         for (int r = 0; r <= s; ++r) {
           const Vec tap = load_weight<kLanewise>(w + (s - r) * kStep);
@@ -100,7 +110,7 @@ SDAN_INLINE void accumulate(Vec (&acc)[R][V], const float* x, const Taps& taps, 
       for (int s = R - 1; s < kh; ++s, xs += row, ws += kStep) {
         Vec in[V];
 #pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) in[v] = load_used<R>(xs + v * kLanes);
+        for (int v = 0; v < V; ++v) in[v] = load_used<R>(xs + v * next);
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
           const Vec tap = load_weight<kLanewise>(ws + (R - 1 - r) * kStep);
@@ -112,7 +122,7 @@ SDAN_INLINE void accumulate(Vec (&acc)[R][V], const float* x, const Taps& taps, 
       for (int t = 0; t < R - 1; ++t, xs += row) {
         Vec in[V];
 #pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) in[v] = load_used<R>(xs + v * kLanes);
+        for (int v = 0; v < V; ++v) in[v] = load_used<R>(xs + v * next);
 #pragma GCC unroll 8
         for (int r = t + 1; r < R; ++r) {
           const Vec tap = load_weight<kLanewise>(ws + (R - 1 + t - r) * kStep);
@@ -175,7 +185,7 @@ SDAN_INLINE void conv_block(const float* x, const Taps& taps, ptrdiff_t row_floa
     for (int v = 0; v < V; ++v) acc[r][v] = zero();
   }
   accumulate<kLanewise, R, V, KH>(acc, x, taps, row_floats * taps.dh,
-                                  static_cast<ptrdiff_t>(taps.dw) * pixel_floats<kLanewise>());
+                                  static_cast<ptrdiff_t>(taps.dw) * (kLanewise ? taps.pixel : 1));
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
     const int64_t row = row0 + r * taps.dh;
@@ -190,60 +200,86 @@ template <bool kLanewise, int R, int V, int KH, typename Bias, typename Sink>
 __attribute__((noinline)) void conv_rows(const float* x, const Taps& taps, ptrdiff_t row_floats,
                                          int64_t row0, int64_t columns, const Bias& bias,
                                          const Sink& sink) {
-  constexpr int kStep = pixel_floats<kLanewise>();
   constexpr int kVecPixels = kLanewise ? 1 : kLanes;
+  const ptrdiff_t pixel = kLanewise ? taps.pixel : 1;
   x += row0 * row_floats;
   int64_t c = 0;
   while (c < columns) {
     // Three vectors left of four are cheaper as four: the sums are more independent chains.
     const int64_t left = (columns - c + kVecPixels - 1) / kVecPixels;
     if (left >= V || (V >= 4 && left == V - 1)) {
-      conv_block<kLanewise, R, V, KH>(x + c * kStep, taps, row_floats, row0, c, bias, sink);
+      conv_block<kLanewise, R, V, KH>(x + c * pixel, taps, row_floats, row0, c, bias, sink);
       c += V * kVecPixels;
     } else if (V >= 8 && left >= 3) {
-      conv_block<kLanewise, R, (V >= 8 ? V / 2 : 1), KH>(x + c * kStep, taps, row_floats, row0, c, bias,
+      conv_block<kLanewise, R, (V >= 8 ? V / 2 : 1), KH>(x + c * pixel, taps, row_floats, row0, c, bias,
                                                         sink);
       c += (V / 2) * kVecPixels;
     } else if (V >= 4 && left >= 2) {
-      conv_block<kLanewise, R, (V >= 4 ? 2 : 1), KH>(x + c * kStep, taps, row_floats, row0, c, bias,
+      conv_block<kLanewise, R, (V >= 4 ? 2 : 1), KH>(x + c * pixel, taps, row_floats, row0, c, bias,
                                                     sink);
       c += 2 * kVecPixels;
     } else {
-      conv_block<kLanewise, R, 1, KH>(x + c * kStep, taps, row_floats, row0, c, bias, sink);
+      conv_block<kLanewise, R, 1, KH>(x + c * pixel, taps, row_floats, row0, c, bias, sink);
       c += kVecPixels;
     }
   }
 }
 
-// rows x columns outputs of the tile whose padded input starts at x, rows `row_floats` floats apart.
-// bias and sink see whole vectors; sink has to cut the last one of a row, and to ignore columns past it.
-// GridSink does so.
+// One vector's worth of channels of a tile: its first padded input, its taps, what to add, where to write.
 template <bool kLanewise, typename Bias, typename Sink>
-SDAN_INLINE void conv_tile(const float* x, const Taps& taps, ptrdiff_t row_floats, int64_t rows,
-                           int64_t columns, const Bias& bias, const Sink& sink) {
-  if (taps.kh == 1) {
-    for (int64_t r = 0; r < rows; ++r) {
-      conv_rows<kLanewise, 1, kRowConvVecs, 1>(x, taps, row_floats, r, columns, bias, sink);
+struct ConvBlock {
+  const float* x;
+  Taps taps;
+  Bias bias;
+  Sink sink;
+  template <int R, int V, int KH>
+  SDAN_INLINE void rows(ptrdiff_t row_floats, int64_t row, int64_t columns) const {
+    conv_rows<kLanewise, R, V, KH>(x, taps, row_floats, row, columns, bias, sink);
+  }
+};
+
+// rows x columns outputs of a tile with rows `row_floats` floats apart, for every block of channels in
+// turn. Bias and sink see whole vectors; the sink has to cut the last one of a row, and to ignore columns
+// past it (GridSink does). `prepare(n)` is called before input rows up to n - 1 are read, with rising n, so
+// that a caller may stage rows right before their use. All blocks have the taps' sizes of the first one.
+template <typename Block, typename Prepare>
+SDAN_INLINE void conv_tile(const Block* blocks, int count, ptrdiff_t row_floats, int64_t rows,
+                           int64_t columns, const Prepare& prepare) {
+  const int kh = blocks[0].taps.kh;
+  if (kh == 1) {  // taps.dh is 1 here, so two rows are neighbours
+    int64_t r = 0;
+    for (; r + 1 < rows; r += 2) {
+      prepare(r + 2);
+      for (int b = 0; b < count; ++b) blocks[b].template rows<2, kRowConvVecs / 2, 1>(row_floats, r, columns);
+    }
+    if (r < rows) {
+      prepare(rows);
+      for (int b = 0; b < count; ++b) blocks[b].template rows<1, kRowConvVecs, 1>(row_floats, r, columns);
     }
     return;
   }
-  const int64_t dh = taps.dh;
-  for (int64_t phase = 0; phase < dh && phase < rows; ++phase) {
-    int64_t r = phase;
-    if (taps.kh == 3) {
-      for (; r + 3 * dh < rows; r += 4 * dh) {
-        conv_rows<kLanewise, 4, kConvVecs, 3>(x, taps, row_floats, r, columns, bias, sink);
+  const int64_t dh = blocks[0].taps.dh;
+  const int64_t halo = (kh - 1) * dh;
+  for (int64_t r0 = 0; r0 < rows; r0 += 4 * dh) {
+    prepare((r0 + 4 * dh < rows ? r0 + 4 * dh : rows) + halo);
+    for (int b = 0; b < count; ++b) {
+      const Block& block = blocks[b];
+      for (int64_t r = r0; r < r0 + dh && r < rows; ++r) {
+        if (r + 3 * dh < rows) {
+          if (kh == 3) {
+            block.template rows<4, kConvVecs, 3>(row_floats, r, columns);
+          } else {
+            block.template rows<4, kConvVecs, 0>(row_floats, r, columns);
+          }
+          continue;
+        }
+        int64_t left = r;
+        if (left + dh < rows) {
+          block.template rows<2, kConvVecs, 0>(row_floats, left, columns);
+          left += 2 * dh;
+        }
+        if (left < rows) block.template rows<1, kConvVecs, 0>(row_floats, left, columns);
       }
-    } else {
-      for (; r + 3 * dh < rows; r += 4 * dh) {
-        conv_rows<kLanewise, 4, kConvVecs, 0>(x, taps, row_floats, r, columns, bias, sink);
-      }
-    }
-    for (; r + dh < rows; r += 2 * dh) {
-      conv_rows<kLanewise, 2, kConvVecs, 0>(x, taps, row_floats, r, columns, bias, sink);
-    }
-    for (; r < rows; r += dh) {
-      conv_rows<kLanewise, 1, kConvVecs, 0>(x, taps, row_floats, r, columns, bias, sink);
     }
   }
 }
@@ -252,33 +288,56 @@ SDAN_INLINE void fill_zero(float* p, int64_t n) {
   if (n > 0) std::memset(p, 0, static_cast<size_t>(n) * sizeof(float));
 }
 
-// Copies image row `x` (pixels of one plane, or of `channels` lanes at distance `pixel_stride`) into a tile
-// row: columns [first, first + columns) of the image, zero where outside [0, width).
+// Copies image row `x` (pixels of one plane, or of `channels` channels at distance `pixel_stride`) into a
+// tile row of pixels of `step` floats: columns [first, first + columns) of the image, zero where outside
+// [0, width). The row needs a vector of slack at its end. What lies `ahead` elements further is prefetched:
+// the convolution between two stagings is longer than the processor looks ahead.
 template <bool kLanewise, typename T>
 SDAN_INLINE void stage_row(float* out, const T* x, int64_t first, int64_t columns, int64_t width,
-                           int64_t pixel_stride, int channels) {
-  constexpr int kStep = pixel_floats<kLanewise>();
+                           int64_t pixel_stride, int channels, int step, int64_t ahead) {
   const int64_t begin = first < 0 ? (-first < columns ? -first : columns) : 0;
   int64_t end = width - first;
   end = end > columns ? columns : (end < begin ? begin : end);
-  fill_zero(out, begin * kStep);
+  // Whole vectors: the left ones reach into the pixels, which follow, the right ones into the row's slack.
+  for (int64_t i = 0; i < begin * step; i += kLanes) store(out + i, zero());
+  for (int64_t i = end * step; i < columns * step; i += kLanes) store(out + i, zero());
   if constexpr (kLanewise) {
     const T* p = x + (first + begin) * pixel_stride;
-    float* o = out + begin * kLanes;
-    if (channels == kLanes) {
-      for (int64_t c = begin; c < end; ++c, p += pixel_stride, o += kLanes) store(o, load(p));
-    } else {
-      for (int64_t c = begin; c < end; ++c, p += pixel_stride, o += kLanes) {
-        store(o, load_n(p, channels));
+    float* o = out + begin * step;
+    const int tail = channels % kLanes;
+    const int whole = channels - tail;
+    for (int64_t c = begin; c < end; ++c, p += pixel_stride, o += step) {
+      for (int k = 0; k < whole; k += kLanes) {
+        __builtin_prefetch(p + k + ahead);
+        store(o + k, load(p + k));
+      }
+      if (tail != 0) {
+        __builtin_prefetch(p + whole + ahead);
+        store(o + whole, load_n(p + whole, tail));
       }
     }
   } else {
     const T* p = x + first;
     int64_t c = begin;
-    for (; c + kLanes <= end; c += kLanes) store(out + c, load(p + c));
+    for (; c + kLanes <= end; c += kLanes) {
+      __builtin_prefetch(p + c + ahead);
+      store(out + c, load(p + c));
+    }
     if (c < end) store_n(out + c, load_n(p + c, static_cast<int>(end - c)), static_cast<int>(end - c));
   }
-  fill_zero(out + end * kStep, (columns - end) * kStep);
+}
+
+// Fetches the cache lines of a row of outputs that is about to be written.
+template <typename T>
+SDAN_INLINE void prefetch_row(const T* y, int64_t columns, int64_t pixel_stride, int channels) {
+  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
+  if (pixel_stride == channels) {
+    for (int64_t i = 0; i < columns * pixel_stride; i += kLine) __builtin_prefetch(y + i, 1);
+    return;
+  }
+  for (int64_t c = 0; c < columns; ++c) {
+    for (int64_t i = 0; i < channels; i += kLine) __builtin_prefetch(y + c * pixel_stride + i, 1);
+  }
 }
 
 // Weights of `channels` channels, each kh x kw floats or 16-bit numbers, rows first, cut to the taps
