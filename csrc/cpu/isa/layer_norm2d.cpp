@@ -36,7 +36,13 @@ SDAN_INLINE void pixels_nchw(const LayerNormArgs& a, const T* x, T* y, const flo
     for (int v = 0; v < V; ++v) part[v] = zero();
     for (; c < end; ++c, p += a.pixels) {
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) part[v] = part[v] + get(p, v);
+      for (int v = 0; v < V; ++v) {
+        // The next block of pixels, and what this one will write: each channel is a stream of its own, more
+        // of them than the processor follows.
+        __builtin_prefetch(p + (V + v) * kLanes);
+        __builtin_prefetch(y + (p - x) + v * kLanes, 1);
+        part[v] = part[v] + get(p, v);
+      }
     }
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) mean[v] = mean[v] + part[v];

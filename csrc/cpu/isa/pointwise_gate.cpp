@@ -35,7 +35,7 @@ SDAN_INLINE int64_t gate_blocks(int64_t vecs) { return (vecs + kGateVecs - 1) / 
 
 SDAN_INLINE int64_t output_vecs(int64_t co) { return (co + kLanes - 1) / kLanes; }
 
-// NCHW: weights as pack_pointwise_weight lays them out, then the bias. channels_last: for each block of
+// NCHW: weights as pack_pointwise_weight lays them out, the bias, zeros. channels_last: for each block of
 // output vectors [ci][vectors of the block], zero past the last channel, then the bias.
 template <typename T>
 void pack(const PointwiseGateArgs& a) {
@@ -54,6 +54,7 @@ void pack(const PointwiseGateArgs& a) {
       }
     }
     for (int m = 0; m < co; ++m) *out++ = bias == nullptr ? 0.0f : to_float(bias[m]);
+    for (int m = 0; m < co; ++m) *out++ = 0.0f;
     return;
   }
   const int64_t vecs = output_vecs(a.co);
@@ -70,34 +71,68 @@ void pack(const PointwiseGateArgs& a) {
   }
 }
 
-// Tile [first, last) of the pixels of one image.
+// Asks for `lines` cache lines from p on.
+template <typename T>
+SDAN_INLINE void fetch(const T* p, int64_t lines, int write) {
+  for (int64_t i = 0; i < lines; ++i) {
+    const char* line = reinterpret_cast<const char*>(p) + i * 64;
+    if (write != 0) {
+      __builtin_prefetch(line, 1);
+    } else {
+      __builtin_prefetch(line, 0);
+    }
+  }
+}
+
+// Tile [first, last) of the pixels of one image, one register block of pixels at a time: its inputs are
+// staged next to each other, and its product is gated, while in the first-level cache.
 template <typename T>
 void tile_nchw(const PointwiseGateArgs& a, int64_t image, int64_t first, int64_t last) {
-  const int64_t count = last - first;
-  const int64_t vecs = (count + kLanes - 1) / kLanes;
-  // A stride that is not a multiple of 4 KB: the channels of a pixel must not share a cache set.
-  const int64_t stride = vecs * kLanes + kLanes;
+  constexpr int64_t kBlock = static_cast<int64_t>(kPointwiseVecs) * kLanes;
+  constexpr int64_t kLines = kBlock * static_cast<int64_t>(sizeof(T)) / 64 + 1;
   float* staged =
-      static_cast<float*>(thread_scratch(static_cast<size_t>((a.ci + a.co) * stride) * sizeof(float)));
-  float* product = staged + a.ci * stride;
-  const T* x = static_cast<const T*>(a.x) + image * a.ci * a.pixels + first;
-  const int64_t whole = count / kLanes * kLanes;
-  const int tail = static_cast<int>(count - whole);
-  for (int64_t c = 0; c < a.ci; ++c, x += a.pixels) {
-    float* out = staged + c * stride;
-    for (int64_t i = 0; i < whole; i += kLanes) store(out + i, load(x + i));
-    if (tail != 0) store(out + whole, load_n(x + whole, tail));
-  }
-  const PointwiseInput input = {staged, static_cast<ptrdiff_t>(stride), static_cast<int>(a.ci)};
-  pointwise_block(&input, 1, 0, a.packed, a.packed + a.ci * a.co, static_cast<int>(a.co), product,
-                  static_cast<ptrdiff_t>(stride), static_cast<int>(vecs));
-  const int64_t base = image * a.co * a.pixels + first;
-  const T* u = static_cast<const T*>(a.u) + base;
-  T* y = static_cast<T*>(a.y) + base;
-  for (int64_t c = 0; c < a.co; ++c, u += a.pixels, y += a.pixels) {
-    const float* p = product + c * stride;
-    for (int64_t i = 0; i < whole; i += kLanes) store(y + i, load(u + i) * load(p + i));
-    if (tail != 0) store_n(y + whole, load_n(u + whole, tail) * load(p + whole), tail);
+      static_cast<float*>(thread_scratch(static_cast<size_t>((a.ci + a.co) * kBlock) * sizeof(float)));
+  float* product = staged + a.ci * kBlock;
+  // The bias is added to the finished sums, not the sums to the bias, whose rounding could outweigh them.
+  const float* bias = a.packed + a.ci * a.co;
+  const float* zeros = bias + a.co;
+  const T* image_x = static_cast<const T*>(a.x) + image * a.ci * a.pixels;
+  const T* image_u = static_cast<const T*>(a.u) + image * a.co * a.pixels;
+  T* image_y = static_cast<T*>(a.y) + image * a.co * a.pixels;
+  for (int64_t i = first; i < last; i += kBlock) {
+    const int count = static_cast<int>(last - i < kBlock ? last - i : kBlock);
+    const int vecs = (count + kLanes - 1) / kLanes;
+    const T* x = image_x + i;
+    for (int64_t c = 0; c < a.ci; ++c, x += a.pixels) {
+      float* out = staged + c * kBlock;
+      fetch(x + kBlock, kLines, 0);
+      for (int v = 0; v < vecs; ++v) {
+        const int n = count - v * kLanes;
+        store(out + v * kLanes, n >= kLanes ? load(x + v * kLanes) : load_n(x + v * kLanes, n));
+      }
+    }
+    const T* u = image_u + i;
+    T* y = image_y + i;
+    for (int64_t c = 0; c < a.co; ++c) {
+      fetch(u + c * a.pixels, kLines, 0);
+      fetch(y + c * a.pixels, kLines, 1);
+    }
+    const PointwiseInput input = {staged, static_cast<ptrdiff_t>(kBlock), static_cast<int>(a.ci)};
+    pointwise_block(&input, 1, 0, a.packed, zeros, static_cast<int>(a.co), product,
+                    static_cast<ptrdiff_t>(kBlock), vecs);
+    for (int64_t c = 0; c < a.co; ++c, u += a.pixels, y += a.pixels) {
+      const float* p = product + c * kBlock;
+      const Vec add = set1(bias[c]);
+      for (int v = 0; v < vecs; ++v) {
+        const int n = count - v * kLanes;
+        const Vec sum = load(p + v * kLanes) + add;
+        if (n >= kLanes) {
+          store(y + v * kLanes, load(u + v * kLanes) * sum);
+        } else {
+          store_n(y + v * kLanes, load_n(u + v * kLanes, n) * sum, n);
+        }
+      }
+    }
   }
 }
 
@@ -108,6 +143,8 @@ SDAN_INLINE void gate_kernel(const float* x, int64_t ci, const float* weight, co
   Vec acc[R][V];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
+    fetch(u + r * co, V * kLanes * static_cast<int64_t>(sizeof(T)) / 64 + 1, 0);
+    fetch(y + r * co, V * kLanes * static_cast<int64_t>(sizeof(T)) / 64 + 1, 1);
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) acc[r][v] = zero();
   }
