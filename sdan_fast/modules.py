@@ -239,5 +239,12 @@ class RSDAM(nn.Module):
             (norm.weight, norm.bias),
         )
 
+    def tensors_in_order(self) -> list[Tensor]:
+        """Every parameter, in state-dict order, as `torch.ops.sdan_fast.sdan` takes them."""
+        (distill, star, fuse), branches, *pairs = self.parameters_in_order()
+        convs = [conv[:2] for branch in branches for conv in branch]
+        groups: list[tuple[Tensor | None, ...]] = [*distill, *star, fuse, *convs, *pairs]
+        return [tensor for group in groups for tensor in group if tensor is not None]
+
     def forward(self, x: Tensor) -> Tensor:
         return F.rsdam(x, *self.parameters_in_order(), eps=self.norm.eps)

@@ -11,12 +11,15 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from .. import functional as F
+from .. import ops
 from ..modules import BRANCHES, RSDAM, check_channels, check_count, depthwise, pointwise
+from ..reference import pair
 from .files import replacing
 
 __all__ = ["SDAN", "BSConv", "CheckpointError"]
@@ -27,6 +30,16 @@ _REPEATS = 4
 
 class CheckpointError(ValueError):
     """A file or a state dict that is not one whole, finite SDAN; the message is one sentence that says why."""
+
+
+def check_picture(x: Tensor) -> None:
+    """Refuse what is no batch of RGB pictures.
+
+    Raises:
+        ValueError: if `x` is not N x 3 x H x W.
+    """
+    if x.dim() != 4 or x.shape[1] != 3:
+        raise ValueError(f"x must have the shape (N, 3, H, W), and it has {tuple(x.shape)}")
 
 
 class BSConv(nn.Module):
@@ -86,8 +99,7 @@ class SDAN(nn.Module):
         Raises:
             ValueError: if `x` is not N x 3 x H x W.
         """
-        if x.dim() != 4 or x.shape[1] != 3:
-            raise ValueError(f"x must have the shape (N, 3, H, W), and it has {tuple(x.shape)}")
+        check_picture(x)
         shallow = self.head(x.repeat(1, _REPEATS, 1, 1))
         deep = []
         f = shallow
@@ -97,7 +109,27 @@ class SDAN(nn.Module):
         return self.tail(nn.functional.gelu(self.fuse(torch.cat(deep, dim=1)))) + shallow
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.pixel_shuffle(self.up(self.features(x)), self.scale)
+        if any(block._forward_hooks or block._forward_pre_hooks for block in self.blocks):
+            return nn.functional.pixel_shuffle(
+                self.up(self.features(x)), self.scale
+            )  # somebody looks at the blocks
+        check_picture(x)
+        head, tail, blocks = self.head, self.tail, cast("list[RSDAM]", list(self.blocks))
+        first = blocks[0]
+        branches = first.attn.branches_in_order()
+        return ops.sdan(
+            x,
+            [head.pw.weight, head.dw.weight, head.dw.bias],
+            [tensor for block in blocks for tensor in block.tensors_in_order()],
+            [self.fuse.weight, self.fuse.bias],
+            [tail.pw.weight, tail.dw.weight, tail.dw.bias],
+            [self.up.weight, self.up.bias],
+            scale=self.scale,
+            block_count=len(self.blocks),
+            dilations=[d for branch in branches for _, _, dilation in branch for d in pair(dilation)],
+            lengths=[len(branch) for branch in branches],
+            eps=first.norm.eps,
+        )
 
     @property
     def receptive_radius(self) -> int:

@@ -9,6 +9,7 @@ from .layer_norm2d import layer_norm2d
 from .mm_lka import mm_lka
 from .pointwise_gate import pointwise_gate
 from .rsdam import rsdam
+from .sdan import sdan
 from .sdm import sdm
 from .star import star
 from .star_conv import star_conv
@@ -24,6 +25,7 @@ __all__ = [
     "mm_lka",
     "pointwise_gate",
     "rsdam",
+    "sdan",
     "sdm",
     "star",
     "star_conv",

@@ -49,7 +49,7 @@ class Op:
         backward_flops: takes (the op's arguments with shapes for tensors, output_mask).
         autocast: takes (the tensors, lower precision dtype, device type) and returns (the dtype to compute in,
             the dtype that the reference sequence returns).
-        output_channels: takes the op's arguments; the number of output channels where they are not the first tensor's.
+        output_shape: takes the op's arguments; the output's shape where it is not the first tensor's.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Op:
     reference_backward: Callable[..., Sequence[Tensor | None]] = _no_backward
     backward_flops: Callable[..., int] = _no_backward
     autocast: Callable[[Sequence[Tensor], torch.dtype, str], tuple[torch.dtype, torch.dtype]] | None = None
-    output_channels: Callable[..., int] | None = None
+    output_shape: Callable[..., list[Any]] | None = None
 
     composed: ClassVar[bool] = False  # see ComposedOp
 
@@ -84,7 +84,9 @@ class Op:
 
     def requires_grad(self, args: Sequence[Any]) -> bool:
         """Whether autograd has to record a call with these arguments."""
-        return torch.is_grad_enabled() and any(t.requires_grad for t in self.flatten(args))
+        return torch.is_grad_enabled() and any(
+            isinstance(t, Tensor) and t.requires_grad for t in self.flatten(args)
+        )
 
     # -- calling ----------------------------------------------------------------------------------------------
 
@@ -270,9 +272,7 @@ class Op:
 
     def _fake(self, *args: Any, **kwargs: Any) -> Tensor:
         x: Tensor = args[0]
-        shape = list(x.shape)
-        if self.output_channels is not None:
-            shape[1] = self.output_channels(*args, **kwargs)
+        shape = list(x.shape) if self.output_shape is None else self.output_shape(*args, **kwargs)
         return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=output_format(x))
 
     def _fake_backward(self, _grad: Tensor, *args: Any, output_mask: list[bool], **_: Any) -> list[Tensor]:
@@ -322,14 +322,20 @@ class ComposedOp(Op):
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         if _autocasting() or _transforms_active():
             return self.reference(*args, **kwargs)
-        self.check(*args, **kwargs)
-        backend = backends.choose(self, args, kwargs)
+        backend = backends.choose(self, args, kwargs) if isinstance(args[0], Tensor) else "reference"
         if backend == "reference" or self.requires_grad(args):
+            self.check(*args, **kwargs)
             return self.reference(*args, **kwargs)
         if torch.compiler.is_compiling():
+            self.check(*args, **kwargs)
             return self.overloads[backend](*args, **kwargs)
-        with _below_autograd():
-            return self.overloads[backend](*args, **kwargs)
+        try:
+            with _below_autograd():
+                return self.overloads[backend](*args, **kwargs)
+        except (RuntimeError, TypeError):
+            # The kernel checks its hundreds of tensors itself, in a hundredth of the time; here they are only named.
+            self.check(*args, **kwargs)
+            raise
 
     def differentiable(self, backend: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """What the dispatcher runs where autograd is looking."""

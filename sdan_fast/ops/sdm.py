@@ -77,5 +77,5 @@ sdm = ComposedOp(
     check=check,
     reference=compose,
     flops=flops,
-    output_channels=lambda x, distill, star, fuse, **_: fuse[0].shape[0],
+    output_shape=lambda x, distill, star, fuse, **_: [x.shape[0], fuse[0].shape[0], *x.shape[2:]],
 )

@@ -128,5 +128,5 @@ star_conv = Op(
     autocast=autocast,
     flops=flops,
     backward_flops=backward_flops,
-    output_channels=lambda x, norm_weight, norm_bias, pw1_weight, *_, **__: pw1_weight.shape[0],
+    output_shape=lambda x, norm_weight, norm_bias, pw1, *_, **__: [x.shape[0], pw1.shape[0], *x.shape[2:]],
 )
