@@ -41,9 +41,7 @@ class ChildRun(pytest.Item):
         done = subprocess.run(
             command, env=environment, cwd=self.config.rootpath, capture_output=True, text=True
         )
-        counts = {
-            word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped|error)", done.stdout)
-        }
+        counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped|error)", done.stdout)}
         if done.returncode == 5 and counts.get("passed", 0) == 0 and " deselected" in done.stdout:
             pytest.skip("every test of this file is deselected by -m")
         if done.returncode != 0 or not counts.get("passed") or counts.get("skipped"):

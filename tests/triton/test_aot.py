@@ -14,9 +14,18 @@ if os.environ.get("TRITON_INTERPRET", "0") == "1":
         allow_module_level=True,
     )
 
+from triton_cases import attention_args, chain_args, gate_args, norm_args, star_conv_args
 from triton_harness import CUDA_TARGETS, DTYPES, compiled_for, wide
 
-from sdan_fast.kernels import depthwise_conv2d, star
+from sdan_fast.kernels import (
+    depthwise_conv2d,
+    layer_norm2d,
+    mm_lka,
+    pointwise_gate,
+    star,
+    star_conv,
+    strip_conv_chain,
+)
 
 TARGETS = (*CUDA_TARGETS, "gfx942")
 
@@ -115,4 +124,47 @@ def test_depthwise_unaligned(target):
     with compiled_for(target) as done:
         for kernel in ((1, 11), (11, 1), (3, 3)):
             depthwise(kernel, torch.bfloat16, width=33)
+    check(done, wide_loads=False)
+
+
+FORMATS = (torch.contiguous_format, torch.channels_last)
+CHAIN = ([(3, 1), (3, 2)], [True] * 4)
+BRANCHES = [[(3, 3, 1)], [(1, 3, 1), (3, 1, 1), (1, 3, 2), (3, 1, 2)]]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_forward_of_the_fused_ops(target):
+    """One configuration each; the sweep below has the rest."""
+    fmt = torch.contiguous_format
+    with compiled_for(target) as done:
+        layer_norm2d.forward(*norm_args((1, 56, 8, 16), torch.bfloat16, fmt))
+        pointwise_gate.forward(*gate_args((1, 56, 8, 16), 56, torch.bfloat16, fmt))
+        args, kwargs = chain_args((1, 2, 12, 32), *CHAIN, torch.bfloat16)
+        strip_conv_chain.forward(*args, **kwargs)
+    check(done)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fmt", FORMATS, ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("target", TARGETS)
+def test_fused_sweep(target, dtype, fmt):
+    """Forward and all gradients at SDAN's channel counts."""
+    with compiled_for(target) as done:
+        for channels in (28, 56, 48):
+            for op, args in (
+                (layer_norm2d, norm_args((1, channels, 8, 16), dtype, fmt)),
+                (pointwise_gate, gate_args((1, channels, 8, 16), 56, dtype, fmt)),
+                (star_conv, star_conv_args((1, channels, 8, 16), 28, dtype, fmt)),
+            ):
+                y = op.forward(*args)
+                op.backward(y, *args, output_mask=[True] * len(args))
+        for op, (args, kwargs) in (
+            (strip_conv_chain, chain_args((1, 8, 16, 32), [(11, 1), (11, 6)], [True] * 4, dtype, fmt)),
+            (mm_lka, attention_args((1, 16, 16, 32), BRANCHES, dtype, fmt)),
+        ):
+            y = op.forward(*args, **kwargs)
+            slots = 1 + len(args[1]) + len(args[2]) + len(args[3:])
+            op.backward(y, *args, **kwargs, output_mask=[True] * slots)
+            op.backward(y, *args, **kwargs, output_mask=[True] + [False] * (slots - 1))
     check(done, wide_loads=False)

@@ -1,0 +1,164 @@
+"""Rung 5: the PTX of LayerNorm, gate, strip chain, StarConv and attention, executed: values, faults, races, traffic."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET", "0") == "1":
+    pytest.skip(
+        "this process interprets kernels; PTX needs one without TRITON_INTERPRET", allow_module_level=True
+    )
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "triton"))
+from triton_cases import (
+    attention_args,
+    attention_reference,
+    chain_args,
+    chain_reference,
+    gate_args,
+    norm_args,
+    star_conv_args,
+)
+from triton_harness import FORMATS, check_op, fma_share, ptx_interpreted
+
+from sdan_fast import reference
+from sdan_fast.kernels import layer_norm2d, mm_lka, pointwise_gate, star_conv, strip_conv_chain
+
+formats = pytest.mark.parametrize("fmt", FORMATS, ids=["nchw", "channels_last"])
+BF16, NCHW = torch.bfloat16, torch.contiguous_format
+
+
+def conflicts(stats):
+    """Bank conflicts over wavefronts, of all launches together."""
+    return sum(s.bank_conflicts for s in stats) / max(1, sum(s.shared_wavefronts for s in stats))
+
+
+def unshifted(st):
+    """Sector efficiency of the 128-bit loads."""
+    wide = [s for s in st.sites if s.space == "global" and s.kind == "ld" and s.size == 16]
+    assert wide
+    return min(s.efficiency for s in wide)
+
+
+@formats
+def test_layer_norm(fmt):
+    with ptx_interpreted():
+        check_op(layer_norm2d, reference.layer_norm2d, norm_args((1, 28, 5, 7), BF16, fmt))
+    with ptx_interpreted() as stats:
+        check_op(layer_norm2d, reference.layer_norm2d, norm_args((1, 56, 8, 32), BF16, fmt))
+    forward, backward, _ = stats
+    assert (
+        unshifted(forward) >= 0.85 and forward.store_efficiency >= 0.85 and backward.store_efficiency >= 0.85
+    )
+    assert conflicts(stats) < 0.1
+
+
+@formats
+@pytest.mark.parametrize("cc", [80, 89])
+def test_gate(cc, fmt):
+    with ptx_interpreted(cc=cc) as stats:
+        check_op(pointwise_gate, reference.pointwise_gate, gate_args((1, 56, 4, 32), 56, BF16, fmt))
+    assert conflicts(stats) < 0.1
+    for st in stats:
+        assert st.load_efficiency >= 0.85 and st.store_efficiency >= 0.85
+    assert all(any("mma" in op for op in st.opcodes) for st in stats[:4])  # the tensor cores do the work
+
+
+@pytest.mark.slow
+@formats
+@pytest.mark.parametrize("cc", [80, 89])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BF16], ids=str)
+def test_gate_sweep(dtype, cc, fmt):
+    for shape, out in (((1, 28, 5, 7), 40), ((2, 48, 4, 8), 48), ((2, 3, 1, 1), 2)):
+        with ptx_interpreted(cc=cc):
+            check_op(pointwise_gate, reference.pointwise_gate, gate_args(shape, out, dtype, fmt))
+
+
+STAGES, MASK = [(3, 1), (3, 2)], [True] * 4
+
+
+def test_chain():
+    """Forward and input gradient: two launches each, exact at the borders."""
+    args, kwargs = chain_args((1, 4, 9, 16), STAGES, MASK, BF16)
+    with ptx_interpreted() as stats:
+        check_op(strip_conv_chain, chain_reference, args, kwargs, needed=[True] + [False] * 8)
+    assert [st.kernel for st in stats] == ["strip_rows", "strip_columns"] * 2
+
+
+@pytest.mark.slow
+@formats
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BF16], ids=str)
+def test_chain_sweep(dtype, fmt):
+    for shape, stages in (
+        ((1, 8, 12, 32), [(11, 1), (11, 6)]),
+        ((2, 6, 9, 11), STAGES),
+        ((1, 8, 2, 8), STAGES),
+    ):
+        args, kwargs = chain_args(shape, stages, MASK, dtype, fmt)
+        with ptx_interpreted():
+            check_op(strip_conv_chain, chain_reference, args, kwargs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(1, 1, 24, 320), (1, 1, 180, 64)], ids=["rows", "columns"])
+def test_chain_traffic(shape):
+    """SDAN's 11-tap stages on whole rows and on whole columns of 180 x 320: each pass touches its tensors once."""
+    args, kwargs = chain_args(shape, [(11, 1), (11, 6)], MASK, BF16)
+    with ptx_interpreted() as stats:
+        strip_conv_chain.forward(*args, **kwargs)
+    size = args[0].numel() * 2
+    for st in stats:
+        assert st.store_efficiency >= 0.85 and unshifted(st) >= 0.85 and fma_share(st) >= 0.3
+        assert st.footprint["x_ptr"][0] == size
+
+
+@formats
+def test_star_conv(fmt):
+    args = star_conv_args((1, 8, 5, 16), 8, BF16, fmt)
+    with ptx_interpreted() as stats:
+        y = star_conv.forward(*args)
+        exact = reference.star_conv(*(v.double() for v in args))
+        error, eager = ((v.double() - exact).abs().max() for v in (y, reference.star_conv(*args)))
+        assert error <= 2 * eager + 2 * torch.finfo(BF16).eps * exact.abs().max()
+    assert len(stats) == 2
+
+
+@pytest.mark.slow
+@formats
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
+@pytest.mark.parametrize("cc", [80, 89])
+def test_star_conv_sweep(cc, dtype, fmt):
+    for shape, out in (((1, 56, 8, 32), 28), ((1, 28, 9, 16), 28), ((1, 8, 6, 8), 12)):
+        with ptx_interpreted(cc=cc):
+            check_op(
+                star_conv, reference.star_conv, star_conv_args(shape, out, dtype, fmt), {"outer": "gelu"}
+            )
+
+
+BRANCHES = [[(3, 3, 1), (3, 3, 2)], [(1, 3, 1), (3, 1, 1), (1, 3, 2), (3, 1, 2)]]
+
+
+def test_attention():
+    """The default branches in small: two launches of squares, two of strips, one of projection, bias and gate."""
+    args, kwargs = attention_args((1, 16, 6, 16), BRANCHES, BF16, NCHW)
+    with ptx_interpreted() as stats:
+        check_op(mm_lka, attention_reference, args, kwargs, backward=False)
+    assert [st.kernel for st in stats] == [
+        "conv_nchw", "conv_nchw", "strip_rows", "strip_columns", "pointwise_product"
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+@formats
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
+def test_attention_sweep(dtype, fmt):
+    for shape in ((1, 16, 6, 16), (2, 12, 7, 11), (1, 16, 3, 8)):
+        args, kwargs = attention_args(shape, BRANCHES, dtype, fmt)
+        with ptx_interpreted():
+            check_op(mm_lka, attention_reference, args, kwargs)
