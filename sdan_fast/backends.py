@@ -12,7 +12,7 @@ import importlib
 import importlib.util
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -211,26 +211,27 @@ class Explanation:
         return "\n".join([head, *(f"  not {name}: {reason}" for name, reason in self.reasons.items())])
 
 
-def explain(fn_name: str, *args: Any, **kwargs: Any) -> Explanation:
+def explain(fn_name: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     """Which backend would run `sdan_fast.functional.<fn_name>(*args, **kwargs)`, and why not the others.
 
-    Nothing is computed. The arguments are checked as in the call itself.
+    Nothing is computed. The arguments are checked as in the call itself. In place of a name, `fn_name` may be a
+    callable, such as a model: then the first op that it comes to is explained, and what precedes that op is run.
 
     Raises:
-        ValueError: if there is no such function, or as the function itself.
+        ValueError: if there is no such function, if a callable comes to no op, or as the function itself.
     """
     from . import functional
 
-    if fn_name not in functional.__all__:
+    if isinstance(fn_name, str) and fn_name not in functional.__all__:
         raise ValueError(f"fn_name must be one of {', '.join(functional.__all__)}, and it is {fn_name!r}")
     named = _current.get()
     token = _current.set(_EXPLAIN)
     try:
-        getattr(functional, fn_name)(*args, **kwargs)
+        (getattr(functional, fn_name) if isinstance(fn_name, str) else fn_name)(*args, **kwargs)
     except _Explained as call:
         op, op_args, op_kwargs = call.op, call.args_, call.kwargs_
-    else:  # pragma: no cover - every function of `functional` ends in one op
-        raise AssertionError(f"{fn_name} called no op")
+    else:
+        raise ValueError(f"fn_name must come to an op of sdan_fast, and {fn_name!r} called none")
     finally:
         _current.reset(token)
 

@@ -14,6 +14,7 @@ import torch
 import sdan_fast
 from sdan_fast import backends
 from sdan_fast import functional as F
+from sdan_fast.models import SDAN
 
 HAS_CPU = backends.BACKENDS["cpu"].missing is None
 needs_cpu = pytest.mark.skipif(not HAS_CPU, reason="the cpu kernels were not built")
@@ -95,6 +96,16 @@ def test_explain_computes_nothing_and_checks_everything() -> None:
     x, w = torch.ones(1, 2, 4, 4), torch.ones(2, 1, 1, 3)
     assert sdan_fast.explain("separable_conv2d", x, w, None, w.mT, None).op == "strip_conv_chain"
     assert sdan_fast.current_backend() == "auto"
+
+
+def test_explain_takes_a_model() -> None:
+    model = SDAN(scale=2, channels=8, blocks=1)
+    with torch.no_grad():
+        explanation = sdan_fast.explain(model, torch.rand(1, 3, 8, 8))
+    assert explanation.op == "sdan"
+    assert explanation.backend == ("cpu" if HAS_CPU else "reference")
+    with pytest.raises(ValueError, match="called none"):
+        sdan_fast.explain(torch.nn.Identity(), torch.ones(1))
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

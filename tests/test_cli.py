@@ -23,6 +23,7 @@ from sdan_fast import backends, functional
 from sdan_fast.bench import roofline
 from sdan_fast.cli import app
 from sdan_fast.commands import check, pictures
+from sdan_fast.models import SDAN
 from sdan_fast.models.fitted import fit_upsampler, seeded_sdan
 
 
@@ -322,13 +323,13 @@ def test_demo_with_a_checkpoint(tmp_path: Path) -> None:
 
 def test_demo_prints_no_time_for_a_wrong_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("skimage")
-    right = functional.rsdam
+    right = SDAN.forward
 
-    def wrong(x: torch.Tensor, *args: object, **kwargs: float) -> torch.Tensor:
-        y = right(x, *args, **kwargs)
+    def wrong(model: SDAN, x: torch.Tensor) -> torch.Tensor:
+        y = right(model, x)
         return y if backends.current_backend() == "reference" else y * 1.001
 
-    monkeypatch.setattr(functional, "rsdam", wrong)
+    monkeypatch.setattr(SDAN, "forward", wrong)
     result = run("demo", "--size", "8x9", "--blocks", 1, "--seconds", 0, "--device", "cpu", "-o", tmp_path)
     assert result.exit_code == 1
     assert re.search(r"auto, NCHW +\S +- +\S +- .*WRONG, not timed", result.output)

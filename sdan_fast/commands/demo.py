@@ -23,7 +23,7 @@ from sdan_fast.modules import RSDAM
 from . import machine, pictures, terminal
 from .check import Agreement, agreement
 
-_WHO = "Who runs what: a block is one rsdam, and the ops after it run only where that is not fused"
+_WHO = "Who runs what: the model is one sdan; its parts run where that is not fused, and in training"
 _ROUNDS = 30  # at most; --seconds usually ends the timing before
 _LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -90,7 +90,9 @@ def _explanations(model: SDAN, x: Tensor) -> dict[str, sdan_fast.backends.Explan
         "mm_lka": (f, branches, *gate),
         "layer_norm2d": (f, *norm),
     }
-    return {op: sdan_fast.explain(op, *arguments) for op, arguments in calls.items()}
+    with torch.no_grad():
+        whole = {"sdan": sdan_fast.explain(model, x)}
+    return whole | {op: sdan_fast.explain(op, *arguments) for op, arguments in calls.items()}
 
 
 def _runners(model: SDAN, x: Tensor) -> tuple[list[Runner], dict[str, str]]:
@@ -264,7 +266,7 @@ def _print_choices(screen: Any, model: SDAN, x: Tensor, refused: dict[str, str])
         "op",
         "'auto' runs",
         "and not the others, because",
-        title="Who runs what: a block is one rsdam, and the ops after it run only where that is not fused",
+        title="Who runs what: the model is one sdan; its parts run where that is not fused, and in training",
     )
     with use_backend("auto"):
         for op, explanation in _explanations(model, x).items():
