@@ -1,8 +1,9 @@
 """Triton kernels of the depth-wise convolution, strip or square: forward, input gradient, weight and bias gradients.
 
-NCHW: a thread owns R rows x V neighbouring pixels of one plane (see phases.py); filter taps are scalars. channels_last: a
-thread owns P positions along the filter's longer axis x V neighbouring channels; filter taps are vectors. The input
-gradient is the same kernel with the filter flipped. Weight and bias gradients are summed in two stages of fixed order.
+NCHW: a thread owns R rows x V neighbouring pixels of one plane (see phases.py); filter taps are scalars.
+channels_last: a thread owns P positions along the filter's longer axis x V neighbouring channels; filter taps are
+vectors. The input gradient is the same kernel with the filter flipped. Weight and bias gradients are summed in two
+stages of fixed order.
 """
 
 from __future__ import annotations
@@ -66,7 +67,9 @@ def accumulate(
     KH: tl.constexpr, KW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr, R: tl.constexpr, V: tl.constexpr,
     FLIP: tl.constexpr, VECTOR: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """The convolution of one plane at rows h, h + DH, ... (R of them) and pixels V q ...: R V tensors [BLOCK], float32."""
+    """The convolution of one plane at rows h, h + DH, ... (R of them) and pixels V q ...: R V tensors [BLOCK],
+    float32.
+    """
     BLOCK: tl.constexpr = h.shape[0]
     REACH: tl.constexpr = reach(KW, DW, V)
     acc = (tl.zeros((BLOCK,), tl.float32),) * (R * V)
@@ -109,11 +112,12 @@ def conv_nchw(
     FLIP: tl.constexpr, BIAS: tl.constexpr, STAR: tl.constexpr, OUTER: tl.constexpr,
     VECTOR: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """y = conv(x) + bias for planes of H x W, channel c of image n at n x_batch + c H W (so x may be a channel slice).
+    """y = conv(x) + bias for planes of H x W, channel c of image n at n x_batch + c H W (so x may be a channel
+    slice).
 
     QW: vectors per row. GROUPS: row groups per plane. FLIP: the filter flipped, which makes it the input gradient.
-    STAR "forward": y = OUTER(GELU(conv(x) + bias) * gate). STAR "backward": from `grad`, the gradient of that, the gradients
-    of conv(x) + bias (into y) and of the gate (into gate_grad).
+    STAR "forward": y = OUTER(GELU(conv(x) + bias) * gate). STAR "backward": from `grad`, the gradient of that, the
+    gradients of conv(x) + bias (into y) and of the gate (into gate_grad).
     """
     pid = tl.program_id(0)
     plane = pid // blocks
@@ -165,9 +169,9 @@ def wgrad_nchw(
 ):  # fmt: skip
     """First stage of the weight gradient: sums of g * (shifted x) over CHUNKS chunks of BLOCK row-group vectors.
 
-    Program (split, channel, TH filter rows) adds up TH KW taps, and g itself for the bias. It writes them into row `split`
-    of partial [splits, C KH KW + C], which is laid out as the weight, then the bias. COLUMNS: a power of two above TH KW.
-    chunks: per plane. splits: ceil(N chunks / CHUNKS).
+    Program (split, channel, TH filter rows) adds up TH KW taps, and g itself for the bias. It writes them into row
+    `split` of partial [splits, C KH KW + C], which is laid out as the weight, then the bias. COLUMNS: a power of two
+    above TH KW. chunks: per plane. splits: ceil(N chunks / CHUNKS).
     """
     pid = tl.program_id(0)
     split = pid % splits
@@ -252,10 +256,11 @@ def conv_nhwc(
     KT: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr, VEC: tl.constexpr,
     FLIP: tl.constexpr, BIAS: tl.constexpr, STAR: tl.constexpr, OUTER: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """conv_nchw for channels_last: channel c of pixel i of image n at n x_batch + i x_pixel VEC + c, C = CV VEC channels.
+    """conv_nchw for channels_last: channel c of pixel i of image n at n x_batch + i x_pixel VEC + c, C = CV VEC
+    channels.
 
-    The filter, [taps, C], has KA taps along its main axis (H if ALONG_H, then KB is 1) and KB along the other; KT of the
-    KA are in registers at a time. gate, grad and gate_grad lie as y does.
+    The filter, [taps, C], has KA taps along its main axis (H if ALONG_H, then KB is 1) and KB along the other; KT of
+    the KA are in registers at a time. gate, grad and gate_grad lie as y does.
     """
     NT: tl.constexpr = (KA + KT - 1) // KT
     pid = tl.program_id(0)
@@ -316,7 +321,9 @@ def wgrad_nhwc(
     KT: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr, VEC: tl.constexpr,
     CHUNKS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """wgrad_nchw for channels_last: program (split, channel tile, KT taps) sums CHUNKS chunks of BP groups of P pixels."""
+    """wgrad_nchw for channels_last: program (split, channel tile, KT taps) sums CHUNKS chunks of BP groups of P
+    pixels.
+    """
     NT: tl.constexpr = (KA + KT - 1) // KT
     pid = tl.program_id(0)
     tile = pid % tiles
@@ -403,7 +410,8 @@ def convolve(
 def weight_grad(
     g: Tensor, x: Tensor, weight: Tensor, dilation: Sequence[int], need_weight: bool, need_bias: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of the filter and of the bias (as asked for) from the output's gradient g and the input x; two launches.
+    """Gradients of the filter and of the bias (as asked for) from the output's gradient g and the input x; two
+    launches.
 
     The workspace is splits x C (taps + 1) floats. Empty images give zeros.
     """

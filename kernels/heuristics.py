@@ -1,7 +1,7 @@
 """Block sizes and warps of every kernel, from channel counts and filter sizes alone.
 
-Image sizes enter only through a few coarse steps: a compiled function with dynamic sizes then guards on a threshold, and does
-not recompile for each size.
+Image sizes enter only through a few coarse steps: a compiled function with dynamic sizes then guards on a threshold,
+and does not recompile for each size.
 """
 
 from __future__ import annotations
@@ -132,12 +132,12 @@ def strip_chain(itemsize: int, width: int, height: int, d1: int, d2: int, aligne
     return Settings(V=v, VECTOR=vector, R=s.R, BG=bg, BQ=bq, BLOCK=256, R_ROWS=1 if height == 1 else itemsize)
 
 
-def norm_pointwise(
-    channels: int, out1: int, out2: int, itemsize: int, backward: bool = False
-) -> Settings:
+def norm_pointwise(channels: int, out1: int, out2: int, itemsize: int, backward: bool = False) -> Settings:
     """LayerNorm and two 1x1 convolutions from one tile of all channels of BP pixels, or the gradient of that."""
     bc = power_of_two(channels, 16, 256)
     bo = dot_tile(max(out1, out2), 64)
     if itemsize == 4:
         return Settings(BC=bc, BO=min(bo, 32), BP=16 if bc > 64 else 32, TILES=4, warps=4)
-    return Settings(BC=bc, BO=min(bo, 32) if bc > 64 else bo, BP=32 if bc > 64 or backward else 64, TILES=4, warps=4)
+    return Settings(
+        BC=bc, BO=min(bo, 32) if bc > 64 else bo, BP=32 if bc > 64 or backward else 64, TILES=4, warps=4
+    )

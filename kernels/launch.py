@@ -1,4 +1,6 @@
-"""Every kernel of the package is launched here, so that a test can compile or interpret exactly what would be launched."""
+"""Every kernel of the package is launched here, so that a test can compile or interpret exactly what would be
+launched.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ def launch(
 
 @contextmanager
 def launched_by(launcher: Launcher) -> Iterator[None]:
-    """Hand every launch in this block to `launcher(kernel, grid, *args, num_warps=, num_stages=, **constexprs)` instead."""
+    """Hand every launch in this block to `launcher(kernel, grid, *args, num_warps=, num_stages=, **constexprs)`
+    instead.
+    """
     global _override
     before, _override = _override, launcher
     try:
@@ -61,7 +65,9 @@ def _device_guard(tensor: Tensor) -> Iterator[None]:
 
 
 def unavailable(*tensors: Tensor | None) -> str | None:
-    """Why no kernel of this package can take these tensors, or None: Triton, device, dtype, one dtype and device for all."""
+    """Why no kernel of this package can take these tensors, or None: Triton, device, dtype, one dtype and device for
+    all.
+    """
     if triton is None:
         return "triton is not installed"
     present = [t for t in tensors if t is not None]
@@ -150,8 +156,8 @@ def wide_plane(*tensors: Tensor) -> bool:
 class ImageLayout:
     """How kernels address the pixels and channels of tensors that lie alike.
 
-    NCHW: pixels are contiguous, VP divides their number. Else channels are contiguous, and it is stride VC elements from
-    pixel to pixel. VP and VC tell the compiler what is aligned.
+    NCHW: pixels are contiguous, VP divides their number. Else channels are contiguous, and it is stride VC elements
+    from pixel to pixel. VP and VC tell the compiler what is aligned.
     """
 
     NCHW: bool
@@ -165,7 +171,7 @@ def image_layout(fmt: torch.memory_format, x: Tensor, *others: Tensor) -> ImageL
 
     The format has to be given: an image of one channel is contiguous in both, and follows the tensors beside it.
     """
-    _, C, H, W = x.shape
+    _, _, H, W = x.shape
     if fmt == torch.contiguous_format:
         v = 16 // x.element_size() if is_aligned(x, *others) else 1
         while v > 1 and (H * W) % v:

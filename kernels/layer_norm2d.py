@@ -1,7 +1,7 @@
 """Triton kernels of the LayerNorm over channels at each pixel, forward and backward, in either memory layout.
 
-A program holds all channels of BP pixels, as [BC, BP], with the strides that they have in memory: nothing is permuted. The
-statistics are two passes over registers. Backward recomputes them from x.
+A program holds all channels of BP pixels, as [BC, BP], with the strides that they have in memory: nothing is
+permuted. The statistics are two passes over registers. Backward recomputes them from x.
 """
 
 from __future__ import annotations
@@ -84,7 +84,9 @@ def layer_norm_backward(
     BC: tl.constexpr, BP: tl.constexpr, VC: tl.constexpr, VP: tl.constexpr, TILES: tl.constexpr,
     NEED_X: tl.constexpr, NEED_AFFINE: tl.constexpr, NCHW: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Gradient in x (laid out as g), and row `program` of partial [programs, 2 C]: sums for the weight, then the bias."""
+    """Gradient in x (laid out as g), and row `program` of partial [programs, 2 C]: sums for the weight, then the
+    bias.
+    """
     pid = tl.program_id(0)
     C = CV * VC
     c = tl.arange(0, BC)
@@ -140,7 +142,9 @@ def backward(
     grad_output: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5, *,
     output_mask: Sequence[bool],
 ) -> list[Tensor]:  # fmt: skip
-    """Gradients in [x, weight, bias] where `output_mask` asks for them: one launch, two where weight or bias want one."""
+    """Gradients in [x, weight, bias] where `output_mask` asks for them: one launch, two where weight or bias want
+    one.
+    """
     need_x, need_weight, need_bias = output_mask
     fmt = output_format(x)
     g, x = grad_output.contiguous(memory_format=fmt), x.contiguous(memory_format=fmt)

@@ -1,7 +1,9 @@
-"""Large-kernel attention on Triton: the branches' convolutions on channel slices in place, then projection, bias and gate.
+"""Large-kernel attention on Triton: the branches' convolutions on channel slices in place, then projection, bias and
+gate.
 
-A branch reads its chunk of x and writes its chunk of the concatenation where they lie: nothing is split or concatenated. A
-two-stage strip branch is two launches, every other convolution one, projection with bias and gate one more.
+A branch reads its chunk of x and writes its chunk of the concatenation where they lie: nothing is split or
+concatenated. A two-stage strip branch is two launches, every other convolution one, projection with bias and gate one
+more.
 """
 
 from __future__ import annotations
@@ -82,8 +84,8 @@ def backward(
 ) -> list[Tensor]:  # fmt: skip
     """Gradients in [x, weights..., biases..., proj_weight, proj_bias] where `output_mask` asks for them.
 
-    The branches are run again; then the gated projection's gradients (one launch each for x and the concatenation, two for
-    its parameters) and each branch's, as in strip_conv_chain.
+    The branches are run again; then the gated projection's gradients (one launch each for x and the concatenation,
+    two for its parameters) and each branch's, as in strip_conv_chain.
     """
     fmt = output_format(x)
     g, x = grad_output.contiguous(memory_format=fmt), x.contiguous(memory_format=fmt)
@@ -114,11 +116,19 @@ def backward(
         pointwise.product(g, proj_weight, through, lay, lay, factor=x, transposed=True, wide=wide)
         below = torch.empty_like(x, memory_format=fmt) if need_x else x
         at = 0
-        parts = zip(_chunks(through, branches), _chunks(x, branches), _chunks(below, branches), branches, strict=True)
+        parts = zip(
+            _chunks(through, branches), _chunks(x, branches), _chunks(below, branches), branches, strict=True
+        )
         for through_chunk, chunk, below_chunk, branch in parts:
             end = at + len(branch)
             _, part = strip_conv_chain.gradients(
-                through_chunk, chunk, branch, need_x, need_w[at:end], need_b[at:end], below_chunk if need_x else None
+                through_chunk,
+                chunk,
+                branch,
+                need_x,
+                need_w[at:end],
+                need_b[at:end],
+                below_chunk if need_x else None,
             )
             grads += part
             at = end

@@ -1,7 +1,8 @@
 """Rows of an NCHW image as `V` phase tensors: a thread owns V neighbouring pixels and shifts become register names.
 
-A horizontal tap at distance e needs pixel V q + r + e for each phase r of vector q. Vector q + (r + e) div V holds it as
-phase (r + e) mod V, so all taps come from a few aligned 128-bit loads, and no shifted, unaligned load is ever made.
+A horizontal tap at distance e needs pixel V q + r + e for each phase r of vector q. Vector q + (r + e) div V holds it
+as phase (r + e) mod V, so all taps come from a few aligned 128-bit loads, and no shifted, unaligned load is ever
+made.
 """
 
 from __future__ import annotations
@@ -118,7 +119,9 @@ def load_phases(ptr, row, q, ok, W, QW, DELTA: tl.constexpr, V: tl.constexpr, VE
 
 @jit
 def load_row(ptr, row, q, ok, W, QW, K: tl.constexpr, D: tl.constexpr, V: tl.constexpr, VECTOR: tl.constexpr):
-    """All phases that K taps at dilation D need around vector q, from vector -reach to +reach (0.0 for unneeded ones)."""
+    """All phases that K taps at dilation D need around vector q, from vector -reach to +reach (0.0 for unneeded
+    ones).
+    """
     REACH: tl.constexpr = reach(K, D, V)
     out = ()
     for delta in tl.static_range(-REACH, REACH + 1):

@@ -1,4 +1,4 @@
-"""The 1x1 convolution as a matrix product over pixels, with what is fused around it: products, bias, gate, LayerNorm."""
+"""The 1x1 convolution as a product over pixels, with what is fused around it: factors, bias, gate, LayerNorm."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from torch import Tensor
 
 from . import heuristics
 from ._triton import INTERPRETED, jit, tl
-from .layer_norm2d import normalize
 from .launch import ImageLayout, ceil_div, launch
+from .layer_norm2d import normalize
 from .reduce import finish
 
 

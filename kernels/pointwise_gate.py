@@ -17,13 +17,22 @@ def supports(u: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -
 
 
 def forward(u: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """u * (1x1 convolution of x): u (N, Co, H, W), x (N, Ci, H, W), weight (Co, Ci, 1, 1); u's memory format; one launch."""
+    """u * (1x1 convolution of x): u (N, Co, H, W), x (N, Ci, H, W), weight (Co, Ci, 1, 1); u's memory format; one
+    launch.
+    """
     fmt = output_format(u)
     u, x = u.contiguous(memory_format=fmt), x.contiguous(memory_format=fmt)
     y = torch.empty_like(u, memory_format=fmt)
     if y.numel() > 0:
         pointwise.product(
-            x, weight, y, image_layout(fmt, x), image_layout(fmt, y, u), bias=bias, gate=u, wide=wide_plane(u, x)
+            x,
+            weight,
+            y,
+            image_layout(fmt, x),
+            image_layout(fmt, y, u),
+            bias=bias,
+            gate=u,
+            wide=wide_plane(u, x),
         )
     return y
 

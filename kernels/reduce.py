@@ -19,7 +19,7 @@ def log2(n):
 
 @jit
 def join_all(x, N: tl.constexpr):
-    """Tensors [BLOCK], at most N of them (N a power of two), as the columns of one [BLOCK, N]; missing ones are zero."""
+    """Tensors [BLOCK], N (a power of two) at most, as the columns of one [BLOCK, N]; missing ones are zero."""
     BLOCK: tl.constexpr = x[0].shape[0]
     LEVELS: tl.constexpr = log2(N)
     for _ in tl.static_range(N - len(x)):
@@ -37,7 +37,9 @@ def reduce_rows(
     partial_ptr, first_ptr, second_ptr, rows, columns, first,
     STEP: tl.constexpr, BLOCK: tl.constexpr, SECOND: tl.constexpr,
 ):  # fmt: skip
-    """Sum partial [rows, columns] over its rows; columns below `first` go to one tensor, the rest (SECOND) to another."""
+    """Sum partial [rows, columns] over its rows; columns below `first` go to one tensor, the rest (SECOND) to
+    another.
+    """
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     step = tl.arange(0, STEP)
     ok = column < columns

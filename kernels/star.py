@@ -1,4 +1,6 @@
-"""Triton kernels of the star, outer(activation(a) * b): one pass forward, one pass backward, nothing saved but a and b."""
+"""Triton kernels of the star, outer(activation(a) * b): one pass forward, one pass backward, nothing saved but a and
+b.
+"""
 
 from __future__ import annotations
 
@@ -123,7 +125,8 @@ def supports(a: Tensor, b: Tensor, *, activation: str = "gelu", outer: str = "no
 
 
 def forward(a: Tensor, b: Tensor, *, activation: str = "gelu", outer: str = "none") -> Tensor:
-    """outer(activation(a) * b) for a and b of one shape (any) and dtype (float32, bfloat16, float16); `a`'s memory format.
+    """outer(activation(a) * b) for a and b of one shape (any) and dtype (float32, bfloat16, float16); `a`'s memory
+    format.
 
     One launch. Inputs that do not lie densely in the output's memory format are copied into it first.
     """
@@ -146,13 +149,15 @@ def backward(
     outer: str = "none",
     output_mask: list[bool],
 ) -> list[Tensor]:
-    """Gradients in [a, b] where `output_mask` asks for them, from the gradient of the result; `a`'s memory format, one launch."""
+    """Gradients in [a, b] where `output_mask` asks for them, from the gradient of the result; `a`'s memory format,
+    one launch.
+    """
     need_a, need_b = output_mask
     fmt = output_format(a)
     g, a, b = (t.contiguous(memory_format=fmt) for t in (grad_output, a, b))
     grads = [torch.empty_like(a, memory_format=fmt) for need in (need_a, need_b) if need]
     if grads and (n := a.numel()) > 0:
         block, warps = elementwise_block()
-        launch(star_backward, (ceil_div(n, block),), g, a, b, grads[0], grads[-1], n, ACTIVATION=activation, OUTER=outer,
-               NEED_A=need_a, NEED_B=need_b, BLOCK=block, num_warps=warps)  # fmt: skip
+        launch(star_backward, (ceil_div(n, block),), g, a, b, grads[0], grads[-1], n,
+               ACTIVATION=activation, OUTER=outer, NEED_A=need_a, NEED_B=need_b, BLOCK=block, num_warps=warps)  # fmt: skip
     return grads

@@ -1,4 +1,5 @@
-"""Triton kernels of StarConv: two launches forward (LayerNorm with both 1x1s, then DW3x3 with GELU and star), eight backward.
+"""Triton kernels of StarConv: two launches forward (LayerNorm with both 1x1s, then DW3x3 with GELU and star), eight
+backward.
 
 Nothing but the inputs is kept for backward, which forms the two 1x1 results and the statistics again.
 """
@@ -13,8 +14,8 @@ from torch import Tensor
 from . import depthwise_conv2d as depthwise
 from . import heuristics, pointwise
 from ._triton import jit, tl
-from .layer_norm2d import normalize, normalize_grad
 from .launch import ceil_div, empty_image, image_layout, launch, output_format, unavailable, wide_plane
+from .layer_norm2d import normalize, normalize_grad
 from .pointwise import divisor, dot, image_tile, weight_tile
 from .reduce import finish
 from .star import ACTIVATIONS
@@ -65,7 +66,8 @@ def norm_pointwise_grad(
     BC: tl.constexpr, BO: tl.constexpr, BP: tl.constexpr, VI: tl.constexpr, V1: tl.constexpr, V2: tl.constexpr,
     VC: tl.constexpr, VP: tl.constexpr, TILES: tl.constexpr, NCHW: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Gradient in x of norm_pointwise from those of y1 and y2, and partial [programs, 2 C] sums for the norm's parameters.
+    """Gradient in x of norm_pointwise from those of y1 and y2, and partial [programs, 2 C] sums for the norm's
+    parameters.
 
     gx lies as x does.
     """
@@ -133,7 +135,9 @@ def supports(
 ) -> str | None:  # fmt: skip
     """None if the kernels can run this call, else the reason why not."""
     if x.shape[1] > MAX_CHANNELS:
-        return f"the Triton kernels hold all channels of a pixel, up to {MAX_CHANNELS}, and x has {x.shape[1]}"
+        return (
+            f"the Triton kernels hold all channels of a pixel, up to {MAX_CHANNELS}, and x has {x.shape[1]}"
+        )
     if outer not in ACTIVATIONS:
         return f"outer must be one of {', '.join(ACTIVATIONS)}, got {outer!r}"
     reason = depthwise.refuses_filter(dw_weight)
@@ -164,8 +168,8 @@ def backward(
 ) -> list[Tensor]:  # fmt: skip
     """Gradients in [x, norm_weight, norm_bias, pw1_weight, dw_weight, dw_bias, pw2_weight] where `output_mask` asks.
 
-    All of them: both products again, the star's gradients, DW's input gradient, x and the norm (2), DW's weight (2), and 2
-    for each 1x1. Workspace: five tensors of the result's size.
+    All of them: both products again, the star's gradients, DW's input gradient, x and the norm (2), DW's weight (2),
+    and 2 for each 1x1. Workspace: five tensors of the result's size.
     """
     need_x, need_nw, need_nb, need_w1, need_dw, need_db, need_w2 = output_mask
     fmt = output_format(x)
@@ -174,21 +178,39 @@ def backward(
     gw1, gw2 = pw1_weight.new_empty(pw1_weight.shape), pw2_weight.new_empty(pw2_weight.shape)
     gx = torch.empty_like(x, memory_format=fmt)
     if g.numel() == 0:
-        grads = [gx, gnw, gnb, gw1, dw_weight.new_empty(dw_weight.shape), norm_weight.new_empty(dw_weight.shape[:1]), gw2]
+        grads = [
+            gx,
+            gnw,
+            gnb,
+            gw1,
+            dw_weight.new_empty(dw_weight.shape),
+            norm_weight.new_empty(dw_weight.shape[:1]),
+            gw2,
+        ]
         return [t.zero_() for t, need in zip(grads, output_mask, strict=True) if need]
     t, b = _both_products(x, norm_weight, norm_bias, pw1_weight, pw2_weight, eps, fmt)
     ga, gb = torch.empty_like(t, memory_format=fmt), torch.empty_like(b, memory_format=fmt)
-    depthwise.convolve(t, dw_weight, dw_bias, ga, (1, 1), star="backward", outer=outer, gate=b, grad=g, gate_grad=gb)
-    gdw, gdb = depthwise.weight_grad(ga, t, dw_weight, (1, 1), need_dw, need_db) if need_dw or need_db else (None, None)
+    depthwise.convolve(
+        t, dw_weight, dw_bias, ga, (1, 1), star="backward", outer=outer, gate=b, grad=g, gate_grad=gb
+    )
+    gdw, gdb = (
+        depthwise.weight_grad(ga, t, dw_weight, (1, 1), need_dw, need_db)
+        if need_dw or need_db
+        else (None, None)
+    )
     wide = wide_plane(x, t)
     if need_x or need_nw or need_nb or need_w1:
         gt = t  # no longer needed itself
         depthwise.convolve(ga, dw_weight, None, gt, (1, 1), flip=True)
     norm = (norm_weight, norm_bias, eps)
     if need_w1:
-        pointwise.weight_grad(gt, x, gw1, None, image_layout(fmt, gt), image_layout(fmt, x), norm=norm, wide=wide)
+        pointwise.weight_grad(
+            gt, x, gw1, None, image_layout(fmt, gt), image_layout(fmt, x), norm=norm, wide=wide
+        )
     if need_w2:
-        pointwise.weight_grad(gb, x, gw2, None, image_layout(fmt, gb), image_layout(fmt, x), norm=norm, wide=wide)
+        pointwise.weight_grad(
+            gb, x, gw2, None, image_layout(fmt, gb), image_layout(fmt, x), norm=norm, wide=wide
+        )
     if need_x or need_nw or need_nb:
         N, C, H, W = x.shape
         lays = [image_layout(fmt, v) for v in (x, gt, gb)]

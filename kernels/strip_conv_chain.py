@@ -1,9 +1,9 @@
 """Triton kernels of the strip chain: per two stages one horizontal and one vertical pass over memory, exactly.
 
 1xk and kx1 convolutions with zero padding commute, so the chain H1 V1 H2 V2 is the pass H2 (H1 x + b1), then the pass
-V2 (V1 m + b2 F + b3) + b4, where F = H2 1 is what H2 makes of a row of ones (bias b2 passed through H2 as well). A program
-of the horizontal pass owns whole rows, one of the vertical pass whole columns: the intermediate goes through the program's
-own part of the output, which stays in cache, and is zero outside the image as it must be.
+V2 (V1 m + b2 F + b3) + b4, where F = H2 1 is what H2 makes of a row of ones (bias b2 passed through H2 as well). A
+program of the horizontal pass owns whole rows, one of the vertical pass whole columns: the intermediate goes through
+the program's own part of the output, which stays in cache, and is zero outside the image as it must be.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def strip_rows(
     acc = accumulate(y_ptr, w2_ptr, h, q, ok, H, W, QW, 1, K2, 1, D2, R, V, FLIP, VECTOR, WIDE)
     tl.debug_barrier()
     store_rows(y_ptr, h, q, ok, H, W, acc, 1, R, V, VECTOR, WIDE)
-    if FIELD:
+    if FIELD:  # noqa: SIM102 - known at compile time, the condition inside is not
         if (n == 0) & (block == 0):
             field = (tl.zeros((BLOCK,), tl.float32),) * V
             for k in tl.static_range(K2):
@@ -169,15 +169,15 @@ def two_stages(x: Tensor, strips: Sequence[Strip], y: Tensor, middle: Tensor, *,
     groups = ceil_div(H, s.R_ROWS)
     rows = s.BLOCK // QW
     blocks = ceil_div(groups, rows)
-    launch(strip_rows, (N * C * blocks,), x, h1.weight.contiguous(), _pointer(h1), h2.weight.contiguous(), field, middle,
-           C, H, W, QW, groups, rows, x.stride(0), middle.stride(0), blocks, K1=h1.taps, D1=h1.dilation, K2=h2.taps,
+    launch(strip_rows, (N * C * blocks,), x, h1.weight.contiguous(), _pointer(h1), h2.weight.contiguous(), field,
+           middle, C, H, W, QW, groups, rows, x.stride(0), middle.stride(0), blocks, K1=h1.taps, D1=h1.dilation, K2=h2.taps,
            D2=h2.dilation, R=s.R_ROWS, BLOCK=s.BLOCK, BIAS=h1.bias is not None, FIELD=need_field, **common,
            num_warps=s.BLOCK // 32)  # fmt: skip
     groups1, groups2 = (ceil_div(H, s.R * t.dilation) * t.dilation for t in (v1, v2))
     blocks = ceil_div(QW, s.BQ)
     launch(strip_columns, (N * C * blocks,), middle, v1.weight.contiguous(), _pointer(v1), _pointer(h2), field,
-           v2.weight.contiguous(), _pointer(v2), y, C, H, W, QW, groups1, groups2, middle.stride(0), y.stride(0), blocks,
-           K1=v1.taps, D1=v1.dilation, K2=v2.taps, D2=v2.dilation, R=s.R, BG=s.BG, BQ=s.BQ, BIAS1=v1.bias is not None,
+           v2.weight.contiguous(), _pointer(v2), y, C, H, W, QW, groups1, groups2, middle.stride(0), y.stride(0),
+           blocks, K1=v1.taps, D1=v1.dilation, K2=v2.taps, D2=v2.dilation, R=s.R, BG=s.BG, BQ=s.BQ, BIAS1=v1.bias is not None,
            BIAS2=h2.bias is not None, BIAS3=v2.bias is not None, **common, num_warps=s.BG * s.BQ // 32)  # fmt: skip
 
 
@@ -304,7 +304,9 @@ def gradients(
     for i in reversed(range(len(strips))):
         strip = strips[i]
         if i in wanted:
-            grads[i] = depthwise.weight_grad(g, inputs[i], strip.weight, strip.dilations, need_w[i], need_b[i])
+            grads[i] = depthwise.weight_grad(
+                g, inputs[i], strip.weight, strip.dilations, need_w[i], need_b[i]
+            )
         if need_x or i > wanted[0]:
             below = gx if i == 0 else torch.empty_like(x)
             depthwise.convolve(g, strip.weight, None, below, strip.dilations, flip=True)

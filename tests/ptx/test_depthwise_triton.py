@@ -88,7 +88,9 @@ SDAN = [
 
 @pytest.mark.parametrize("shape, kernel, dilation, share", SDAN)
 def test_traffic(shape, kernel, dilation, share):
-    """Full sectors in stores and unshifted loads, no column or row read by two programs of a strip, mostly arithmetic."""
+    """Full sectors in stores and unshifted loads, no column or row read by two programs of a strip, mostly
+    arithmetic.
+    """
     x, weight, bias = inputs(shape, kernel, torch.bfloat16)
     with ptx_interpreted() as stats:
         op.forward(x, weight, bias, dilation=(dilation, dilation))

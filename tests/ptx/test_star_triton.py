@@ -37,7 +37,9 @@ def pair(shape, dtype, scale=3.0):
 @pytest.mark.parametrize("activation", star.ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_values(dtype, activation, approx):
-    """Three shapes, one of them with a masked tail; approximate instructions at their worst must stay in the bound too."""
+    """Three shapes, one of them with a masked tail; approximate instructions at their worst must stay in the bound
+    too.
+    """
     for shape in ((2, 3, 8, 64), (1, 5, 7, 11), (3, 1, 1, 1)):
         with ptx_interpreted(approx=approx):
             check_op(star, reference, pair(shape, dtype), {"activation": activation})

@@ -1,8 +1,8 @@
 """Runs `*_interpreted.py` in a process of its own with TRITON_INTERPRET=1, whatever process `pytest tests` is.
 
-Triton decides when a kernel is decorated whether it is interpreted, so one process cannot both interpret and compile. In
-an ordinary process each such file is one test, which runs the file in a child pytest and fails if anything in it fails, is
-skipped, or is not there.
+Triton decides when a kernel is decorated whether it is interpreted, so one process cannot both interpret and compile.
+In an ordinary process each such file is one test, which runs the file in a child pytest and fails if anything in it
+fails, is skipped, or is not there.
 """
 
 from __future__ import annotations

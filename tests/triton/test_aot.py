@@ -160,8 +160,8 @@ def test_fused_sweep(target, dtype, fmt):
                 y = op.forward(*args)
                 op.backward(y, *args, output_mask=[True] * len(args))
         for op, (args, kwargs) in (
-            (strip_conv_chain, chain_args((1, 8, 16, 32), [(11, 1), (11, 6)], [True] * 4, dtype, fmt)),
-            (mm_lka, attention_args((1, 16, 16, 32), BRANCHES, dtype, fmt)),
+            (strip_conv_chain, chain_args((1, 28, 16, 32), [(11, 1), (11, 6)], [True] * 4, dtype, fmt)),
+            (mm_lka, attention_args((1, 56, 16, 32), BRANCHES, dtype, fmt)),
         ):
             y = op.forward(*args, **kwargs)
             slots = 1 + len(args[1]) + len(args[2]) + len(args[3:])

@@ -71,7 +71,9 @@ CHAINS = [
 
 @pytest.mark.parametrize("stages, mask", CHAINS, ids=str)
 def test_chain_forward(stages, mask):
-    """The two-pass form is exact at the borders whatever biases there are; rows of whole vectors and rows that are not."""
+    """The two-pass form is exact at the borders whatever biases there are; rows of whole vectors and rows that are
+    not.
+    """
     for shape in ((2, 3, 9, 8), (1, 2, 4, 5)):
         args, kwargs = chain_args(shape, stages, mask, torch.float32)
         check_op(strip_conv_chain, chain_reference, args, kwargs, backward=False)

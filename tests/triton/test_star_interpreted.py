@@ -52,7 +52,9 @@ def test_output_mask(needed, outer):
 
 
 def test_layouts():
-    """Strided, expanded and channels_last inputs in every combination; dense inputs of one format are read where they lie."""
+    """Strided, expanded and channels_last inputs in every combination; dense inputs of one format are read where they
+    lie.
+    """
     base = pair((2, 6, 9, 8), torch.float32)
     views = [
         lambda t: t,

@@ -32,7 +32,7 @@ SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99, "gfx942": 6
 
 
 def assert_bound(got: Tensor, eager: Tensor, exact: Tensor, dtype: torch.dtype, what: str = "") -> None:
-    """max|err| <= 2 max|eager's err| + 2 eps(dtype) max|ref|, both against float64; shapes, dtype and finiteness too."""
+    """max|err| <= 2 max|eager's err| + 2 eps(dtype) max|ref|, against float64; shapes, dtype and finiteness too."""
     assert got.shape == exact.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(exact.shape)}"
     assert got.dtype == dtype, f"{what}: dtype {got.dtype}"
     if exact.numel() == 0:
@@ -228,7 +228,9 @@ def compiled_for(*targets: int | str):
 
 
 def wide(compiled: Compiled, what: str = "ld") -> bool:
-    """Whether a CUDA kernel reads ("ld") or writes ("st") global memory in 128-bit accesses, in the PTX and in the SASS."""
+    """Whether a CUDA kernel reads ("ld") or writes ("st") global memory in 128-bit accesses, in the PTX and in the
+    SASS.
+    """
     in_ptx = re.search(rf"{what}\.global[\w.]*\.v4\.b32|{what}\.global[\w.]*\.v2\.b64", compiled.asm["ptx"])
     in_sass = re.search(r"LDG\.E[\w.]*\.128" if what == "ld" else r"STG\.E[\w.]*\.128", compiled.sass)
     return bool(in_ptx and in_sass)
