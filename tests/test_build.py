@@ -661,6 +661,8 @@ from sdan_fast import functional as F
 a, b = torch.randn(2, 1, 4, 5, 6).unbind(0)
 assert torch.equal(F.star(a, b), torch.nn.functional.gelu(a) * b)
 import sdan_fast.kernels
+told = {line.name: line for line in sdan_fast.status()}
+assert not told["cpu"].available and "no C++ compiler was found on PATH" in told["cpu"].reason, told["cpu"]
 print("used")
 """
 
