@@ -159,5 +159,6 @@ def backward(
     if grads and (n := a.numel()) > 0:
         block, warps = elementwise_block()
         launch(star_backward, (ceil_div(n, block),), g, a, b, grads[0], grads[-1], n,
-               ACTIVATION=activation, OUTER=outer, NEED_A=need_a, NEED_B=need_b, BLOCK=block, num_warps=warps)  # fmt: skip
+               ACTIVATION=activation, OUTER=outer, NEED_A=need_a, NEED_B=need_b, BLOCK=block,
+               num_warps=warps)  # fmt: skip
     return grads

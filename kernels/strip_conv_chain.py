@@ -170,15 +170,16 @@ def two_stages(x: Tensor, strips: Sequence[Strip], y: Tensor, middle: Tensor, *,
     rows = s.BLOCK // QW
     blocks = ceil_div(groups, rows)
     launch(strip_rows, (N * C * blocks,), x, h1.weight.contiguous(), _pointer(h1), h2.weight.contiguous(), field,
-           middle, C, H, W, QW, groups, rows, x.stride(0), middle.stride(0), blocks, K1=h1.taps, D1=h1.dilation, K2=h2.taps,
-           D2=h2.dilation, R=s.R_ROWS, BLOCK=s.BLOCK, BIAS=h1.bias is not None, FIELD=need_field, **common,
+           middle, C, H, W, QW, groups, rows, x.stride(0), middle.stride(0), blocks, K1=h1.taps, D1=h1.dilation,
+           K2=h2.taps, D2=h2.dilation, R=s.R_ROWS, BLOCK=s.BLOCK, BIAS=h1.bias is not None, FIELD=need_field, **common,
            num_warps=s.BLOCK // 32)  # fmt: skip
     groups1, groups2 = (ceil_div(H, s.R * t.dilation) * t.dilation for t in (v1, v2))
     blocks = ceil_div(QW, s.BQ)
     launch(strip_columns, (N * C * blocks,), middle, v1.weight.contiguous(), _pointer(v1), _pointer(h2), field,
            v2.weight.contiguous(), _pointer(v2), y, C, H, W, QW, groups1, groups2, middle.stride(0), y.stride(0),
-           blocks, K1=v1.taps, D1=v1.dilation, K2=v2.taps, D2=v2.dilation, R=s.R, BG=s.BG, BQ=s.BQ, BIAS1=v1.bias is not None,
-           BIAS2=h2.bias is not None, BIAS3=v2.bias is not None, **common, num_warps=s.BG * s.BQ // 32)  # fmt: skip
+           blocks, K1=v1.taps, D1=v1.dilation, K2=v2.taps, D2=v2.dilation, R=s.R, BG=s.BG, BQ=s.BQ,
+           BIAS1=v1.bias is not None, BIAS2=h2.bias is not None, BIAS3=v2.bias is not None,
+           **common, num_warps=s.BG * s.BQ // 32)  # fmt: skip
 
 
 def _pointer(strip: Strip) -> Tensor:
