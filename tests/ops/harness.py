@@ -336,7 +336,7 @@ class OpContract:
                     mode == "all" or (mode == "input") == (i < self.images) and mode != "forward"
                 )
             if mode == "parameters" and len(tensors(leaves)) == self.images:
-                pytest.skip("the op has no parameters")
+                return  # the op has no parameters
             with sdan_fast.use_backend(backend), FlopCounterMode(display=False) as counter:
                 y = run(*leaves, **kwargs)
                 if mode != "forward":
