@@ -143,7 +143,7 @@ def _run_ninja(steps: Sequence[Step], folder: Path, *, jobs: int, ninja: str) ->
 
 
 def read_depfile(text: str) -> list[str]:
-    """The prerequisites that a compiler wrote as `output: a b \\` lines, with the escapes of blanks and dollars undone."""
+    """The prerequisites that a compiler wrote as `output: a b \\` lines; escaped blanks and dollars are undone."""
     joined = text.replace("\\\n", " ")
     _, _, inputs = joined.partition(": ")
     return [word.replace("\\ ", " ").replace("$$", "$") for word in re.findall(r"(?:\\ |\S)+", inputs)]
