@@ -9,11 +9,12 @@ namespace {
 
 const auto kernel = SDAN_PICK_KERNEL(depthwise_conv2d_run);
 
-// Sets args->lanes and args->grid. A tile has half a megabyte, of a second-level cache; the rows being read
-// should have 32 KB per vector of channels, of the first. In channels_last a tile of several vectors reads
-// whole cache lines, but large halos want the space for pixels.
+// Sets args->lanes and args->grid. A tile has half a megabyte, of a second-level cache; the rows
+// being read should have 32 KB per vector of channels, of the first. In channels_last a tile of
+// several vectors reads whole cache lines, but large halos want the space for pixels.
 void choose_tiles(DepthwiseArgs* args, int64_t halo_h, int64_t halo_w) {
-  TileProblem problem = {args->h, args->w, halo_h, halo_w, 1, true, 128 * 1024, halo_h + 4 * args->dh, 8 * 1024};
+  TileProblem problem = {
+      args->h, args->w, halo_h, halo_w, 1, true, 128 * 1024, halo_h + 4 * args->dh, 8 * 1024};
   double ratio = 0.0;
   if (!args->channels_last) {
     args->lanes = 1;
@@ -54,10 +55,10 @@ Tensor depthwise_conv2d(const Tensor& x, const Tensor& weight, std::optional<Ten
   args.w = x.size(3);
   args.kh = weight.size(2);
   args.kw = weight.size(3);
-  STD_TORCH_CHECK(weight.size(0) == args.c && weight.size(1) == 1 && args.kh % 2 == 1 &&
-                      args.kw % 2 == 1,
-                  op, ": weight must have shape (", args.c, ", 1, kh, kw) with odd kh and kw, got ",
-                  shape_of(weight));
+  STD_TORCH_CHECK(
+      weight.size(0) == args.c && weight.size(1) == 1 && args.kh % 2 == 1 && args.kw % 2 == 1, op,
+      ": weight must have shape (", args.c, ", 1, kh, kw) with odd kh and kw, got ",
+      shape_of(weight));
   STD_TORCH_CHECK(dilation.size() == 2 && dilation[0] >= 1 && dilation[1] >= 1, op,
                   ": dilation must be two positive integers");
   STD_TORCH_CHECK(args.kh < (1 << 20) && args.kw < (1 << 20) && dilation[0] < (1 << 30) &&

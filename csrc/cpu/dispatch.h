@@ -28,15 +28,17 @@ enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
 Isa picked_isa();
 const char* isa_name(Isa isa);
 
-// At least `bytes` bytes, 64-byte aligned, owned by the calling thread and reused by its next call for
-// the same slot: the kernels' scratch, so that a hot path allocates nothing but its output. Slot 0 is
-// for the body of a parallel loop, slot 1 for what the caller prepares and its threads share.
+// At least `bytes` bytes, 64-byte aligned, owned by the calling thread and reused by its next call
+// for the same slot: the kernels' scratch, so that a hot path allocates nothing but its output.
+// Slot 0 is for the body of a parallel loop, slot 1 for what the caller prepares and its threads
+// share.
 void* thread_scratch(size_t bytes, int slot = 0);
 
 }  // namespace sdan_fast
 
-// SDAN_DECLARE_KERNEL(f, args...) declares void f(args...) in the namespace of every instruction set;
-// SDAN_PICK_KERNEL(f) is a pointer to the one of the picked set. Use it to initialise a constant:
+// SDAN_DECLARE_KERNEL(f, args...) declares void f(args...) in the namespace of every instruction
+// set; SDAN_PICK_KERNEL(f) is a pointer to the one of the picked set. Use it to initialise a
+// constant:
 //   static const auto kernel = SDAN_PICK_KERNEL(star_run);
 #if defined(__x86_64__)
 #define SDAN_DECLARE_KERNEL(NAME, ...) \
@@ -51,9 +53,9 @@ void* thread_scratch(size_t bytes, int slot = 0);
   void NAME(__VA_ARGS__);              \
   }                                    \
   }
-#define SDAN_PICK_KERNEL(NAME)                                                  \
-  (::sdan_fast::picked_isa() == ::sdan_fast::Isa::kAvx512                       \
-       ? &::sdan_fast::avx512::NAME                                             \
+#define SDAN_PICK_KERNEL(NAME)                                                            \
+  (::sdan_fast::picked_isa() == ::sdan_fast::Isa::kAvx512                                 \
+       ? &::sdan_fast::avx512::NAME                                                       \
        : (::sdan_fast::picked_isa() == ::sdan_fast::Isa::kAvx2 ? &::sdan_fast::avx2::NAME \
                                                                : &::sdan_fast::portable::NAME))
 #else

@@ -1,5 +1,5 @@
-// The Python module sdan_fast._C_cpu: loading it registers the CPU kernels; it tells which instruction
-// set they were picked for. Also the pick itself and the threads' scratch memory.
+// The Python module sdan_fast._C_cpu: loading it registers the CPU kernels; it tells which
+// instruction set they were picked for. Also the pick itself and the threads' scratch memory.
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
@@ -118,14 +118,22 @@ PyObject* isas(PyObject*, PyObject*) {
 }
 
 PyMethodDef methods[] = {
-    {"isa", isa, METH_NOARGS, "isa() -> str: the instruction set that the kernels of this process use."},
+    {"isa", isa, METH_NOARGS,
+     "isa() -> str: the instruction set that the kernels of this process use."},
     {"isas", isas, METH_NOARGS, "isas() -> list[str]: the instruction sets compiled in."},
     {nullptr, nullptr, 0, nullptr},
 };
 
 PyModuleDef definition = {
-    PyModuleDef_HEAD_INIT, "_C_cpu", "The SIMD kernels of sdan_fast for CPUs.",
-    0,       methods,   nullptr, nullptr, nullptr, nullptr,
+    PyModuleDef_HEAD_INIT,
+    "_C_cpu",
+    "The SIMD kernels of sdan_fast for CPUs.",
+    0,
+    methods,
+    nullptr,
+    nullptr,
+    nullptr,
+    nullptr,
 };
 
 }  // namespace

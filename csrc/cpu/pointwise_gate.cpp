@@ -9,7 +9,8 @@ namespace {
 const auto pack = SDAN_PICK_KERNEL(pointwise_gate_pack);
 const auto kernel = SDAN_PICK_KERNEL(pointwise_gate_run);
 
-Tensor pointwise_gate(const Tensor& u, const Tensor& x, const Tensor& weight, std::optional<Tensor> bias) {
+Tensor pointwise_gate(const Tensor& u, const Tensor& x, const Tensor& weight,
+                      std::optional<Tensor> bias) {
   constexpr const char* op = "pointwise_gate";
   check_cpu(u, op, "u");
   PointwiseGateArgs args{};
@@ -20,7 +21,8 @@ Tensor pointwise_gate(const Tensor& u, const Tensor& x, const Tensor& weight, st
   args.ci = x.size(1);
   args.co = u.size(1);
   STD_TORCH_CHECK(x.size(0) == u.size(0) && x.size(2) == u.size(2) && x.size(3) == u.size(3), op,
-                  ": x must have the batch, height and width of u, ", shape_of(u), ", got ", shape_of(x));
+                  ": x must have the batch, height and width of u, ", shape_of(u), ", got ",
+                  shape_of(x));
   STD_TORCH_CHECK(weight.size(0) == args.co && weight.size(1) == args.ci && weight.size(2) == 1 &&
                       weight.size(3) == 1,
                   op, ": weight must have shape (", args.co, ", ", args.ci, ", 1, 1), got ",
@@ -46,7 +48,8 @@ Tensor pointwise_gate(const Tensor& u, const Tensor& x, const Tensor& weight, st
   // A plane of one pixel is laid out the same in both formats; only one of them has lanes to fill.
   args.channels_last = format == Format::kChannelsLast || plane == 1;
   args.pixels = args.channels_last ? u.size(0) * plane : plane;
-  // A tile of both sides stays in the second-level cache; 336 is a multiple of every register block.
+  // A tile of both sides stays in the second-level cache; 336 is a multiple of every register
+  // block.
   const int64_t units = 65536 / ((args.ci + args.co) * 336);
   args.tile = 336 * (units < 1 ? 1 : (units > 4 ? 4 : units));
   args.tiles = (args.pixels + args.tile - 1) / args.tile;

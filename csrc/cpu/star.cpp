@@ -33,7 +33,8 @@ Tensor star(const Tensor& a, const Tensor& b, std::string activation, std::strin
   args.a = a_dense.const_data_ptr();
   args.b = b_dense.const_data_ptr();
   args.y = y.mutable_data_ptr();
-  // A thread is worth about 10 us, 16k elements; blocks of 64 keep every thread on whole cache lines.
+  // A thread is worth about 10 us, 16k elements; blocks of 64 keep every thread on whole cache
+  // lines.
   constexpr int64_t kBlock = 64;
   const int64_t n = a.numel();
   parallel_for((n + kBlock - 1) / kBlock, 256, [&](int64_t begin, int64_t end) {
@@ -45,4 +46,6 @@ Tensor star(const Tensor& a, const Tensor& b, std::string activation, std::strin
 }  // namespace
 }  // namespace sdan_fast
 
-STABLE_TORCH_LIBRARY_IMPL(sdan_fast, CPU, m) { m.impl("star.cpu", TORCH_BOX(&sdan_fast::star)); }
+STABLE_TORCH_LIBRARY_IMPL(sdan_fast, CPU, m) {
+  m.impl("star.cpu", TORCH_BOX(&sdan_fast::star));
+}

@@ -26,9 +26,9 @@ Tensor strip_conv_chain(const Tensor& x, std::vector<Tensor> weights, std::vecto
   STD_TORCH_CHECK(strips >= 2 && strips % 2 == 0, op,
                   ": weights must hold a horizontal and a vertical strip per stage, got ", strips,
                   " tensors");
-  STD_TORCH_CHECK(bias_mask.size() == strips && dilations.size() == strips, op, ": bias_mask and dilations",
-                  " must have one entry per weight, ", strips, ", got ", bias_mask.size(), " and ",
-                  dilations.size());
+  STD_TORCH_CHECK(bias_mask.size() == strips && dilations.size() == strips, op,
+                  ": bias_mask and dilations", " must have one entry per weight, ", strips,
+                  ", got ", bias_mask.size(), " and ", dilations.size());
   size_t present = 0;
   for (const bool b : bias_mask) present += b ? 1 : 0;
   STD_TORCH_CHECK(biases.size() == present, op, ": bias_mask announces ", present, " biases, got ",
@@ -48,9 +48,10 @@ Tensor strip_conv_chain(const Tensor& x, std::vector<Tensor> weights, std::vecto
     STD_TORCH_CHECK(weight.size(0) == args.c && weight.size(1) == 1 &&
                         weight.size(horizontal ? 2 : 3) == 1 && k % 2 == 1,
                     op, ": weight ", i, " must have shape (", args.c,
-                    horizontal ? ", 1, 1, k)" : ", 1, k, 1)", " with odd k, got ", shape_of(weight));
-    STD_TORCH_CHECK(dilations[i] >= 1 && dilations[i] < (1 << 30) && k < (1 << 20), op, ": dilation ", i,
-                    " must be a positive integer, got ", dilations[i]);
+                    horizontal ? ", 1, 1, k)" : ", 1, k, 1)", " with odd k, got ",
+                    shape_of(weight));
+    STD_TORCH_CHECK(dilations[i] >= 1 && dilations[i] < (1 << 30) && k < (1 << 20), op,
+                    ": dilation ", i, " must be a positive integer, got ", dilations[i]);
     kept.push_back(in_format(weight, Format::kContiguous));
     StripArgs strip{};
     strip.weight = kept.back().const_data_ptr();
@@ -88,9 +89,9 @@ Tensor strip_conv_chain(const Tensor& x, std::vector<Tensor> weights, std::vecto
   const int64_t per_tile = args.n * ((args.c + args.lanes - 1) / args.lanes);
   // The horizontal pass leaves up to 2 MB behind; the vertical one reads it in narrow columns.
   double ratio = 0.0;
-  args.grid = make_tiles({args.h, args.w, args.halo_h, args.halo_w, args.lanes, false, 512 * 1024, args.h,
-                          96 * 1024},
-                         &ratio);
+  args.grid = make_tiles(
+      {args.h, args.w, args.halo_h, args.halo_w, args.lanes, false, 512 * 1024, args.h, 96 * 1024},
+      &ratio);
   const int64_t work = x.numel() * work_per_pixel;
   if (work > (1 << 20)) {
     refine_tiles(&args.grid, args.h, args.halo_h, per_tile, 4 * torch::stable::get_num_threads());

@@ -19,8 +19,8 @@ using torch::stable::Tensor;
 
 enum class Format { kContiguous, kChannelsLast };
 
-// True if the 4-d tensor's strides are those of a dense channels_last tensor; dimensions of size one
-// do not count, as in PyTorch.
+// True if the 4-d tensor's strides are those of a dense channels_last tensor; dimensions of size
+// one do not count, as in PyTorch.
 inline bool is_channels_last(const Tensor& t) {
   if (t.dim() != 4) return false;
   const auto sizes = t.sizes();
@@ -35,8 +35,8 @@ inline bool is_channels_last(const Tensor& t) {
   return true;
 }
 
-// The format rule: contiguous input gives contiguous output, else channels_last gives channels_last,
-// else contiguous.
+// The format rule: contiguous input gives contiguous output, else channels_last gives
+// channels_last, else contiguous.
 inline Format output_format(const Tensor& t) {
   if (t.is_contiguous()) return Format::kContiguous;
   return is_channels_last(t) ? Format::kChannelsLast : Format::kContiguous;
@@ -55,9 +55,9 @@ inline Tensor in_format(const Tensor& t, Format format) {
 inline Tensor empty_in_format(torch::headeronly::IntHeaderOnlyArrayRef sizes, const Tensor& t,
                               Format format) {
   using torch::headeronly::MemoryFormat;
-  return torch::stable::empty(sizes, t.scalar_type(), std::nullopt, t.device(), std::nullopt,
-                              format == Format::kContiguous ? MemoryFormat::Contiguous
-                                                            : MemoryFormat::ChannelsLast);
+  return torch::stable::empty(
+      sizes, t.scalar_type(), std::nullopt, t.device(), std::nullopt,
+      format == Format::kContiguous ? MemoryFormat::Contiguous : MemoryFormat::ChannelsLast);
 }
 
 // "(1, 56, 180, 320)", for messages.
@@ -116,8 +116,8 @@ inline Activation parse_activation(const std::string& s, const char* op, const c
   return Activation::kSilu;
 }
 
-// f(begin, end) over [0, n) on PyTorch's threads, at least `grain` items each. What fits one grain runs
-// here directly: entering the parallel runtime costs more than a small kernel.
+// f(begin, end) over [0, n) on PyTorch's threads, at least `grain` items each. What fits one grain
+// runs here directly: entering the parallel runtime costs more than a small kernel.
 template <typename F>
 inline void parallel_for(int64_t n, int64_t grain, const F& f) {
   if (n <= 0) return;

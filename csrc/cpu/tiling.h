@@ -9,7 +9,9 @@
 namespace sdan_fast {
 
 // The lanes of one vector of the picked instruction set.
-inline int64_t vector_lanes() { return picked_isa() == Isa::kAvx512 ? 16 : 8; }
+inline int64_t vector_lanes() {
+  return picked_isa() == Isa::kAvx512 ? 16 : 8;
+}
 
 // The taps of an odd kernel of size k and dilation d that can touch an image of `size` pixels: the
 // others meet only padding.
@@ -33,9 +35,9 @@ struct TileProblem {
   int64_t window_budget;   // floats that they should not exceed
 };
 
-// The tiles within the budget that read the least input twice, preferring those whose window of rows stays
-// in the first-level cache if that costs little. For halos beyond the budget: short tiles, any size. *read is
-// what is read over what there is.
+// The tiles within the budget that read the least input twice, preferring those whose window of
+// rows stays in the first-level cache if that costs little. For halos beyond the budget: short
+// tiles, any size. *read is what is read over what there is.
 inline TileGrid make_tiles(const TileProblem& p, double* read) {
   const int64_t align = p.pixel_floats == 1 ? 64 : 8;
   TileGrid best = {}, best_windowed = {};
@@ -53,7 +55,8 @@ inline TileGrid make_tiles(const TileProblem& p, double* read) {
       const TileGrid grid = {th, tw, (p.h + th - 1) / th, tiles_w};
       const double rows_read = static_cast<double>(p.h + (tiles_h - 1) * p.halo_h);
       const double columns_read = static_cast<double>(p.w + (tiles_w - 1) * p.halo_w);
-      const double r = rows_read * columns_read / (static_cast<double>(p.h) * static_cast<double>(p.w));
+      const double r =
+          rows_read * columns_read / (static_cast<double>(p.h) * static_cast<double>(p.w));
       if (ratio == 0.0 || r < ratio) {
         ratio = r;
         best = grid;
@@ -78,9 +81,10 @@ inline TileGrid make_tiles(const TileProblem& p, double* read) {
   return {th, tw, (p.h + th - 1) / th, (p.w + tw - 1) / tw};
 }
 
-// Cuts rows further until there are about `wanted` tasks, `per_tile` of them for each tile; never below
-// tiles of half the halo, where recomputing it would cost more than an idle thread.
-inline void refine_tiles(TileGrid* grid, int64_t h, int64_t halo_h, int64_t per_tile, int64_t wanted) {
+// Cuts rows further until there are about `wanted` tasks, `per_tile` of them for each tile; never
+// below tiles of half the halo, where recomputing it would cost more than an idle thread.
+inline void refine_tiles(TileGrid* grid, int64_t h, int64_t halo_h, int64_t per_tile,
+                         int64_t wanted) {
   const int64_t smallest = halo_h / 2 > 8 ? halo_h / 2 : 8;
   const int64_t tasks = per_tile * grid->tiles_h * grid->tiles_w;
   if (tasks >= wanted || tasks == 0) return;

@@ -1,5 +1,5 @@
-// Depth-wise convolution, tile by tile: what needs padding or conversion is staged as float32 and then
-// convolved, the rest is read in place.
+// Depth-wise convolution, tile by tile: what needs padding or conversion is staged as float32 and
+// then convolved, the rest is read in place.
 #include "depthwise_conv2d.h"
 
 #include "tile_conv.h"
@@ -15,7 +15,9 @@ struct ConstantBias {
   SDAN_INLINE Vec operator()(int64_t, int64_t) const { return value; }
 };
 
-SDAN_INLINE int64_t round_up(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+SDAN_INLINE int64_t round_up(int64_t n) {
+  return (n + kLanes - 1) / kLanes * kLanes;
+}
 
 // Output pixels [h0, h1) x [w0, w1) of the image.
 struct Rect {
@@ -56,12 +58,13 @@ SDAN_INLINE void run_blocks(const Plane<kLanewise, T>& p, const Rect& rect, cons
   const int count = kLanewise ? p.count : 1;
   for (int b = 0; b < count; ++b) {
     const int left = p.channels - b * kLanes;
-    blocks[b] = {tile + b * kLanes,
-                 {p.weights + b * p.weight_floats, static_cast<int>(a.kh_used), static_cast<int>(a.kw_used),
-                  static_cast<int>(a.dh), static_cast<int>(a.dw), step},
-                 {p.bias[b]},
-                 {p.y + (rect.h0 * a.w + rect.w0) * p.pixel + b * kLanes, a.w * p.pixel, p.pixel, columns,
-                  left < kLanes ? left : kLanes}};
+    blocks[b] = {
+        tile + b * kLanes,
+        {p.weights + b * p.weight_floats, static_cast<int>(a.kh_used), static_cast<int>(a.kw_used),
+         static_cast<int>(a.dh), static_cast<int>(a.dw), step},
+        {p.bias[b]},
+        {p.y + (rect.h0 * a.w + rect.w0) * p.pixel + b * kLanes, a.w * p.pixel, p.pixel, columns,
+         left < kLanes ? left : kLanes}};
   }
   conv_tile(blocks, count, row_floats, rect.h1 - rect.h0, columns, prepare);
 }
@@ -82,13 +85,14 @@ void run_staged(const Plane<kLanewise, T>& p, const Rect& rect, float* staged) {
     for (; staged_rows < wanted; ++staged_rows) {
       const int64_t h = rect.h0 - p.pad_h + staged_rows;
       const int64_t done = rect.h0 + staged_rows - 2 * p.pad_h;
-      if (done >= rect.h0) prefetch_row(p.y + done * row + rect.w0 * p.pixel, columns, p.pixel, p.channels);
+      if (done >= rect.h0)
+        prefetch_row(p.y + done * row + rect.w0 * p.pixel, columns, p.pixel, p.channels);
       float* out = staged + staged_rows * row_floats;
       if (h < 0 || h >= a.h) {
         fill_zero(out, in_columns * step);
       } else {
-        stage_row<kLanewise>(out, p.x + h * row, rect.w0 - p.pad_w, in_columns, a.w, p.pixel, p.channels,
-                             step, ahead);
+        stage_row<kLanewise>(out, p.x + h * row, rect.w0 - p.pad_w, in_columns, a.w, p.pixel,
+                             p.channels, step, ahead);
       }
     }
   };
@@ -142,9 +146,17 @@ void run_tile(const DepthwiseArgs& a, int64_t n, int64_t group, int64_t tile) {
   float* weights = static_cast<float*>(thread_scratch(static_cast<size_t>(total) * sizeof(float)));
   float* staged = weights + count * weight_floats;
 
-  Plane<kLanewise, T> p = {a,     static_cast<const T*>(a.x) + plane,
-                           static_cast<T*>(a.y) + plane, kLanewise ? a.c : 1, pad_h, pad_w, channels, count,
-                           weights, weight_floats, {}};
+  Plane<kLanewise, T> p = {a,
+                           static_cast<const T*>(a.x) + plane,
+                           static_cast<T*>(a.y) + plane,
+                           kLanewise ? a.c : 1,
+                           pad_h,
+                           pad_w,
+                           channels,
+                           count,
+                           weights,
+                           weight_floats,
+                           {}};
   for (int b = 0; b < count; ++b) {
     const int64_t first = c0 + b * kLanes;
     const int left = channels - b * kLanes;
@@ -161,12 +173,13 @@ void run_tile(const DepthwiseArgs& a, int64_t n, int64_t group, int64_t tile) {
   }
 
   if constexpr (kLanewise && is_float<T>()) {
-    // What needs no padding is read in place where the taps are few. (In NCHW a copy pays anyway: narrow
-    // borders would fill vectors badly.) The kernel reads up to a pixel and a vector past its last column;
-    // leaving the image's last row alone keeps that inside the tensor.
+    // What needs no padding is read in place where the taps are few. (In NCHW a copy pays anyway:
+    // narrow borders would fill vectors badly.) The kernel reads up to a pixel and a vector past
+    // its last column; leaving the image's last row alone keeps that inside the tensor.
     const int64_t spare = a.c + kLanes;
     if (a.kh_used * a.kw_used <= 12 && a.w * p.pixel >= spare) {
-      const Rect inner = {clamp(pad_h, whole.h0, whole.h1), clamp(a.h - 1 - pad_h, whole.h0, whole.h1),
+      const Rect inner = {clamp(pad_h, whole.h0, whole.h1),
+                          clamp(a.h - 1 - pad_h, whole.h0, whole.h1),
                           clamp(pad_w, whole.w0, whole.w1), clamp(a.w - pad_w, whole.w0, whole.w1)};
       const int64_t height = inner.h1 - inner.h0;
       const int64_t width = inner.w1 - inner.w0;

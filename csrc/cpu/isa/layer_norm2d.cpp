@@ -1,7 +1,8 @@
 // LayerNorm over the channels at each pixel, in both memory formats.
 //
-// Two passes for the statistics, the second one also summing the deviations: what the first mean lost to
-// rounding is then known and put back, so a large common offset of the channels costs no accuracy.
+// Two passes for the statistics, the second one also summing the deviations: what the first mean
+// lost to rounding is then known and put back, so a large common offset of the channels costs no
+// accuracy.
 #include "layer_norm2d.h"
 
 #include "vec.h"
@@ -23,7 +24,8 @@ SDAN_INLINE void pixels_nchw(const LayerNormArgs& a, const T* x, T* y, const flo
     return V == 1 && n < kLanes ? load_n(p, n) : load(p + v * kLanes);
   };
   const Vec scale = set1(1.0f / static_cast<float>(a.c));
-  // Partial sums of kChunk channels: one long chain of additions would lose the square root of its length.
+  // Partial sums of kChunk channels: one long chain of additions would lose the square root of its
+  // length.
   constexpr int64_t kChunk = 32;
   Vec mean[V], square[V], rest[V];
 #pragma GCC unroll 4
@@ -37,8 +39,8 @@ SDAN_INLINE void pixels_nchw(const LayerNormArgs& a, const T* x, T* y, const flo
     for (; c < end; ++c, p += a.pixels) {
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) {
-        // The next block of pixels, and what this one will write: each channel is a stream of its own, more
-        // of them than the processor follows.
+        // The next block of pixels, and what this one will write: each channel is a stream of its
+        // own, more of them than the processor follows.
         __builtin_prefetch(p + (V + v) * kLanes);
         __builtin_prefetch(y + (p - x) + v * kLanes, 1);
         part[v] = part[v] + get(p, v);
@@ -94,8 +96,8 @@ SDAN_INLINE void pixels_nchw(const LayerNormArgs& a, const T* x, T* y, const flo
 }
 
 template <typename T>
-void tile_nchw(const LayerNormArgs& a, int64_t image, int64_t first, int64_t last, const float* weight,
-               const float* bias) {
+void tile_nchw(const LayerNormArgs& a, int64_t image, int64_t first, int64_t last,
+               const float* weight, const float* bias) {
   const int64_t base = image * a.c * a.pixels;
   const T* x = static_cast<const T*>(a.x) + base;
   T* y = static_cast<T*>(a.y) + base;
@@ -109,8 +111,8 @@ void tile_nchw(const LayerNormArgs& a, int64_t image, int64_t first, int64_t las
   }
 }
 
-// G neighbouring pixels, whose sums are independent chains. `valid` is one in the lanes of the last, partial
-// vector that hold a channel, else zero: the others must not count as deviations.
+// G neighbouring pixels, whose sums are independent chains. `valid` is one in the lanes of the
+// last, partial vector that hold a channel, else zero: the others must not count as deviations.
 template <typename T, int G>
 SDAN_INLINE void pixels_channels_last(const LayerNormArgs& a, const T* x, T* y, const float* weight,
                                       const float* bias, Vec valid, int tail) {

@@ -22,4 +22,5 @@ struct LayerNormArgs {
 }  // namespace sdan_fast
 
 // Tasks [begin, end): tiles of consecutive pixels.
-SDAN_DECLARE_KERNEL(layer_norm2d_run, const ::sdan_fast::LayerNormArgs& args, int64_t begin, int64_t end)
+SDAN_DECLARE_KERNEL(layer_norm2d_run, const ::sdan_fast::LayerNormArgs& args, int64_t begin,
+                    int64_t end)

@@ -1,7 +1,8 @@
 // The gated 1x1 convolution, a register-blocked small matrix product over tiles of pixels.
 //
-// NCHW: vectors run along the pixels, the tile is staged as float32 channels x pixels. channels_last:
-// vectors run along the output channels, and each pixel's inputs are broadcast one at a time.
+// NCHW: vectors run along the pixels, the tile is staged as float32 channels x pixels.
+// channels_last: vectors run along the output channels, and each pixel's inputs are broadcast one
+// at a time.
 #include "pointwise_gate.h"
 
 #include "pointwise.h"
@@ -31,12 +32,16 @@ constexpr int gate_rows() {
 }
 
 // Output vectors are split as evenly as possible into blocks of at most kGateVecs.
-SDAN_INLINE int64_t gate_blocks(int64_t vecs) { return (vecs + kGateVecs - 1) / kGateVecs; }
+SDAN_INLINE int64_t gate_blocks(int64_t vecs) {
+  return (vecs + kGateVecs - 1) / kGateVecs;
+}
 
-SDAN_INLINE int64_t output_vecs(int64_t co) { return (co + kLanes - 1) / kLanes; }
+SDAN_INLINE int64_t output_vecs(int64_t co) {
+  return (co + kLanes - 1) / kLanes;
+}
 
-// NCHW: weights as pack_pointwise_weight lays them out, the bias, zeros. channels_last: for each block of
-// output vectors [ci][vectors of the block], zero past the last channel, then the bias.
+// NCHW: weights as pack_pointwise_weight lays them out, the bias, zeros. channels_last: for each
+// block of output vectors [ci][vectors of the block], zero past the last channel, then the bias.
 template <typename T>
 void pack(const PointwiseGateArgs& a) {
   const T* weight = static_cast<const T*>(a.weight);
@@ -50,7 +55,8 @@ void pack(const PointwiseGateArgs& a) {
       const int begin = pointwise_group_begin(co, groups, g);
       const int end = pointwise_group_begin(co, groups, g + 1);
       for (int k = 0; k < ci; ++k) {
-        for (int m = begin; m < end; ++m) *out++ = to_float(weight[static_cast<int64_t>(m) * ci + k]);
+        for (int m = begin; m < end; ++m)
+          *out++ = to_float(weight[static_cast<int64_t>(m) * ci + k]);
       }
     }
     for (int m = 0; m < co; ++m) *out++ = bias == nullptr ? 0.0f : to_float(bias[m]);
@@ -63,7 +69,8 @@ void pack(const PointwiseGateArgs& a) {
     const int64_t first = vecs * b / blocks * kLanes;
     const int64_t last = vecs * (b + 1) / blocks * kLanes;
     for (int64_t k = 0; k < a.ci; ++k) {
-      for (int64_t m = first; m < last; ++m) *out++ = m < a.co ? to_float(weight[m * a.ci + k]) : 0.0f;
+      for (int64_t m = first; m < last; ++m)
+        *out++ = m < a.co ? to_float(weight[m * a.ci + k]) : 0.0f;
     }
   }
   for (int64_t m = 0; m < vecs * kLanes; ++m) {
@@ -84,16 +91,17 @@ SDAN_INLINE void fetch(const T* p, int64_t lines, int write) {
   }
 }
 
-// Tile [first, last) of the pixels of one image, one register block of pixels at a time: its inputs are
-// staged next to each other, and its product is gated, while in the first-level cache.
+// Tile [first, last) of the pixels of one image, one register block of pixels at a time: its inputs
+// are staged next to each other, and its product is gated, while in the first-level cache.
 template <typename T>
 void tile_nchw(const PointwiseGateArgs& a, int64_t image, int64_t first, int64_t last) {
   constexpr int64_t kBlock = static_cast<int64_t>(kPointwiseVecs) * kLanes;
   constexpr int64_t kLines = kBlock * static_cast<int64_t>(sizeof(T)) / 64 + 1;
-  float* staged =
-      static_cast<float*>(thread_scratch(static_cast<size_t>((a.ci + a.co) * kBlock) * sizeof(float)));
+  float* staged = static_cast<float*>(
+      thread_scratch(static_cast<size_t>((a.ci + a.co) * kBlock) * sizeof(float)));
   float* product = staged + a.ci * kBlock;
-  // The bias is added to the finished sums, not the sums to the bias, whose rounding could outweigh them.
+  // The bias is added to the finished sums, not the sums to the bias, whose rounding could outweigh
+  // them.
   const float* bias = a.packed + a.ci * a.co;
   const float* zeros = bias + a.co;
   const T* image_x = static_cast<const T*>(a.x) + image * a.ci * a.pixels;
@@ -138,8 +146,8 @@ void tile_nchw(const PointwiseGateArgs& a, int64_t image, int64_t first, int64_t
 
 // R pixels by V output vectors. x: float rows of ci; `lanes` of the last vector are real channels.
 template <typename T, int R, int V>
-SDAN_INLINE void gate_kernel(const float* x, int64_t ci, const float* weight, const float* bias, const T* u,
-                             T* y, int64_t co, int lanes) {
+SDAN_INLINE void gate_kernel(const float* x, int64_t ci, const float* weight, const float* bias,
+                             const T* u, T* y, int64_t co, int lanes) {
   Vec acc[R][V];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
@@ -188,7 +196,9 @@ void gate_block(const float* x, int64_t count, int64_t ci, const float* weight, 
   }
 }
 
-SDAN_INLINE const float* as_floats(const float* x, int64_t, float*) { return x; }
+SDAN_INLINE const float* as_floats(const float* x, int64_t, float*) {
+  return x;
+}
 
 template <typename T>
 SDAN_INLINE const float* as_floats(const T* x, int64_t n, float* out) {
@@ -203,7 +213,8 @@ void tile_channels_last(const PointwiseGateArgs& a, int64_t first, int64_t last)
   const int64_t count = last - first;
   float* scratch = nullptr;
   if (a.dtype != DType::kFloat32) {
-    scratch = static_cast<float*>(thread_scratch(static_cast<size_t>(count * a.ci) * sizeof(float)));
+    scratch =
+        static_cast<float*>(thread_scratch(static_cast<size_t>(count * a.ci) * sizeof(float)));
   }
   const float* x = as_floats(static_cast<const T*>(a.x) + first * a.ci, count * a.ci, scratch);
   const T* u = static_cast<const T*>(a.u) + first * a.co;

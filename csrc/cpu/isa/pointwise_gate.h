@@ -21,7 +21,9 @@ struct PointwiseGateArgs {
 };
 
 // Floats of PointwiseGateArgs::packed that are enough for every instruction set.
-inline int64_t pointwise_gate_packed_floats(int64_t ci, int64_t co) { return (co + 16) * (ci + 2) + 64; }
+inline int64_t pointwise_gate_packed_floats(int64_t ci, int64_t co) {
+  return (co + 16) * (ci + 2) + 64;
+}
 
 }  // namespace sdan_fast
 

@@ -1,10 +1,11 @@
 // A chain of strip convolutions as one horizontal and one vertical pass over a resident tile.
 //
-// On a zero-padded grid the horizontal convolutions act on rows and the vertical ones on columns, so they
-// commute: all horizontal ones run first, row by row while the row is hot, then all vertical ones. The
-// biases, which the reordering would misplace, add a field that is exactly
+// On a zero-padded grid the horizontal convolutions act on rows and the vertical ones on columns,
+// so they commute: all horizontal ones run first, row by row while the row is hot, then all
+// vertical ones. The biases, which the reordering would misplace, add a field that is exactly
 //   sum over stages s of  (bh_s a_s + bv_s a_{s+1})(h)  r_s(w),
-// a_s = V_S ... V_s 1 (a column), r_s = H_S ... H_{s+1} 1 (a row), every operator zero-padded to the image.
+// a_s = V_S ... V_s 1 (a column), r_s = H_S ... H_{s+1} 1 (a row), every operator zero-padded to
+// the image.
 #include "strip_conv_chain.h"
 
 #include "tile_conv.h"
@@ -23,7 +24,9 @@ struct Axis {
   int64_t out_first, out_count, size;
 };
 
-SDAN_INLINE int64_t strip_pad(const StripArgs& s) { return (s.used - 1) / 2 * s.d; }
+SDAN_INLINE int64_t strip_pad(const StripArgs& s) {
+  return (s.used - 1) / 2 * s.d;
+}
 
 // Sum of the pads of strips [from, stages).
 SDAN_INLINE int64_t pad_from(const StripArgs* strips, int64_t from, int64_t stages) {
@@ -49,12 +52,12 @@ struct NoPrepare {
   SDAN_INLINE void operator()(int64_t) const {}
 };
 
-// Runs strips [from, stages) along one line of pixels; `taps` holds each as a row convolution. The line
-// lies in `a`, zero outside the image, and pixel 0 of `a` and of `b`, the other buffer, stands at
-// axis.out_first - pad_from(strips, 0, stages). The tile's outputs go to `dest`.
+// Runs strips [from, stages) along one line of pixels; `taps` holds each as a row convolution. The
+// line lies in `a`, zero outside the image, and pixel 0 of `a` and of `b`, the other buffer, stands
+// at axis.out_first - pad_from(strips, 0, stages). The tile's outputs go to `dest`.
 template <bool kLanewise>
-void run_line(float* a, float* b, const StripArgs* strips, const Taps* taps, int64_t from, int64_t stages,
-              const Axis& axis, float* dest) {
+void run_line(float* a, float* b, const StripArgs* strips, const Taps* taps, int64_t from,
+              int64_t stages, const Axis& axis, float* dest) {
   constexpr int kStep = pixel_floats<kLanewise>();
   const int64_t pad = pad_from(strips, 0, stages);
   if (from == stages) {
@@ -75,9 +78,10 @@ void run_line(float* a, float* b, const StripArgs* strips, const Taps* taps, int
       fill_zero(b + wanted * kStep, (begin - wanted) * kStep);
       fill_zero(b + end * kStep, (wanted_end - end) * kStep);
     }
-    const GridSink<kLanewise, float> sink = {last ? dest : b + begin * kStep, 0, kStep, span.count, kLanes};
-    conv_rows<kLanewise, 1, kRowConvVecs, 1>(a + (begin - strip_pad(strips[s])) * kStep, taps[s], 0, 0,
-                                             span.count, NoBias{}, sink);
+    const GridSink<kLanewise, float> sink = {last ? dest : b + begin * kStep, 0, kStep, span.count,
+                                             kLanes};
+    conv_rows<kLanewise, 1, kRowConvVecs, 1>(a + (begin - strip_pad(strips[s])) * kStep, taps[s], 0,
+                                             0, span.count, NoBias{}, sink);
     float* t = a;
     a = b;
     b = t;
@@ -97,7 +101,9 @@ void ones_line(float* line, const StripArgs* strips, int64_t stages, const Axis&
   fill_zero(line + end, (axis.out_count + 2 * pad) * kStep - end);
 }
 
-SDAN_INLINE int64_t round_up(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+SDAN_INLINE int64_t round_up(int64_t n) {
+  return (n + kLanes - 1) / kLanes * kLanes;
+}
 
 // Hands out pieces of one scratch allocation; with a null base it only counts.
 struct Arena {
@@ -132,7 +138,8 @@ Buffers lay_out(const StripChainArgs& a, int64_t rows, int64_t columns, Arena* a
   Buffers b;
   b.row_floats = round_up(columns * kStep) + kLanes;
   b.col_floats = round_up(rows * kStep) + kLanes;
-  // 128 KB of columns at a time, at least four vectors: the whole width if only one stage needs none.
+  // 128 KB of columns at a time, at least four vectors: the whole width if only one stage needs
+  // none.
   constexpr int64_t kBlockPixels = kLanewise ? 4 : 4 * kLanes;
   b.part_columns = 32 * 1024 / ((rows + a.halo_h) * kStep) / kBlockPixels * kBlockPixels;
   if (b.part_columns < kBlockPixels) b.part_columns = kBlockPixels;
@@ -173,8 +180,8 @@ SDAN_INLINE Vec channel_vec(const void* p, int64_t c0, int channels) {
 
 // The row and column factors of the bias field for this tile.
 template <bool kLanewise, typename T>
-void make_field(const StripChainArgs& a, const Buffers& b, const Axis& rows, const Axis& columns, int64_t c0,
-                int channels) {
+void make_field(const StripChainArgs& a, const Buffers& b, const Axis& rows, const Axis& columns,
+                int64_t c0, int channels) {
   constexpr int kStep = pixel_floats<kLanewise>();
   for (int64_t s = 0; s < a.stages; ++s) {
     ones_line<kLanewise>(b.line[0], a.horizontal, a.stages, columns);
@@ -187,7 +194,8 @@ void make_field(const StripChainArgs& a, const Buffers& b, const Axis& rows, con
       if (bias == nullptr) continue;
       const Vec scale = channel_vec<kLanewise, T>(bias, c0, channels);
       ones_line<kLanewise>(b.column[0], a.vertical, a.stages, rows);
-      run_line<kLanewise>(b.column[0], b.column[1], a.vertical, b.turned, s + term, a.stages, rows, b.work);
+      run_line<kLanewise>(b.column[0], b.column[1], a.vertical, b.turned, s + term, a.stages, rows,
+                          b.work);
       for (int64_t i = 0; i < rows.out_count * kStep; i += kLanes) {
         store(q + i, fma(load(b.work + i), scale, load(q + i)));
       }
@@ -228,11 +236,11 @@ struct TileSink {
   }
 };
 
-// The vertical stages of columns [c0, c0 + columns) of the tile, back and forth between the tile and the
-// part. Row 0 of either stands at the tile's first output row less the whole pad.
+// The vertical stages of columns [c0, c0 + columns) of the tile, back and forth between the tile
+// and the part. Row 0 of either stands at the tile's first output row less the whole pad.
 template <bool kLanewise, typename T>
-void vertical_pass(const StripChainArgs& a, const Buffers& b, const Axis& rows, int64_t c0, int64_t columns,
-                   T* y, int64_t pixel, int channels) {
+void vertical_pass(const StripChainArgs& a, const Buffers& b, const Axis& rows, int64_t c0,
+                   int64_t columns, T* y, int64_t pixel, int channels) {
   constexpr int kStep = pixel_floats<kLanewise>();
   const int64_t pad = a.halo_h / 2;
   float* from = b.tile + c0 * kStep;
@@ -247,10 +255,10 @@ void vertical_pass(const StripChainArgs& a, const Buffers& b, const Axis& rows, 
     const float* in = from + (begin - strip_pad(a.vertical[s])) * from_floats;
     if (s + 1 == a.stages) {
       const GridSink<kLanewise, T> sink = {y, a.w * pixel, pixel, columns, channels};
-      const FieldBias<kLanewise> field = {b.field_row + c0 * kStep, b.field_col, b.row_floats, b.col_floats,
-                                          a.any_bias ? a.stages : 0};
-      const ConvBlock<kLanewise, FieldBias<kLanewise>, GridSink<kLanewise, T>> block = {in, b.vertical[s],
-                                                                                        field, sink};
+      const FieldBias<kLanewise> field = {b.field_row + c0 * kStep, b.field_col, b.row_floats,
+                                          b.col_floats, a.any_bias ? a.stages : 0};
+      const ConvBlock<kLanewise, FieldBias<kLanewise>, GridSink<kLanewise, T>> block = {
+          in, b.vertical[s], field, sink};
       conv_tile(&block, 1, from_floats, span.count, columns, NoPrepare{});
       return;
     }
@@ -309,16 +317,17 @@ void run_tile(const StripChainArgs& a, int64_t n, int64_t block, int64_t tile) {
       fill_zero(out, b.row_floats);
       continue;
     }
-    stage_row<kLanewise>(b.line[0], x + h * a.w * pixel, w0 - pad_w, columns.out_count + a.halo_w, a.w,
-                         pixel, channels, pixel_floats<kLanewise>(), 4 * a.w * pixel);
-    run_line<kLanewise>(b.line[0], b.line[1], a.horizontal, b.horizontal, 0, a.stages, columns, out);
+    stage_row<kLanewise>(b.line[0], x + h * a.w * pixel, w0 - pad_w, columns.out_count + a.halo_w,
+                         a.w, pixel, channels, pixel_floats<kLanewise>(), 4 * a.w * pixel);
+    run_line<kLanewise>(b.line[0], b.line[1], a.horizontal, b.horizontal, 0, a.stages, columns,
+                        out);
   }
 
   T* y = static_cast<T*>(a.y) + plane + (h0 * a.w + w0) * pixel;
   for (int64_t c = 0; c < columns.out_count; c += b.part_columns) {
     const int64_t left = columns.out_count - c;
-    vertical_pass<kLanewise>(a, b, rows, c, left < b.part_columns ? left : b.part_columns, y + c * pixel, pixel,
-                             channels);
+    vertical_pass<kLanewise>(a, b, rows, c, left < b.part_columns ? left : b.part_columns,
+                             y + c * pixel, pixel, channels);
   }
 }
 

@@ -1,14 +1,14 @@
-// Depth-wise convolution of one zero-padded tile held in scratch: the core of depthwise_conv2d and of
-// strip_conv_chain.
+// Depth-wise convolution of one zero-padded tile held in scratch: the core of depthwise_conv2d and
+// of strip_conv_chain.
 //
 // A tile is a grid of pixels. With kLanewise = false a pixel is one float and a vector is kLanes
-// neighbours of one row (NCHW); a tap's weight is one float. With kLanewise = true a pixel is one or more
-// vectors of kLanes channels (channels_last), and a tap's weight is one for each. The address arithmetic is
-// the same but for the pixel's size, so both formats share one kernel. Padding is part of the tile, so the
-// kernel knows no borders.
+// neighbours of one row (NCHW); a tap's weight is one float. With kLanewise = true a pixel is one
+// or more vectors of kLanes channels (channels_last), and a tap's weight is one for each. The
+// address arithmetic is the same but for the pixel's size, so both formats share one kernel.
+// Padding is part of the tile, so the kernel knows no borders.
 //
-// R output rows, dh apart, are computed together: a vector of the input, once loaded, serves up to R
-// taps, because unaligned loads rather than multiply-adds would bind otherwise.
+// R output rows, dh apart, are computed together: a vector of the input, once loaded, serves up to
+// R taps, because unaligned loads rather than multiply-adds would bind otherwise.
 #pragma once
 
 #include "vec.h"
@@ -30,8 +30,8 @@ constexpr int kRowConvVecs = 4;
 // What a kernel may read past the last pixel that it needs, in vectors.
 constexpr int kConvSlack = kRowConvVecs;
 
-// The taps of a convolution. `weights` is ordered [kw][kh], each a float or a vector. `pixel` is the floats
-// from one pixel of the tile to the next, 1 in NCHW.
+// The taps of a convolution. `weights` is ordered [kw][kh], each a float or a vector. `pixel` is
+// the floats from one pixel of the tile to the next, 1 in NCHW.
 struct Taps {
   const float* weights;
   int kh, kw;
@@ -67,9 +67,9 @@ SDAN_INLINE Vec load_used(const float* p) {
   return a;
 }
 
-// acc[r][v] += the convolution at output row r (rows are dh apart) and vector v. `x` points at the first
-// tap of row 0; `row` is the distance in floats between rows dh apart, `column` between taps of a row.
-// Needs kh >= R unless KH, the kernel's height where known, is given.
+// acc[r][v] += the convolution at output row r (rows are dh apart) and vector v. `x` points at the
+// first tap of row 0; `row` is the distance in floats between rows dh apart, `column` between taps
+// of a row. Needs kh >= R unless KH, the kernel's height where known, is given.
 template <bool kLanewise, int R, int V, int KH>
 SDAN_INLINE void accumulate(Vec (&acc)[R][V], const float* x, const Taps& taps, ptrdiff_t row,
                             ptrdiff_t column) {
@@ -134,8 +134,9 @@ SDAN_INLINE void accumulate(Vec (&acc)[R][V], const float* x, const Taps& taps, 
   }
 }
 
-// Writes sums to rows of pixels: `row` elements from one row to the next, `pixel` from one pixel to the next
-// (one in NCHW), `columns` pixels per row. For channels_last only `channels` lanes of a pixel exist.
+// Writes sums to rows of pixels: `row` elements from one row to the next, `pixel` from one pixel to
+// the next (one in NCHW), `columns` pixels per row. For channels_last only `channels` lanes of a
+// pixel exist.
 template <bool kLanewise, typename T>
 struct GridSink {
   T* out;
@@ -171,9 +172,9 @@ struct GridSink {
   }
 };
 
-// One block: R rows dh apart by V vectors. `bias(row, column)` is added to the sums, last, since starting
-// from a large bias would round every product to its unit; `sink(row, column, sums)` takes V vectors of one
-// row. Rows and columns count output pixels of the tile.
+// One block: R rows dh apart by V vectors. `bias(row, column)` is added to the sums, last, since
+// starting from a large bias would round every product to its unit; `sink(row, column, sums)` takes
+// V vectors of one row. Rows and columns count output pixels of the tile.
 template <bool kLanewise, int R, int V, int KH, typename Bias, typename Sink>
 SDAN_INLINE void conv_block(const float* x, const Taps& taps, ptrdiff_t row_floats, int64_t row0,
                             int64_t column0, const Bias& bias, const Sink& sink) {
@@ -211,12 +212,12 @@ __attribute__((noinline)) void conv_rows(const float* x, const Taps& taps, ptrdi
       conv_block<kLanewise, R, V, KH>(x + c * pixel, taps, row_floats, row0, c, bias, sink);
       c += V * kVecPixels;
     } else if (V >= 8 && left >= 3) {
-      conv_block<kLanewise, R, (V >= 8 ? V / 2 : 1), KH>(x + c * pixel, taps, row_floats, row0, c, bias,
-                                                        sink);
+      conv_block<kLanewise, R, (V >= 8 ? V / 2 : 1), KH>(x + c * pixel, taps, row_floats, row0, c,
+                                                         bias, sink);
       c += (V / 2) * kVecPixels;
     } else if (V >= 4 && left >= 2) {
       conv_block<kLanewise, R, (V >= 4 ? 2 : 1), KH>(x + c * pixel, taps, row_floats, row0, c, bias,
-                                                    sink);
+                                                     sink);
       c += 2 * kVecPixels;
     } else {
       conv_block<kLanewise, R, 1, KH>(x + c * pixel, taps, row_floats, row0, c, bias, sink);
@@ -225,7 +226,8 @@ __attribute__((noinline)) void conv_rows(const float* x, const Taps& taps, ptrdi
   }
 }
 
-// One vector's worth of channels of a tile: its first padded input, its taps, what to add, where to write.
+// One vector's worth of channels of a tile: its first padded input, its taps, what to add, where to
+// write.
 template <bool kLanewise, typename Bias, typename Sink>
 struct ConvBlock {
   const float* x;
@@ -238,10 +240,11 @@ struct ConvBlock {
   }
 };
 
-// rows x columns outputs of a tile with rows `row_floats` floats apart, for every block of channels in
-// turn. Bias and sink see whole vectors; the sink has to cut the last one of a row, and to ignore columns
-// past it (GridSink does). `prepare(n)` is called before input rows up to n - 1 are read, with rising n, so
-// that a caller may stage rows right before their use. All blocks have the taps' sizes of the first one.
+// rows x columns outputs of a tile with rows `row_floats` floats apart, for every block of channels
+// in turn. Bias and sink see whole vectors; the sink has to cut the last one of a row, and to
+// ignore columns past it (GridSink does). `prepare(n)` is called before input rows up to n - 1 are
+// read, with rising n, so that a caller may stage rows right before their use. All blocks have the
+// taps' sizes of the first one.
 template <typename Block, typename Prepare>
 SDAN_INLINE void conv_tile(const Block* blocks, int count, ptrdiff_t row_floats, int64_t rows,
                            int64_t columns, const Prepare& prepare) {
@@ -250,11 +253,13 @@ SDAN_INLINE void conv_tile(const Block* blocks, int count, ptrdiff_t row_floats,
     int64_t r = 0;
     for (; r + 1 < rows; r += 2) {
       prepare(r + 2);
-      for (int b = 0; b < count; ++b) blocks[b].template rows<2, kRowConvVecs / 2, 1>(row_floats, r, columns);
+      for (int b = 0; b < count; ++b)
+        blocks[b].template rows<2, kRowConvVecs / 2, 1>(row_floats, r, columns);
     }
     if (r < rows) {
       prepare(rows);
-      for (int b = 0; b < count; ++b) blocks[b].template rows<1, kRowConvVecs, 1>(row_floats, r, columns);
+      for (int b = 0; b < count; ++b)
+        blocks[b].template rows<1, kRowConvVecs, 1>(row_floats, r, columns);
     }
     return;
   }
@@ -288,17 +293,19 @@ SDAN_INLINE void fill_zero(float* p, int64_t n) {
   if (n > 0) std::memset(p, 0, static_cast<size_t>(n) * sizeof(float));
 }
 
-// Copies image row `x` (pixels of one plane, or of `channels` channels at distance `pixel_stride`) into a
-// tile row of pixels of `step` floats: columns [first, first + columns) of the image, zero where outside
-// [0, width). The row needs a vector of slack at its end. What lies `ahead` elements further is prefetched:
-// the convolution between two stagings is longer than the processor looks ahead.
+// Copies image row `x` (pixels of one plane, or of `channels` channels at distance `pixel_stride`)
+// into a tile row of pixels of `step` floats: columns [first, first + columns) of the image, zero
+// where outside [0, width). The row needs a vector of slack at its end. What lies `ahead` elements
+// further is prefetched: the convolution between two stagings is longer than the processor looks
+// ahead.
 template <bool kLanewise, typename T>
 SDAN_INLINE void stage_row(float* out, const T* x, int64_t first, int64_t columns, int64_t width,
                            int64_t pixel_stride, int channels, int step, int64_t ahead) {
   const int64_t begin = first < 0 ? (-first < columns ? -first : columns) : 0;
   int64_t end = width - first;
   end = end > columns ? columns : (end < begin ? begin : end);
-  // Whole vectors: the left ones reach into the pixels, which follow, the right ones into the row's slack.
+  // Whole vectors: the left ones reach into the pixels, which follow, the right ones into the row's
+  // slack.
   for (int64_t i = 0; i < begin * step; i += kLanes) store(out + i, zero());
   for (int64_t i = end * step; i < columns * step; i += kLanes) store(out + i, zero());
   if constexpr (kLanewise) {
@@ -323,7 +330,8 @@ SDAN_INLINE void stage_row(float* out, const T* x, int64_t first, int64_t column
       __builtin_prefetch(p + c + ahead);
       store(out + c, load(p + c));
     }
-    if (c < end) store_n(out + c, load_n(p + c, static_cast<int>(end - c)), static_cast<int>(end - c));
+    if (c < end)
+      store_n(out + c, load_n(p + c, static_cast<int>(end - c)), static_cast<int>(end - c));
   }
 }
 
@@ -340,11 +348,12 @@ SDAN_INLINE void prefetch_row(const T* y, int64_t columns, int64_t pixel_stride,
   }
 }
 
-// Weights of `channels` channels, each kh x kw floats or 16-bit numbers, rows first, cut to the taps
-// [i0, i0 + taps.kh) x [j0, j0 + taps.kw) that can touch the image, as taps.weights wants them.
+// Weights of `channels` channels, each kh x kw floats or 16-bit numbers, rows first, cut to the
+// taps [i0, i0 + taps.kh) x [j0, j0 + taps.kw) that can touch the image, as taps.weights wants
+// them.
 template <bool kLanewise, typename T>
-SDAN_INLINE void stage_weights(float* out, const T* w, int64_t channel_stride, int full_kw, int i0, int j0,
-                               int kh, int kw, int channels) {
+SDAN_INLINE void stage_weights(float* out, const T* w, int64_t channel_stride, int full_kw, int i0,
+                               int j0, int kh, int kw, int channels) {
   for (int j = 0; j < kw; ++j) {
     for (int i = 0; i < kh; ++i) {
       const int64_t from = static_cast<int64_t>(i0 + i) * full_kw + (j0 + j);
