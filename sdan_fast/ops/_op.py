@@ -465,18 +465,25 @@ def attach_compiled(backend: str, dispatch_key: str) -> None:
 
 
 def _attach_stubs() -> None:
-    """Say in one sentence why an overload without a kernel cannot run, instead of the dispatcher's page."""
+    """Say in one sentence why an overload cannot run on CPU tensors or at all, instead of the dispatcher's page."""
     for backend in backends.ORDER[:-1]:
-        missing = backends.BACKENDS[backend].missing
+        requirements = backends.BACKENDS[backend]
         for op in OPS.values():
             for kernels, name in ((op.kernels, op.name), (op.backward_kernels, f"{op.name}_backward")):
-                if backend in kernels or op.composed and name != op.name:
+                if name != op.name and op.composed:
                     continue
-                reason = missing or f"the {backend} backend has no kernel for {name}"
+                if backend not in kernels:
+                    key, reason = (
+                        "CompositeExplicitAutograd",
+                        f"the {backend} backend has no kernel for {name}",
+                    )
+                elif "cpu" not in requirements.devices:
+                    key, reason = "CPU", f"the {backend} backend runs on {requirements.devices[0]} tensors"
+                else:
+                    continue
+                qualified, why = _qualified(name, backend), requirements.missing or reason
 
-                def stub(
-                    *_: Any, _name: str = _qualified(name, backend), _reason: str = reason, **__: Any
-                ) -> Any:
+                def stub(*_: Any, _name: str = qualified, _reason: str = why, **__: Any) -> Any:
                     raise RuntimeError(f"sdan_fast::{_name} cannot run: {_reason}")
 
-                LIBRARY.impl(_qualified(name, backend), stub, "CompositeExplicitAutograd")
+                LIBRARY.impl(qualified, stub, key)
