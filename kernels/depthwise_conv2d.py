@@ -105,8 +105,9 @@ def accumulate(
 
 
 @jit
-def conv_nchw(
-    x_ptr, w_ptr, bias_ptr, y_ptr, gate_ptr, grad_ptr, gate_grad_ptr, C, H, W, QW, GROUPS, x_batch, y_batch, blocks,
+def conv_nchw_program(
+    pid, x_ptr, w_ptr, bias_ptr, y_ptr, gate_ptr, grad_ptr, gate_grad_ptr, C, H, W, QW, GROUPS,
+    x_batch, y_batch, blocks,
     KH: tl.constexpr, KW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
     R: tl.constexpr, V: tl.constexpr, BG: tl.constexpr, BQ: tl.constexpr, FLAT: tl.constexpr,
     FLIP: tl.constexpr, BIAS: tl.constexpr, STAR: tl.constexpr, OUTER: tl.constexpr,
@@ -119,7 +120,6 @@ def conv_nchw(
     STAR "forward": y = OUTER(GELU(conv(x) + bias) * gate). STAR "backward": from `grad`, the gradient of that, the
     gradients of conv(x) + bias (into y) and of the gate (into gate_grad).
     """
-    pid = tl.program_id(0)
     plane = pid // blocks
     n, c = plane // C, plane % C
     offset = c.to(tl.int64) * H * W
@@ -158,6 +158,22 @@ def conv_nchw(
                 y = z
                 store_phases(gate_grad_ptr + out, at, q, good, W, gate_grad, V, VECTOR)
         store_phases(y_ptr, at, q, good, W, y, V, VECTOR)
+
+
+@jit
+def conv_nchw(
+    x_ptr, w_ptr, bias_ptr, y_ptr, gate_ptr, grad_ptr, gate_grad_ptr, C, H, W, QW, GROUPS, x_batch, y_batch, blocks,
+    KH: tl.constexpr, KW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
+    R: tl.constexpr, V: tl.constexpr, BG: tl.constexpr, BQ: tl.constexpr, FLAT: tl.constexpr,
+    FLIP: tl.constexpr, BIAS: tl.constexpr, STAR: tl.constexpr, OUTER: tl.constexpr,
+    VECTOR: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """One launch of conv_nchw_program, a program for each plane and block."""
+    conv_nchw_program(
+        tl.program_id(0),
+        x_ptr, w_ptr, bias_ptr, y_ptr, gate_ptr, grad_ptr, gate_grad_ptr, C, H, W, QW, GROUPS, x_batch,
+        y_batch, blocks, KH, KW, DH, DW, R, V, BG, BQ, FLAT, FLIP, BIAS, STAR, OUTER, VECTOR, WIDE,
+    )  # fmt: skip
 
 
 @jit

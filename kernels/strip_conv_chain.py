@@ -23,8 +23,8 @@ from .phases import load_phases, put, store_phases
 
 
 @jit
-def strip_rows(
-    x_ptr, w1_ptr, b1_ptr, w2_ptr, field_ptr, y_ptr, C, H, W, QW, GROUPS, ROWS, x_batch, y_batch, blocks,
+def strip_rows_program(
+    pid, x_ptr, w1_ptr, b1_ptr, w2_ptr, field_ptr, y_ptr, C, H, W, QW, GROUPS, ROWS, x_batch, y_batch, blocks,
     K1: tl.constexpr, D1: tl.constexpr, K2: tl.constexpr, D2: tl.constexpr, R: tl.constexpr, V: tl.constexpr,
     BLOCK: tl.constexpr, FLIP: tl.constexpr, BIAS: tl.constexpr, FIELD: tl.constexpr,
     VECTOR: tl.constexpr, WIDE: tl.constexpr,
@@ -33,7 +33,6 @@ def strip_rows(
 
     FIELD: the first program of a channel also writes field [C, W], what W2 makes of a row of ones.
     """
-    pid = tl.program_id(0)
     plane = pid // blocks
     block = pid % blocks
     n, c = plane // C, plane % C
@@ -71,6 +70,21 @@ def strip_rows(
 
 
 @jit
+def strip_rows(
+    x_ptr, w1_ptr, b1_ptr, w2_ptr, field_ptr, y_ptr, C, H, W, QW, GROUPS, ROWS, x_batch, y_batch, blocks,
+    K1: tl.constexpr, D1: tl.constexpr, K2: tl.constexpr, D2: tl.constexpr, R: tl.constexpr, V: tl.constexpr,
+    BLOCK: tl.constexpr, FLIP: tl.constexpr, BIAS: tl.constexpr, FIELD: tl.constexpr,
+    VECTOR: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """One launch of strip_rows_program, a program for each plane and block."""
+    strip_rows_program(
+        tl.program_id(0),
+        x_ptr, w1_ptr, b1_ptr, w2_ptr, field_ptr, y_ptr, C, H, W, QW, GROUPS, ROWS, x_batch, y_batch,
+        blocks, K1, D1, K2, D2, R, V, BLOCK, FLIP, BIAS, FIELD, VECTOR, WIDE,
+    )  # fmt: skip
+
+
+@jit
 def store_rows(y_ptr, h, q, ok, H, W, acc, DH: tl.constexpr, R: tl.constexpr, V: tl.constexpr,
                VECTOR: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
     """Store R V tensors as rows h, h + DH, ... of a plane."""
@@ -81,15 +95,14 @@ def store_rows(y_ptr, h, q, ok, H, W, acc, DH: tl.constexpr, R: tl.constexpr, V:
 
 
 @jit
-def strip_columns(
-    x_ptr, w1_ptr, b1_ptr, b2_ptr, field_ptr, w2_ptr, b3_ptr, y_ptr, C, H, W, QW, GROUPS1, GROUPS2, x_batch, y_batch,
-    blocks,
+def strip_columns_program(
+    pid, x_ptr, w1_ptr, b1_ptr, b2_ptr, field_ptr, w2_ptr, b3_ptr, y_ptr, C, H, W, QW, GROUPS1, GROUPS2,
+    x_batch, y_batch, blocks,
     K1: tl.constexpr, D1: tl.constexpr, K2: tl.constexpr, D2: tl.constexpr, R: tl.constexpr, V: tl.constexpr,
     BG: tl.constexpr, BQ: tl.constexpr, FLIP: tl.constexpr, BIAS1: tl.constexpr, BIAS2: tl.constexpr,
     BIAS3: tl.constexpr, VECTOR: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """y = W2 * (W1 * x + b1 field + b2) + b3, both kx1, on BQ vectors of whole columns; GROUPS1, GROUPS2 <= BG."""
-    pid = tl.program_id(0)
     plane = pid // blocks
     n, c = plane // C, plane % C
     offset = c.to(tl.int64) * H * W
@@ -122,6 +135,22 @@ def strip_columns(
             acc = put(acc, v, acc[v] + last)
     tl.debug_barrier()
     store_rows(y_ptr, h, q, ok, H, W, acc, D2, R, V, VECTOR, WIDE)
+
+
+@jit
+def strip_columns(
+    x_ptr, w1_ptr, b1_ptr, b2_ptr, field_ptr, w2_ptr, b3_ptr, y_ptr, C, H, W, QW, GROUPS1, GROUPS2, x_batch, y_batch,
+    blocks,
+    K1: tl.constexpr, D1: tl.constexpr, K2: tl.constexpr, D2: tl.constexpr, R: tl.constexpr, V: tl.constexpr,
+    BG: tl.constexpr, BQ: tl.constexpr, FLIP: tl.constexpr, BIAS1: tl.constexpr, BIAS2: tl.constexpr,
+    BIAS3: tl.constexpr, VECTOR: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """One launch of strip_columns_program, a program for each plane and block."""
+    strip_columns_program(
+        tl.program_id(0),
+        x_ptr, w1_ptr, b1_ptr, b2_ptr, field_ptr, w2_ptr, b3_ptr, y_ptr, C, H, W, QW, GROUPS1, GROUPS2,
+        x_batch, y_batch, blocks, K1, D1, K2, D2, R, V, BG, BQ, FLIP, BIAS1, BIAS2, BIAS3, VECTOR, WIDE,
+    )  # fmt: skip
 
 
 @dataclass
@@ -169,20 +198,20 @@ def two_stages(x: Tensor, strips: Sequence[Strip], y: Tensor, middle: Tensor, *,
     groups = ceil_div(H, s.R_ROWS)
     rows = s.BLOCK // QW
     blocks = ceil_div(groups, rows)
-    launch(strip_rows, (N * C * blocks,), x, h1.weight.contiguous(), _pointer(h1), h2.weight.contiguous(), field,
+    launch(strip_rows, (N * C * blocks,), x, h1.weight.contiguous(), bias_pointer(h1), h2.weight.contiguous(), field,
            middle, C, H, W, QW, groups, rows, x.stride(0), middle.stride(0), blocks, K1=h1.taps, D1=h1.dilation,
            K2=h2.taps, D2=h2.dilation, R=s.R_ROWS, BLOCK=s.BLOCK, BIAS=h1.bias is not None, FIELD=need_field, **common,
            num_warps=s.BLOCK // 32)  # fmt: skip
     groups1, groups2 = (ceil_div(H, s.R * t.dilation) * t.dilation for t in (v1, v2))
     blocks = ceil_div(QW, s.BQ)
-    launch(strip_columns, (N * C * blocks,), middle, v1.weight.contiguous(), _pointer(v1), _pointer(h2), field,
-           v2.weight.contiguous(), _pointer(v2), y, C, H, W, QW, groups1, groups2, middle.stride(0), y.stride(0),
+    launch(strip_columns, (N * C * blocks,), middle, v1.weight.contiguous(), bias_pointer(v1), bias_pointer(h2), field,
+           v2.weight.contiguous(), bias_pointer(v2), y, C, H, W, QW, groups1, groups2, middle.stride(0), y.stride(0),
            blocks, K1=v1.taps, D1=v1.dilation, K2=v2.taps, D2=v2.dilation, R=s.R, BG=s.BG, BQ=s.BQ,
            BIAS1=v1.bias is not None, BIAS2=h2.bias is not None, BIAS3=v2.bias is not None,
            **common, num_warps=s.BG * s.BQ // 32)  # fmt: skip
 
 
-def _pointer(strip: Strip) -> Tensor:
+def bias_pointer(strip: Strip) -> Tensor:
     """The bias, or what stands in for one that a kernel does not read."""
     return strip.weight if strip.bias is None else strip.bias.contiguous()
 

@@ -114,7 +114,9 @@ def test_chain_traffic(shape):
         strip_conv_chain.forward(*args, **kwargs)
     size = args[0].numel() * 2
     for st in stats:
-        assert st.store_efficiency >= 0.85 and unshifted(st) >= 0.85 and fma_share(st) >= 0.3
+        # Of the vectors that a row's taps load the middle one is not shifted; the others lose sectors at row ends.
+        wide = [s.efficiency for s in st.sites if s.space == "global" and s.kind == "ld" and s.size == 16]
+        assert max(wide) >= 0.95 and st.store_efficiency >= 0.85 and fma_share(st) >= 0.3
         assert st.footprint["x_ptr"][0] == size
 
 
@@ -145,13 +147,11 @@ BRANCHES = [[(3, 3, 1), (3, 3, 2)], [(1, 3, 1), (3, 1, 1), (1, 3, 2), (3, 1, 2)]
 
 
 def test_attention():
-    """The default branches in small: two launches of squares, two of strips, one of projection, bias and gate."""
+    """The default branches in small: two launches for squares and strips, one for projection, bias and gate."""
     args, kwargs = attention_args((1, 16, 6, 16), BRANCHES, BF16, NCHW)
     with ptx_interpreted() as stats:
         check_op(mm_lka, attention_reference, args, kwargs, backward=False)
-    assert [st.kernel for st in stats] == [
-        "conv_nchw", "conv_nchw", "strip_rows", "strip_columns", "pointwise_product"
-    ]  # fmt: skip
+    assert [st.kernel for st in stats] == ["square_and_rows", "square_and_columns", "pointwise_product"]
 
 
 @pytest.mark.slow
