@@ -332,7 +332,9 @@ def test_converter_names_what_is_missing(tmp_path: Path) -> None:
         from_basicsr(tmp_path / "x.pth")
 
 
-@pytest.mark.parametrize("content", [b"", b"garbage", b"PK\x03\x04 but no archive", pickle.dumps([1, 2])])
+@pytest.mark.parametrize(
+    "content", [b"", b"garbage", b"PK\x03\x04 but no archive", pickle.dumps([1, 2], protocol=2)]
+)
 def test_converter_refuses_garbage(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "x.pth"
     path.write_bytes(content)

@@ -72,8 +72,8 @@ struct BranchPlan {
 };
 
 // The point-wise half: out = x * gate(u); with project.co > 0 it goes on as
-// out = residual + LN(project(x * gate(u))), LN with weight and bias of its own; with collect.co > 0 then also
-// collected = collect(out), added to what is there unless `collect_first`.
+// out = residual + LN(project(x * gate(u))), LN with weight and bias of its own; with collect.co >
+// 0 then also collected = collect(out), added to what is there unless `collect_first`.
 struct GatePlan {
   int64_t height, width;
   Pointwise gate, project, collect;
@@ -84,8 +84,9 @@ struct GatePlan {
   ImageView u, x, residual, out, collected;
 };
 
-// f = DW3x3(PW(x)), or of GELU(x), plus a residual unless its data is null. With up.co > 0 the output is
-// PixelShuffle(up(f)), `up` a dense 3x3 convolution packed as nine 1x1 ones, row by row; else it is f.
+// f = DW3x3(PW(x)), or of GELU(x), plus a residual unless its data is null. With up.co > 0 the
+// output is PixelShuffle(up(f)), `up` a dense 3x3 convolution packed as nine 1x1 ones, row by row;
+// else it is f.
 struct EdgePlan {
   int64_t height, width;
   Pointwise pw, up;
@@ -106,11 +107,11 @@ SDAN_DECLARE_KERNEL(star_chain_scratch, const StarChain* chain, int64_t width, i
 SDAN_DECLARE_KERNEL(star_chain_run, const StarChain* chain, const Region* region, void* scratch)
 
 // Bytes of scratch that branch_run needs for a region of that size.
-SDAN_DECLARE_KERNEL(branch_scratch, const BranchPlan* plan, int branch, int64_t height, int64_t width,
-                    int64_t* bytes)
+SDAN_DECLARE_KERNEL(branch_scratch, const BranchPlan* plan, int branch, int64_t height,
+                    int64_t width, int64_t* bytes)
 // `channel` counts within the branch.
-SDAN_DECLARE_KERNEL(branch_run, const BranchPlan* plan, int branch, int channel, const Region* region,
-                    void* scratch)
+SDAN_DECLARE_KERNEL(branch_run, const BranchPlan* plan, int branch, int channel,
+                    const Region* region, void* scratch)
 
 SDAN_DECLARE_KERNEL(gate_scratch, const GatePlan* plan, int64_t* bytes)
 SDAN_DECLARE_KERNEL(gate_run, const GatePlan* plan, const Region* region, void* scratch)

@@ -74,7 +74,8 @@ inline float float_of(float16 v) {
   const uint32_t magnitude = v.bits & 0x7fffu;
   float f;
   if (magnitude >= 0x0400u) {
-    const uint32_t bits = magnitude >= 0x7c00u ? 0x7f800000u | (magnitude << 13) : (magnitude << 13) + 0x38000000u;
+    const uint32_t bits =
+        magnitude >= 0x7c00u ? 0x7f800000u | (magnitude << 13) : (magnitude << 13) + 0x38000000u;
     __builtin_memcpy(&f, &bits, 4);
   } else {
     f = static_cast<float>(magnitude) * 5.9604644775390625e-8f;  // 2^-24
@@ -101,7 +102,8 @@ inline float* FloatArena::values(const Tensor& t) {
   return p;
 }
 
-inline Pointwise pack(FloatArena& arena, const float* weight, const float* bias, int64_t co, int64_t ci) {
+inline Pointwise pack(FloatArena& arena, const float* weight, const float* bias, int64_t co,
+                      int64_t ci) {
   static const auto pack_kernel = SDAN_PICK_KERNEL(pack_pointwise);
   float* packed = arena.take(co * ci);
   pack_kernel(weight, static_cast<int>(co), static_cast<int>(ci), packed);
@@ -109,11 +111,12 @@ inline Pointwise pack(FloatArena& arena, const float* weight, const float* bias,
 }
 
 inline Pointwise pack(FloatArena& arena, const Tensor& weight, const std::optional<Tensor>& bias) {
-  return pack(arena, arena.values(weight), arena.values_or(bias, weight.size(0), 0.0f), weight.size(0),
-              weight.size(1));
+  return pack(arena, arena.values(weight), arena.values_or(bias, weight.size(0), 0.0f),
+              weight.size(0), weight.size(1));
 }
 
-// The 1x1 convolution of weight * z + bias, so that the affine part of a LayerNorm needs no pass of its own.
+// The 1x1 convolution of weight * z + bias, so that the affine part of a LayerNorm needs no pass of
+// its own.
 inline Pointwise pack_after_norm(FloatArena& arena, const Tensor& weight, const float* norm_weight,
                                  const float* norm_bias) {
   const int64_t co = weight.size(0), ci = weight.size(1);
@@ -133,11 +136,13 @@ inline Pointwise pack_after_norm(FloatArena& arena, const Tensor& weight, const 
 inline ImageView view_of(const Tensor& t, DType dtype) {
   const auto s = t.strides();
   // A dimension of one element has no stride to speak of; say what the fast paths look for.
-  return {t.data_ptr(), dtype, s[0], t.size(1) == 1 ? 1 : s[1], s[2], t.size(3) == 1 && s[1] != 1 ? 1 : s[3]};
+  return {t.data_ptr(), dtype,
+          s[0],         t.size(1) == 1 ? 1 : s[1],
+          s[2],         t.size(3) == 1 && s[1] != 1 ? 1 : s[3]};
 }
 
-// f(i) for i in [0, n), each thread taking the next one as it gets free: which thread runs a task never
-// shows in its result, and an unlucky core holds nobody up.
+// f(i) for i in [0, n), each thread taking the next one as it gets free: which thread runs a task
+// never shows in its result, and an unlucky core holds nobody up.
 template <typename F>
 void run_tasks(int64_t n, const F& f) {
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), n);

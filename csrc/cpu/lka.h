@@ -14,24 +14,26 @@ struct Branches {
 
 inline Branches make_branches(FloatArena& arena, const Tensor& x, int64_t channels,
                               const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
-                              const std::vector<bool>& bias_mask, const std::vector<int64_t>& dilations,
+                              const std::vector<bool>& bias_mask,
+                              const std::vector<int64_t>& dilations,
                               const std::vector<int64_t>& lengths, const char* op) {
   const size_t count = weights.size();
-  STD_TORCH_CHECK(bias_mask.size() == count, op, ": bias_mask must have one entry per weight, ", count, ", got ",
-                  bias_mask.size());
-  STD_TORCH_CHECK(dilations.size() == 2 * count, op, ": dilations must have two entries per weight, ", 2 * count,
-                  ", got ", dilations.size());
+  STD_TORCH_CHECK(bias_mask.size() == count, op, ": bias_mask must have one entry per weight, ",
+                  count, ", got ", bias_mask.size());
+  STD_TORCH_CHECK(dilations.size() == 2 * count, op,
+                  ": dilations must have two entries per weight, ", 2 * count, ", got ",
+                  dilations.size());
   int64_t present = 0, total = 0;
   for (const bool b : bias_mask) present += b ? 1 : 0;
-  STD_TORCH_CHECK(static_cast<int64_t>(biases.size()) == present, op, ": biases must hold the ", present,
-                  " tensors that bias_mask announces, got ", biases.size());
+  STD_TORCH_CHECK(static_cast<int64_t>(biases.size()) == present, op, ": biases must hold the ",
+                  present, " tensors that bias_mask announces, got ", biases.size());
   for (const int64_t n : lengths) {
-    STD_TORCH_CHECK(n >= 1 && n <= kMostBranchConvs, op, ": lengths must be between 1 and ", kMostBranchConvs,
-                    ", got ", n);
+    STD_TORCH_CHECK(n >= 1 && n <= kMostBranchConvs, op, ": lengths must be between 1 and ",
+                    kMostBranchConvs, ", got ", n);
     total += n;
   }
-  STD_TORCH_CHECK(total == static_cast<int64_t>(count), op, ": lengths must add up to the number of weights, ",
-                  count, ", got ", total);
+  STD_TORCH_CHECK(total == static_cast<int64_t>(count), op,
+                  ": lengths must add up to the number of weights, ", count, ", got ", total);
   Branches result;
   size_t conv = 0, bias = 0;
   int64_t first = 0;
@@ -41,18 +43,24 @@ inline Branches make_branches(FloatArena& arena, const Tensor& x, int64_t channe
       const Tensor& w = weights[conv];
       check_like(w, x, 4, op, "each of weights");
       if (j == 0) branch.channels = static_cast<int>(w.size(0));
-      STD_TORCH_CHECK(w.size(0) == branch.channels && w.size(0) >= 1 && w.size(1) == 1 && w.size(2) % 2 == 1 &&
-                          w.size(3) % 2 == 1,
-                      op, ": weights[", static_cast<int64_t>(conv),
-                      "] must have shape (channels of its branch, 1, kh, kw) with odd kh and kw, got shape ",
-                      shape_of(w));
+      STD_TORCH_CHECK(
+          w.size(0) == branch.channels && w.size(0) >= 1 && w.size(1) == 1 && w.size(2) % 2 == 1 &&
+              w.size(3) % 2 == 1,
+          op, ": weights[", static_cast<int64_t>(conv),
+          "] must have shape (channels of its branch, 1, kh, kw) with odd kh and kw, got shape ",
+          shape_of(w));
       const int64_t dh = dilations[2 * conv], dw = dilations[2 * conv + 1];
       constexpr int64_t kFar = 1 << 20;
-      STD_TORCH_CHECK(dh >= 1 && dw >= 1 && dh * w.size(2) < kFar && dw * w.size(3) < kFar, op,
-                      ": dilations must be positive and the dilated kernel shorter than 2^20, got dilation (", dh,
-                      ", ", dw, ") of a kernel of shape ", shape_of(w));
-      BranchConv c{arena.values(w), nullptr, static_cast<int>(w.size(2)), static_cast<int>(w.size(3)),
-                   static_cast<int>(dh), static_cast<int>(dw)};
+      STD_TORCH_CHECK(
+          dh >= 1 && dw >= 1 && dh * w.size(2) < kFar && dw * w.size(3) < kFar, op,
+          ": dilations must be positive and the dilated kernel shorter than 2^20, got dilation (",
+          dh, ", ", dw, ") of a kernel of shape ", shape_of(w));
+      BranchConv c{arena.values(w),
+                   nullptr,
+                   static_cast<int>(w.size(2)),
+                   static_cast<int>(w.size(3)),
+                   static_cast<int>(dh),
+                   static_cast<int>(dw)};
       if (bias_mask[conv]) {
         check_vector(biases[bias], x, w.size(0), op, "each of biases");
         c.bias = arena.values(biases[bias++]);
@@ -64,12 +72,14 @@ inline Branches make_branches(FloatArena& arena, const Tensor& x, int64_t channe
     first += branch.channels;
     result.branches.push_back(branch);
   }
-  STD_TORCH_CHECK(first == channels, op, ": the branches' channels must add up to x's ", channels, ", got ", first);
+  STD_TORCH_CHECK(first == channels, op, ": the branches' channels must add up to x's ", channels,
+                  ", got ", first);
   return result;
 }
 
 // The depth-wise half over every image, plane by plane; regions where a plane outgrows the cache.
-inline void run_branches(const BranchPlan& plan, const std::vector<Branch>& branches, int64_t images) {
+inline void run_branches(const BranchPlan& plan, const std::vector<Branch>& branches,
+                         int64_t images) {
   static const auto scratch_kernel = SDAN_PICK_KERNEL(branch_scratch);
   static const auto run_kernel = SDAN_PICK_KERNEL(branch_run);
   if (images == 0 || plan.height == 0 || plan.width == 0) return;
@@ -96,7 +106,8 @@ inline void run_branches(const BranchPlan& plan, const std::vector<Branch>& bran
     // Halve the longer side, seen against its halo, until the buffers fit.
     int64_t bytes = 0;
     for (;;) {
-      const int64_t h = (plan.height + grid.bands - 1) / grid.bands, w = (plan.width + grid.tiles - 1) / grid.tiles;
+      const int64_t h = (plan.height + grid.bands - 1) / grid.bands,
+                    w = (plan.width + grid.tiles - 1) / grid.tiles;
       scratch_kernel(&plan, static_cast<int>(i), h, w, &bytes);
       const bool idle = planes * grid.bands * grid.tiles < threads;
       const bool tall = h > 2 * pad_y + 16, wide = w > 2 * pad_x + 64;
@@ -108,10 +119,12 @@ inline void run_branches(const BranchPlan& plan, const std::vector<Branch>& bran
       }
     }
     scratch = std::max(scratch, bytes);
-    tasks.push_back({static_cast<int>(i), grid, 0, taps * plan.height * plan.width / (grid.bands * grid.tiles)});
+    tasks.push_back({static_cast<int>(i), grid, 0,
+                     taps * plan.height * plan.width / (grid.bands * grid.tiles)});
   }
   // The long ones first, so that the threads finish together.
-  std::sort(tasks.begin(), tasks.end(), [](const Tasks& a, const Tasks& b) { return a.cost > b.cost; });
+  std::sort(tasks.begin(), tasks.end(),
+            [](const Tasks& a, const Tasks& b) { return a.cost > b.cost; });
   int64_t count = 0;
   for (Tasks& t : tasks) {
     t.first = count;
@@ -158,7 +171,8 @@ inline void run_edge(const EdgePlan& plan, int64_t images) {
     if (bytes <= cache_bytes() || plan.width / grid.tiles < 256) break;
   }
   if (threads > 1) {
-    grid.bands = part_count(plan.height, (2 * threads + images * grid.tiles - 1) / (images * grid.tiles), 16);
+    grid.bands = part_count(plan.height,
+                            (2 * threads + images * grid.tiles - 1) / (images * grid.tiles), 16);
   }
   run_tasks(grid.count(), [&](int64_t i) {
     const Region region = grid.at(i);
@@ -167,10 +181,13 @@ inline void run_edge(const EdgePlan& plan, int64_t images) {
 }
 
 // Whether the depth-wise half may read t's planes and write them directly.
-inline bool planar(const Tensor& t) { return t.stride(3) == 1 || t.size(3) == 1; }
+inline bool planar(const Tensor& t) {
+  return t.stride(3) == 1 || t.size(3) == 1;
+}
 
 inline Tensor empty_planar_float(const Tensor& t) {
-  return torch::stable::empty(t.sizes(), torch::headeronly::ScalarType::Float, std::nullopt, t.device(), std::nullopt,
+  return torch::stable::empty(t.sizes(), torch::headeronly::ScalarType::Float, std::nullopt,
+                              t.device(), std::nullopt,
                               torch::headeronly::MemoryFormat::Contiguous);
 }
 

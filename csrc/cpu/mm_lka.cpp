@@ -4,8 +4,9 @@
 namespace sdan_fast {
 namespace {
 
-Tensor mm_lka(const Tensor& x, std::vector<Tensor> weights, std::vector<Tensor> biases, const Tensor& proj_weight,
-              std::optional<Tensor> proj_bias, std::vector<bool> bias_mask, std::vector<int64_t> dilations,
+Tensor mm_lka(const Tensor& x, std::vector<Tensor> weights, std::vector<Tensor> biases,
+              const Tensor& proj_weight, std::optional<Tensor> proj_bias,
+              std::vector<bool> bias_mask, std::vector<int64_t> dilations,
               std::vector<int64_t> lengths) {
   const DType dtype = check_image(x, "mm_lka");
   const int64_t channels = x.size(1);
@@ -19,8 +20,8 @@ Tensor mm_lka(const Tensor& x, std::vector<Tensor> weights, std::vector<Tensor> 
   if (x.numel() == 0) return out;
   // The branches work on planes: an image whose rows are not contiguous is laid out so once.
   const Tensor planes = planar(x) ? x : in_format(x, Format::kContiguous);
-  // Their result stays float32. Where the output is float32 planes itself it lies there until the gate
-  // replaces it, block by block.
+  // Their result stays float32. Where the output is float32 planes itself it lies there until the
+  // gate replaces it, block by block.
   const bool in_place = dtype == DType::kFloat32 && planar(out);
   const Tensor gathered = in_place ? out : empty_planar_float(x);
 
@@ -45,4 +46,6 @@ Tensor mm_lka(const Tensor& x, std::vector<Tensor> weights, std::vector<Tensor> 
 }  // namespace
 }  // namespace sdan_fast
 
-STABLE_TORCH_LIBRARY_IMPL(sdan_fast, CPU, m) { m.impl("mm_lka.cpu", TORCH_BOX(&sdan_fast::mm_lka)); }
+STABLE_TORCH_LIBRARY_IMPL(sdan_fast, CPU, m) {
+  m.impl("mm_lka.cpu", TORCH_BOX(&sdan_fast::mm_lka));
+}

@@ -1,25 +1,29 @@
 // sdan_fast::rsdam.cpu: a whole block, x + LN(proj(MMLKA(SDM(x)))), in three sweeps over the image.
 //
-//   rsdam(Tensor x, Tensor[] distill, Tensor[] star, Tensor[] fuse, Tensor[] weights, Tensor[] biases,
+//   rsdam(Tensor x, Tensor[] distill, Tensor[] star, Tensor[] fuse, Tensor[] weights, Tensor[]
+//   biases,
 //         Tensor[] attn_proj, Tensor[] proj, Tensor[] norm, *, bool[] bias_mask, int[] dilations,
 //         int[] lengths, float eps=1e-5) -> Tensor
 //
-// distill, star, fuse as in sdm; weights, biases, bias_mask, dilations, lengths as in mm_lka; attn_proj, proj
-// and norm are a weight and a bias each. MM-LKA spans tens of rows, so SDM's result t has to be a tensor of
-// its own, in float32 whatever x is; everything else lives in the output or in scratch of a few rows.
+// distill, star, fuse as in sdm; weights, biases, bias_mask, dilations, lengths as in mm_lka;
+// attn_proj, proj and norm are a weight and a bias each. MM-LKA spans tens of rows, so SDM's result
+// t has to be a tensor of its own, in float32 whatever x is; everything else lives in the output or
+// in scratch of a few rows.
 #include "rsdam.h"
 
 namespace sdan_fast {
 namespace {
 
-Tensor rsdam(const Tensor& x, std::vector<Tensor> distill, std::vector<Tensor> star, std::vector<Tensor> fuse,
-             std::vector<Tensor> weights, std::vector<Tensor> biases, std::vector<Tensor> attn_proj,
-             std::vector<Tensor> proj, std::vector<Tensor> norm, std::vector<bool> bias_mask,
-             std::vector<int64_t> dilations, std::vector<int64_t> lengths, double eps) {
+Tensor rsdam(const Tensor& x, std::vector<Tensor> distill, std::vector<Tensor> star,
+             std::vector<Tensor> fuse, std::vector<Tensor> weights, std::vector<Tensor> biases,
+             std::vector<Tensor> attn_proj, std::vector<Tensor> proj, std::vector<Tensor> norm,
+             std::vector<bool> bias_mask, std::vector<int64_t> dilations,
+             std::vector<int64_t> lengths, double eps) {
   const DType dtype = check_image(x, "rsdam");
   FloatArena arena;
-  Rsdam block = make_rsdam(arena, x, x.size(1), {distill, star, fuse, weights, biases, attn_proj, proj, norm},
-                           bias_mask, dilations, lengths, eps, "rsdam");
+  Rsdam block =
+      make_rsdam(arena, x, x.size(1), {distill, star, fuse, weights, biases, attn_proj, proj, norm},
+                 bias_mask, dilations, lengths, eps, "rsdam");
   Tensor out = empty_in_format(x.sizes(), x, output_format(x));
   if (x.numel() == 0) return out;
   const Tensor t = empty_planar_float(x);
@@ -33,4 +37,6 @@ Tensor rsdam(const Tensor& x, std::vector<Tensor> distill, std::vector<Tensor> s
 }  // namespace
 }  // namespace sdan_fast
 
-STABLE_TORCH_LIBRARY_IMPL(sdan_fast, CPU, m) { m.impl("rsdam.cpu", TORCH_BOX(&sdan_fast::rsdam)); }
+STABLE_TORCH_LIBRARY_IMPL(sdan_fast, CPU, m) {
+  m.impl("rsdam.cpu", TORCH_BOX(&sdan_fast::rsdam));
+}

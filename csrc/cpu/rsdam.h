@@ -7,7 +7,8 @@
 namespace sdan_fast {
 
 inline void check_pair(const std::vector<Tensor>& pair, const char* op, const char* name) {
-  STD_TORCH_CHECK(pair.size() == 2, op, ": ", name, " must hold a weight and a bias, got ", pair.size(), " tensors");
+  STD_TORCH_CHECK(pair.size() == 2, op, ": ", name, " must hold a weight and a bias, got ",
+                  pair.size(), " tensors");
 }
 
 // The tensors of one block, each list in state-dict order.
@@ -48,15 +49,18 @@ inline Rsdam make_rsdam(FloatArena& arena, const Tensor& x, int64_t channels, co
   return block;
 }
 
-// out = the block of x. t and u are scratch images, float32 planes; u may be `out` itself, if that is such.
-inline void run_rsdam(Rsdam& block, int64_t images, int64_t height, int64_t width, const ImageView& x,
-                      const ImageView& t, const ImageView& u, const ImageView& out) {
+// out = the block of x. t and u are scratch images, float32 planes; u may be `out` itself, if that
+// is such.
+inline void run_rsdam(Rsdam& block, int64_t images, int64_t height, int64_t width,
+                      const ImageView& x, const ImageView& t, const ImageView& u,
+                      const ImageView& out) {
   block.chain.height = height;
   block.chain.width = width;
   block.chain.x = x;
   block.chain.out = t;
   run_star_chain(block.chain, images);
-  const BranchPlan plan{height, width, block.branches.branches.data(), block.branches.convs.data(), t, u};
+  const BranchPlan plan{height, width, block.branches.branches.data(), block.branches.convs.data(),
+                        t,      u};
   run_branches(plan, block.branches.branches, images);
   block.gate.height = height;
   block.gate.width = width;

@@ -1,17 +1,20 @@
 // sdan_fast::sdan.cpu: the whole network for inference, with only block-boundary images in memory.
 //
-//   sdan(Tensor x, Tensor[] head, Tensor[] blocks, Tensor[] fuse, Tensor[] tail, Tensor[] up, *, int scale,
+//   sdan(Tensor x, Tensor[] head, Tensor[] blocks, Tensor[] fuse, Tensor[] tail, Tensor[] up, *,
+//   int scale,
 //        int block_count, int[] dilations, int[] lengths, float eps=1e-5) -> Tensor
 //
-// Lists in state-dict order: head and tail = pw.weight, dw.weight, dw.bias; fuse and up = weight, bias; blocks =
-// the tensors of block 0, then of block 1, ...: distill, star, fuse (32 tensors), weight and bias of every
-// convolution of the branches, attn.proj, proj, norm. dilations and lengths as in mm_lka, the same in every
-// block. x has a divisor of head's input channels and is repeated to make them up. The output is
-// N x (up's channels / scale^2) x scale H x scale W in x's dtype and memory format.
+// Lists in state-dict order: head and tail = pw.weight, dw.weight, dw.bias; fuse and up = weight,
+// bias; blocks = the tensors of block 0, then of block 1, ...: distill, star, fuse (32 tensors),
+// weight and bias of every convolution of the branches, attn.proj, proj, norm. dilations and
+// lengths as in mm_lka, the same in every block. x has a divisor of head's input channels and is
+// repeated to make them up. The output is N x (up's channels / scale^2) x scale H x scale W in x's
+// dtype and memory format.
 //
-// In float32 throughout, whatever x is. The global fusion never sees its n C channels side by side: each block
-// adds its share to a running sum while its output is in cache. So the images alive at a time are five: the head's
-// output, the running sum, the block's input (which its output replaces), SDM's output and the branches'.
+// In float32 throughout, whatever x is. The global fusion never sees its n C channels side by side:
+// each block adds its share to a running sum while its output is in cache. So the images alive at a
+// time are five: the head's output, the running sum, the block's input (which its output replaces),
+// SDM's output and the branches'.
 #include "rsdam.h"
 
 namespace sdan_fast {
@@ -20,10 +23,10 @@ namespace {
 constexpr size_t kSdmTensors = 32;
 
 // The depth-wise half of a BSConv and its 1x1 half, `repeat` times over the same input channels.
-void make_edge(EdgePlan& plan, FloatArena& arena, const Tensor& x, int64_t ci, int64_t co, int64_t repeat,
-               const std::vector<Tensor>& tensors, const char* name) {
-  STD_TORCH_CHECK(tensors.size() == 3, "sdan: ", name, " must hold pw.weight, dw.weight and dw.bias, got ",
-                  tensors.size(), " tensors");
+void make_edge(EdgePlan& plan, FloatArena& arena, const Tensor& x, int64_t ci, int64_t co,
+               int64_t repeat, const std::vector<Tensor>& tensors, const char* name) {
+  STD_TORCH_CHECK(tensors.size() == 3, "sdan: ", name,
+                  " must hold pw.weight, dw.weight and dw.bias, got ", tensors.size(), " tensors");
   check_pointwise(tensors[0], x, co, ci * repeat, "sdan", name);
   check_like(tensors[1], x, 4, "sdan", name);
   STD_TORCH_CHECK(tensors[1].size(0) == co && tensors[1].size(1) == 1 && tensors[1].size(2) == 3 &&
@@ -41,34 +44,39 @@ void make_edge(EdgePlan& plan, FloatArena& arena, const Tensor& x, int64_t ci, i
   plan.dw_bias = arena.values(tensors[2]);
 }
 
-Tensor sdan(const Tensor& x, std::vector<Tensor> head, std::vector<Tensor> blocks, std::vector<Tensor> fuse,
-            std::vector<Tensor> tail, std::vector<Tensor> up, int64_t scale, int64_t block_count,
-            std::vector<int64_t> dilations, std::vector<int64_t> lengths, double eps) {
+Tensor sdan(const Tensor& x, std::vector<Tensor> head, std::vector<Tensor> blocks,
+            std::vector<Tensor> fuse, std::vector<Tensor> tail, std::vector<Tensor> up,
+            int64_t scale, int64_t block_count, std::vector<int64_t> dilations,
+            std::vector<int64_t> lengths, double eps) {
   const char* op = "sdan";
   const DType dtype = check_image(x, op);
-  STD_TORCH_CHECK(!head.empty(), "sdan: head must hold pw.weight, dw.weight and dw.bias, got 0 tensors");
+  STD_TORCH_CHECK(!head.empty(),
+                  "sdan: head must hold pw.weight, dw.weight and dw.bias, got 0 tensors");
   check_like(head[0], x, 4, op, "head");
   const int64_t channels = head[0].size(0), colours = x.size(1);
-  STD_TORCH_CHECK(channels >= 1 && head[0].size(1) % colours == 0, "sdan: x must have a divisor of head's ",
-                  head[0].size(1), " input channels, got ", colours);
+  STD_TORCH_CHECK(channels >= 1 && head[0].size(1) % colours == 0,
+                  "sdan: x must have a divisor of head's ", head[0].size(1),
+                  " input channels, got ", colours);
   STD_TORCH_CHECK(scale >= 1 && scale <= 16, "sdan: scale must be between 1 and 16, got ", scale);
   int64_t convs = 0;
   for (const int64_t n : lengths) convs += n;
-  STD_TORCH_CHECK(convs >= 1 && convs <= 1024, "sdan: lengths must announce 1 to 1024 convolutions, got ", convs);
+  STD_TORCH_CHECK(convs >= 1 && convs <= 1024,
+                  "sdan: lengths must announce 1 to 1024 convolutions, got ", convs);
   const size_t per_block = kSdmTensors + 2 * static_cast<size_t>(convs) + 6;
   STD_TORCH_CHECK(block_count >= 1 && blocks.size() == per_block * static_cast<size_t>(block_count),
-                  "sdan: blocks must hold ", per_block, " tensors for each of block_count = ", block_count,
-                  " blocks, got ", blocks.size());
+                  "sdan: blocks must hold ", per_block,
+                  " tensors for each of block_count = ", block_count, " blocks, got ",
+                  blocks.size());
   check_pair(fuse, op, "fuse");
   check_pair(up, op, "up");
   check_pointwise(fuse[0], x, channels, block_count * channels, op, "the weight of fuse");
   check_vector(fuse[1], x, channels, op, "the bias of fuse");
   check_like(up[0], x, 4, op, "the weight of up");
   const int64_t up_channels = up[0].size(0);
-  STD_TORCH_CHECK(up[0].size(1) == channels && up[0].size(2) == 3 && up[0].size(3) == 3 && up_channels >= 1 &&
-                      up_channels % (scale * scale) == 0,
-                  "sdan: the weight of up must have shape (colours * scale^2, ", channels, ", 3, 3), got shape ",
-                  shape_of(up[0]));
+  STD_TORCH_CHECK(up[0].size(1) == channels && up[0].size(2) == 3 && up[0].size(3) == 3 &&
+                      up_channels >= 1 && up_channels % (scale * scale) == 0,
+                  "sdan: the weight of up must have shape (colours * scale^2, ", channels,
+                  ", 3, 3), got shape ", shape_of(up[0]));
   check_vector(up[1], x, up_channels, op, "the bias of up");
 
   FloatArena arena;
@@ -120,16 +128,19 @@ Tensor sdan(const Tensor& x, std::vector<Tensor> head, std::vector<Tensor> block
     for (int64_t m = 0; m < channels; ++m) {
       std::copy_n(fuse_weight + (m * block_count + i) * channels, channels, share + m * channels);
     }
-    prepared.back().gate.collect = pack(arena, share, i == 0 ? fuse_bias : no_bias, channels, channels);
+    prepared.back().gate.collect =
+        pack(arena, share, i == 0 ? fuse_bias : no_bias, channels, channels);
     prepared.back().gate.collect_first = i == 0;
   }
 
-  const std::vector<int64_t> out_shape{images, up_channels / (scale * scale), height * scale, width * scale};
+  const std::vector<int64_t> out_shape{images, up_channels / (scale * scale), height * scale,
+                                       width * scale};
   Tensor out = empty_in_format(out_shape, x, output_format(x));
   if (images == 0 || height == 0 || width == 0) return out;
   const auto image = [&] {
     const std::vector<int64_t> shape{images, channels, height, width};
-    return torch::stable::empty(shape, torch::headeronly::ScalarType::Float, std::nullopt, x.device(), std::nullopt,
+    return torch::stable::empty(shape, torch::headeronly::ScalarType::Float, std::nullopt,
+                                x.device(), std::nullopt,
                                 torch::headeronly::MemoryFormat::Contiguous);
   };
   const Tensor s = image(), f = image(), t = image(), u = image(), sum = image();
@@ -154,4 +165,6 @@ Tensor sdan(const Tensor& x, std::vector<Tensor> head, std::vector<Tensor> block
 }  // namespace
 }  // namespace sdan_fast
 
-STABLE_TORCH_LIBRARY_IMPL(sdan_fast, CPU, m) { m.impl("sdan.cpu", TORCH_BOX(&sdan_fast::sdan)); }
+STABLE_TORCH_LIBRARY_IMPL(sdan_fast, CPU, m) {
+  m.impl("sdan.cpu", TORCH_BOX(&sdan_fast::sdan));
+}

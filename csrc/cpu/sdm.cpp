@@ -3,15 +3,16 @@
 //   sdm(Tensor x, Tensor[] distill, Tensor[] star, Tensor[] fuse, *, float eps=1e-5) -> Tensor
 //
 // The tensors come in state-dict order: distill = weight, bias of c1, c2, ...; star = norm.weight,
-// norm.bias, pw1.weight, dw.weight, dw.bias, pw2.weight of S1, S2, ...; fuse = weight, bias. DESIGN.md's SDM
-// has four levels, the last without distill; 1 to 8 are accepted. No bias may be missing.
+// norm.bias, pw1.weight, dw.weight, dw.bias, pw2.weight of S1, S2, ...; fuse = weight, bias.
+// DESIGN.md's SDM has four levels, the last without distill; 1 to 8 are accepted. No bias may be
+// missing.
 #include "sdm.h"
 
 namespace sdan_fast {
 namespace {
 
-Tensor sdm(const Tensor& x, std::vector<Tensor> distill, std::vector<Tensor> star, std::vector<Tensor> fuse,
-           double eps) {
+Tensor sdm(const Tensor& x, std::vector<Tensor> distill, std::vector<Tensor> star,
+           std::vector<Tensor> fuse, double eps) {
   const DType dtype = check_image(x, "sdm");
   FloatArena arena;
   StarChain chain{};
@@ -29,4 +30,6 @@ Tensor sdm(const Tensor& x, std::vector<Tensor> distill, std::vector<Tensor> sta
 }  // namespace
 }  // namespace sdan_fast
 
-STABLE_TORCH_LIBRARY_IMPL(sdan_fast, CPU, m) { m.impl("sdm.cpu", TORCH_BOX(&sdan_fast::sdm)); }
+STABLE_TORCH_LIBRARY_IMPL(sdan_fast, CPU, m) {
+  m.impl("sdm.cpu", TORCH_BOX(&sdan_fast::sdm));
+}

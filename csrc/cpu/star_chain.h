@@ -9,20 +9,22 @@ namespace sdan_fast {
 inline DType check_image(const Tensor& x, const char* op) {
   check_cpu(x, op, "x");
   const DType dtype = kernel_dtype(x, op, "x");
-  STD_TORCH_CHECK(x.dim() == 4, op, ": x must have 4 dimensions (N, C, H, W), got shape ", shape_of(x));
-  STD_TORCH_CHECK(x.size(1) >= 1 && x.size(1) <= (1 << 20), op, ": x must have between 1 and 2^20 channels, got ",
-                  x.size(1));
+  STD_TORCH_CHECK(x.dim() == 4, op, ": x must have 4 dimensions (N, C, H, W), got shape ",
+                  shape_of(x));
+  STD_TORCH_CHECK(x.size(1) >= 1 && x.size(1) <= (1 << 20), op,
+                  ": x must have between 1 and 2^20 channels, got ", x.size(1));
   return dtype;
 }
 
 // A 1x1 convolution's weight: (co, ci, 1, 1), any co if `co` is negative.
-inline void check_pointwise(const Tensor& w, const Tensor& x, int64_t co, int64_t ci, const char* op,
-                            const char* name) {
+inline void check_pointwise(const Tensor& w, const Tensor& x, int64_t co, int64_t ci,
+                            const char* op, const char* name) {
   check_like(w, x, 4, op, name);
-  STD_TORCH_CHECK(w.size(1) == ci && w.size(2) == 1 && w.size(3) == 1 && (co < 0 || w.size(0) == co) &&
-                      w.size(0) >= 1,
-                  op, ": ", name, " must have shape (", co < 0 ? std::string("Co") : std::to_string(co), ", ", ci,
-                  ", 1, 1), got shape ", shape_of(w));
+  STD_TORCH_CHECK(w.size(1) == ci && w.size(2) == 1 && w.size(3) == 1 &&
+                      (co < 0 || w.size(0) == co) && w.size(0) >= 1,
+                  op, ": ", name, " must have shape (",
+                  co < 0 ? std::string("Co") : std::to_string(co), ", ", ci, ", 1, 1), got shape ",
+                  shape_of(w));
 }
 
 inline void check_optional_vector(const std::optional<Tensor>& t, const Tensor& x, int64_t channels,
@@ -50,8 +52,8 @@ inline StarLevel make_level(FloatArena& arena, const Tensor& x, const StarParame
   check_pointwise(p.pw2_weight, x, co, ci, op, "pw2_weight");
   check_like(p.dw_weight, x, 4, op, "dw_weight");
   const int64_t kh = p.dw_weight.size(2), kw = p.dw_weight.size(3);
-  STD_TORCH_CHECK(p.dw_weight.size(0) == co && p.dw_weight.size(1) == 1 && kh % 2 == 1 && kw % 2 == 1 &&
-                      kh <= kLargestStarKernel && kw <= kLargestStarKernel,
+  STD_TORCH_CHECK(p.dw_weight.size(0) == co && p.dw_weight.size(1) == 1 && kh % 2 == 1 &&
+                      kw % 2 == 1 && kh <= kLargestStarKernel && kw <= kLargestStarKernel,
                   op, ": dw_weight must have shape (", co, ", 1, kh, kw) with odd kh and kw up to ",
                   kLargestStarKernel, ", got shape ", shape_of(p.dw_weight));
   check_optional_vector(p.dw_bias, x, co, op, "dw_bias");
@@ -82,20 +84,28 @@ inline void run_star_chain(const StarChain& chain, int64_t images) {
     halo_x += chain.levels[i].kw / 2;
   }
   RegionGrid grid{images, chain.height, chain.width, 1, 1};
-  // Columns: the fewest tiles that fit the cache, but none so narrow that its halo outweighs it.
-  const int64_t most_tiles = part_count(chain.width, chain.width, std::max<int64_t>(64, 16 * halo_x));
+  // Columns: the fewest tiles that about fit the cache, but none so narrow that its halo outweighs
+  // it.
+  const int64_t most_tiles =
+      part_count(chain.width, chain.width, std::max<int64_t>(64, 16 * halo_x));
   int64_t bytes = 0;
   for (;; ++grid.tiles) {
     scratch_kernel(&chain, (chain.width + grid.tiles - 1) / grid.tiles, &bytes);
-    if (bytes <= cache_bytes() || grid.tiles >= most_tiles) break;
+    if (bytes <= cache_bytes() + cache_bytes() / 8 || grid.tiles >= most_tiles) break;
   }
-  // Rows: a few bands a thread, each many times its halo, whose rows two bands compute both.
+  // Rows: neighbouring bands both compute the halo between them, so as few bands as keep the
+  // threads evenly busy; more, to even out unequal cores, only where a band is many times its halo.
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t wanted = threads == 1 ? 1 : (2 * threads + images * grid.tiles - 1) / (images * grid.tiles);
-  grid.bands = part_count(chain.height, wanted, 8 * std::max<int64_t>(halo_y, 1));
-  if (images * grid.tiles * grid.bands < threads) {
-    // Too small for that: better some work twice than idle threads.
-    grid.bands = part_count(chain.height, (threads + images * grid.tiles - 1) / (images * grid.tiles), 4);
+  const int64_t parts = images * grid.tiles;
+  const int64_t most_bands = std::max<int64_t>(1, chain.height / 4);
+  while (grid.bands < most_bands && parts * grid.bands < 4 * threads &&
+         (parts * grid.bands) % threads != 0) {
+    ++grid.bands;
+  }
+  if (threads > 1) {
+    const int64_t even = (4 * threads + parts - 1) / parts;
+    grid.bands =
+        std::max(grid.bands, part_count(chain.height, even, 40 * std::max<int64_t>(halo_y, 1)));
   }
   run_tasks(grid.count(), [&](int64_t i) {
     const Region region = grid.at(i);

@@ -15,8 +15,9 @@ Tensor star_conv(const Tensor& x, const Tensor& norm_weight, std::optional<Tenso
   chain.width = x.size(3);
   chain.channels = static_cast<int>(ci);
   chain.level_count = 1;
-  chain.levels[0] = make_level(arena, x, {norm_weight, norm_bias, pw1_weight, dw_weight, dw_bias, pw2_weight}, ci,
-                               parse_activation(outer, "star_conv", "outer"), eps, "star_conv");
+  chain.levels[0] =
+      make_level(arena, x, {norm_weight, norm_bias, pw1_weight, dw_weight, dw_bias, pw2_weight}, ci,
+                 parse_activation(outer, "star_conv", "outer"), eps, "star_conv");
   const std::vector<int64_t> shape{x.size(0), pw1_weight.size(0), x.size(2), x.size(3)};
   Tensor out = empty_in_format(shape, x, output_format(x));
   chain.x = view_of(x, dtype);

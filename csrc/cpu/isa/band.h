@@ -1,22 +1,27 @@
-// Tiles of a few channels x a row of pixels: moving them between an image and float32 scratch, and the
-// LayerNorm and depth-wise steps that run on them while they are in cache.
+// Tiles of a few channels x a row of pixels: moving them between an image and float32 scratch, and
+// the LayerNorm and depth-wise steps that run on them while they are in cache.
 #pragma once
 
 #include "../fused.h"
 #include "gelu_short.h"
+#include "pointwise.h"
+#include "transpose.h"
 #include "vec.h"
 
 namespace sdan_fast {
 namespace SDAN_ISA {
 
-// Pixels of one block: what a chain of steps keeps in L1 for all channels at once.
-constexpr int kBlockVecs = 4;
-constexpr int kBlock = kBlockVecs * kLanes;
+// Pixels of one block: few enough that a chain of steps keeps all channels of it in L1.
+constexpr int kBlock = 32;
+constexpr int kBlockVecs = kBlock / kLanes;
+static_assert(kBlock % kLanes == 0 && kBlockVecs % kPointwiseVecs == 0);
 
-SDAN_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+SDAN_INLINE int64_t round_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
 
-// Distance in floats between the rows of a tile `width` wide: an odd number of cache lines, so that the
-// channels of one pixel spread over the cache's sets.
+// Distance in floats between the rows of a tile `width` wide: an odd number of cache lines, so that
+// the channels of one pixel spread over the cache's sets.
 SDAN_INLINE int64_t tile_stride(int64_t width) {
   const int64_t lines = round_up(width, 16) / 16;
   return 16 * (lines | 1);
@@ -34,23 +39,51 @@ struct ScratchCursor {
   }
 };
 
-SDAN_INLINE void fill_zero(float* p, int64_t n) { std::memset(p, 0, static_cast<size_t>(n) * sizeof(float)); }
+SDAN_INLINE void fill_zero(float* p, int64_t n) {
+  std::memset(p, 0, static_cast<size_t>(n) * sizeof(float));
+}
 
-// ---- image <-> tile ------------------------------------------------------------------------------
+// ---- image <-> tile
+// ------------------------------------------------------------------------------
 
 // dst[c][0, n) = image row; up to the next multiple of kLanes dst is filled with zeros.
 template <typename T>
-static void load_tile_as(const ImageView& view, int64_t image, int64_t y, int64_t x, int first_channel,
-                         int channels, int64_t n, float* dst, ptrdiff_t dst_stride) {
+static void load_tile_as(const ImageView& view, int64_t image, int64_t y, int64_t x,
+                         int first_channel, int channels, int64_t n, float* dst,
+                         ptrdiff_t dst_stride) {
   const T* src = static_cast<const T*>(view.data) + image * view.stride_n + y * view.stride_h +
                  x * view.stride_w + first_channel * view.stride_c;
   if (view.stride_w == 1) {
     for (int c = 0; c < channels; ++c) {
       const T* s = src + c * view.stride_c;
       float* d = dst + c * dst_stride;
+      if (n == kBlock) {
+#pragma GCC unroll 8
+        for (int v = 0; v < kBlock; v += kLanes) store(d + v, load(s + v));
+        continue;
+      }
       int64_t i = 0;
       for (; i + kLanes <= n; i += kLanes) store(d + i, load(s + i));
       if (i < n) store(d + i, load_n(s + i, static_cast<int>(n - i)));
+    }
+    return;
+  }
+  if (view.stride_c == 1) {
+    for (int c = 0; c < channels; c += kLanes) {
+      const int rows = channels - c < kLanes ? channels - c : kLanes;
+      for (int64_t i = 0; i < n; i += kLanes) {
+        const int pixels = n - i < kLanes ? static_cast<int>(n - i) : kLanes;
+        const T* s = src + i * view.stride_w + c;
+        Vec r[kLanes];
+        for (int k = 0; k < kLanes; ++k) {
+          r[k] = k >= pixels      ? zero()
+                 : rows == kLanes ? load(s + k * view.stride_w)
+                                  : load_n(s + k * view.stride_w, rows);
+        }
+        transpose(r);
+        float* d = dst + c * dst_stride + i;
+        for (int k = 0; k < rows; ++k) store(d + k * dst_stride, r[k]);
+      }
     }
     return;
   }
@@ -64,8 +97,9 @@ static void load_tile_as(const ImageView& view, int64_t image, int64_t y, int64_
   }
 }
 
-static inline void load_tile(const ImageView& view, int64_t image, int64_t y, int64_t x, int first_channel,
-                             int channels, int64_t n, float* dst, ptrdiff_t dst_stride) {
+static inline void load_tile(const ImageView& view, int64_t image, int64_t y, int64_t x,
+                             int first_channel, int channels, int64_t n, float* dst,
+                             ptrdiff_t dst_stride) {
   switch (view.dtype) {
     case DType::kFloat32:
       load_tile_as<float>(view, image, y, x, first_channel, channels, n, dst, dst_stride);
@@ -83,25 +117,57 @@ static inline void load_tile(const ImageView& view, int64_t image, int64_t y, in
 template <typename T>
 static void store_tile_as(const ImageView& view, int64_t image, int64_t y, int64_t x, int channels,
                           int64_t n, const float* src, ptrdiff_t src_stride) {
-  T* dst = static_cast<T*>(view.data) + image * view.stride_n + y * view.stride_h + x * view.stride_w;
+  T* dst =
+      static_cast<T*>(view.data) + image * view.stride_n + y * view.stride_h + x * view.stride_w;
   if (view.stride_w == 1) {
     for (int c = 0; c < channels; ++c) {
       const float* s = src + c * src_stride;
       T* d = dst + c * view.stride_c;
+      if (n == kBlock) {
+#pragma GCC unroll 8
+        for (int v = 0; v < kBlock; v += kLanes) store(d + v, load(s + v));
+        continue;
+      }
       int64_t i = 0;
       for (; i + kLanes <= n; i += kLanes) store(d + i, load(s + i));
       if (i < n) store_n(d + i, load_n(s + i, static_cast<int>(n - i)), static_cast<int>(n - i));
     }
     return;
   }
+  if (view.stride_c == 1) {
+    for (int c = 0; c < channels; c += kLanes) {
+      const int rows = channels - c < kLanes ? channels - c : kLanes;
+      for (int64_t i = 0; i < n; i += kLanes) {
+        const int pixels = n - i < kLanes ? static_cast<int>(n - i) : kLanes;
+        const float* s = src + c * src_stride + i;
+        Vec r[kLanes];
+        for (int k = 0; k < kLanes; ++k) {
+          r[k] = k >= rows          ? zero()
+                 : pixels == kLanes ? load(s + k * src_stride)
+                                    : load_n(s + k * src_stride, pixels);
+        }
+        transpose(r);
+        T* d = dst + i * view.stride_w + c;
+        for (int k = 0; k < pixels; ++k) {
+          if (rows == kLanes) {
+            store(d + k * view.stride_w, r[k]);
+          } else {
+            store_n(d + k * view.stride_w, r[k], rows);
+          }
+        }
+      }
+    }
+    return;
+  }
   for (int64_t i = 0; i < n; ++i) {
     T* d = dst + i * view.stride_w;
-    for (int c = 0; c < channels; ++c) d[c * view.stride_c] = from_float<T>(src[c * src_stride + i]);
+    for (int c = 0; c < channels; ++c)
+      d[c * view.stride_c] = from_float<T>(src[c * src_stride + i]);
   }
 }
 
-static inline void store_tile(const ImageView& view, int64_t image, int64_t y, int64_t x, int channels,
-                              int64_t n, const float* src, ptrdiff_t src_stride) {
+static inline void store_tile(const ImageView& view, int64_t image, int64_t y, int64_t x,
+                              int channels, int64_t n, const float* src, ptrdiff_t src_stride) {
   switch (view.dtype) {
     case DType::kFloat32:
       store_tile_as<float>(view, image, y, x, channels, n, src, src_stride);
@@ -115,72 +181,89 @@ static inline void store_tile(const ImageView& view, int64_t image, int64_t y, i
   }
 }
 
-// ---- LayerNorm -----------------------------------------------------------------------------------
+// ---- LayerNorm
+// -----------------------------------------------------------------------------------
 
-// z[c] = (x[c] - mean) / sqrt(var + eps) over the channels, for V vectors of pixels. A mean far above the
-// deviation costs no digits: it is subtracted before squaring, and what its own rounding left over, the
-// mean of the differences, is taken off as well.
+// z[c] = (x[c] - mean) / sqrt(var + eps) over the channels, for V vectors of pixels. A mean far
+// above the deviation costs no digits: it is subtracted before squaring, and what its own rounding
+// left over, the mean of the differences, is taken off as well. Two sums at a time, to have more
+// additions in flight. Meanwhile the lines `ahead` floats further on in x are fetched.
 template <int V>
 static void normalise_vecs(const float* x, ptrdiff_t x_stride, int channels, float eps, float* z,
-                           ptrdiff_t z_stride) {
+                           ptrdiff_t z_stride, ptrdiff_t ahead) {
   const Vec inverse = set1(1.0f / static_cast<float>(channels));
-  Vec sum[V], sum2[V], mean[V];
+  Vec sum[2][V], square[2][V], mean[V];
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
 #pragma GCC unroll 4
-  for (int v = 0; v < V; ++v) sum[v] = sum2[v] = zero();
+    for (int v = 0; v < V; ++v) sum[i][v] = zero();
+  }
+  const float* p = x;
   int c = 0;
-  for (; c + 2 <= channels; c += 2) {
-    const float* p = x + c * x_stride;
+  for (; c + 2 <= channels; c += 2, p += 2 * x_stride) {
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) {
-      sum[v] = sum[v] + load(p + v * kLanes);
-      sum2[v] = sum2[v] + load(p + x_stride + v * kLanes);
+      for (int v = 0; v < V; ++v) sum[i][v] = sum[i][v] + load(p + i * x_stride + v * kLanes);
     }
   }
   if (c < channels) {
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) sum[v] = sum[v] + load(x + c * x_stride + v * kLanes);
+    for (int v = 0; v < V; ++v) sum[0][v] = sum[0][v] + load(p + v * kLanes);
   }
-  Vec square[V];
 #pragma GCC unroll 4
   for (int v = 0; v < V; ++v) {
-    mean[v] = (sum[v] + sum2[v]) * inverse;
-    sum[v] = square[v] = zero();
+    mean[v] = (sum[0][v] + sum[1][v]) * inverse;
+    sum[0][v] = sum[1][v] = square[0][v] = square[1][v] = zero();
   }
+  p = x;
+  for (c = 0; c + 2 <= channels; c += 2, p += 2 * x_stride) {
 #pragma GCC unroll 2
-  for (c = 0; c < channels; ++c) {
+    for (int i = 0; i < 2; ++i) {
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) {
+        const Vec d = load(p + i * x_stride + v * kLanes) - mean[v];
+        sum[i][v] = sum[i][v] + d;
+        square[i][v] = fma(d, d, square[i][v]);
+      }
+    }
+  }
+  if (c < channels) {
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
-      const Vec d = load(x + c * x_stride + v * kLanes) - mean[v];
-      sum[v] = sum[v] + d;
-      square[v] = fma(d, d, square[v]);
+      const Vec d = load(p + v * kLanes) - mean[v];
+      sum[0][v] = sum[0][v] + d;
+      square[0][v] = fma(d, d, square[0][v]);
     }
   }
   Vec scale[V], shift[V];
 #pragma GCC unroll 4
   for (int v = 0; v < V; ++v) {
-    const Vec rest = sum[v] * inverse;
-    const Vec variance = fnma(rest, rest, square[v] * inverse);
+    const Vec rest = (sum[0][v] + sum[1][v]) * inverse;
+    const Vec variance = fnma(rest, rest, (square[0][v] + square[1][v]) * inverse);
     scale[v] = set1(1.0f) / sqrt(variance + set1(eps));
     shift[v] = zero() - rest * scale[v];
   }
-  for (c = 0; c < channels; ++c) {
-    const float* p = x + c * x_stride;
-    float* q = z + c * z_stride;
+  p = x;
+  float* q = z;
+  for (c = 0; c < channels; ++c, p += x_stride, q += z_stride) {
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
-      store(q + v * kLanes, fma(load(p + v * kLanes) - mean[v], scale[v], shift[v]));
+      const Vec y = load(p + v * kLanes);
+      if (v * kLanes % 16 == 0) __builtin_prefetch(p + v * kLanes + ahead);
+      store(q + v * kLanes, fma(y - mean[v], scale[v], shift[v]));
     }
   }
 }
 
-static inline void normalise_block(const float* x, ptrdiff_t x_stride, int channels, float eps, float* z,
-                                   ptrdiff_t z_stride, int vecs) {
+static inline void normalise_block(const float* x, ptrdiff_t x_stride, int channels, float eps,
+                                   float* z, ptrdiff_t z_stride, int vecs, ptrdiff_t ahead = 0) {
   int v = 0;
-  for (; v + 4 <= vecs; v += 4) {
-    normalise_vecs<4>(x + v * kLanes, x_stride, channels, eps, z + v * kLanes, z_stride);
+  for (; v + 2 <= vecs; v += 2) {
+    normalise_vecs<2>(x + v * kLanes, x_stride, channels, eps, z + v * kLanes, z_stride, ahead);
   }
   for (; v < vecs; ++v) {
-    normalise_vecs<1>(x + v * kLanes, x_stride, channels, eps, z + v * kLanes, z_stride);
+    normalise_vecs<1>(x + v * kLanes, x_stride, channels, eps, z + v * kLanes, z_stride, ahead);
   }
 }
 
@@ -199,11 +282,13 @@ static inline void gelu_block(float* p, ptrdiff_t stride, int channels, int vecs
     float* q = p + c * stride;
     int v = 0;
     for (; v + 4 <= vecs; v += 4) gelu_vecs<4>(q + v * kLanes);
+    for (; v + 2 <= vecs; v += 2) gelu_vecs<2>(q + v * kLanes);
     for (; v < vecs; ++v) gelu_vecs<1>(q + v * kLanes);
   }
 }
 
-// ---- the star ------------------------------------------------------------------------------------
+// ---- the star
+// ------------------------------------------------------------------------------------
 
 // A row of all channels; channel_stride is 0 for the row of zeros outside the image.
 struct TileRow {
@@ -228,8 +313,8 @@ SDAN_INLINE void star_store(Vec (&s)[V], const float* b, float* out) {
 }
 
 template <Activation kOuter, int V>
-SDAN_INLINE void star_vecs_3x3(const float* const* rows, ptrdiff_t x, const float* weight, float bias,
-                               const float* b, float* out) {
+SDAN_INLINE void star_vecs_3x3(const float* const* rows, ptrdiff_t x, const float* weight,
+                               float bias, const float* b, float* out) {
   Vec s[V];
 #pragma GCC unroll 4
   for (int v = 0; v < V; ++v) s[v] = set1(bias);
@@ -249,21 +334,23 @@ SDAN_INLINE void star_vecs_3x3(const float* const* rows, ptrdiff_t x, const floa
 // out = outer(gelu(dw(rows) + bias) * b) for one channel and `vecs` vectors. rows[i] is already
 // advanced to this channel and to this block's first pixel.
 template <Activation kOuter>
-static void star_channel_3x3(const float* const* rows, const float* weight, float bias, const float* b,
-                             float* out, int vecs) {
+static void star_channel_3x3(const float* const* rows, const float* weight, float bias,
+                             const float* b, float* out, int vecs) {
   int v = 0;
   for (; v + 4 <= vecs; v += 4) star_vecs_3x3<kOuter, 4>(rows, v * kLanes, weight, bias, b, out);
+  for (; v + 2 <= vecs; v += 2) star_vecs_3x3<kOuter, 2>(rows, v * kLanes, weight, bias, b, out);
   for (; v < vecs; ++v) star_vecs_3x3<kOuter, 1>(rows, v * kLanes, weight, bias, b, out);
 }
 
 template <Activation kOuter>
-static void star_channel_any(const float* const* rows, int kh, int kw, const float* weight, float bias,
-                             const float* b, float* out, int vecs) {
+static void star_channel_any(const float* const* rows, int kh, int kw, const float* weight,
+                             float bias, const float* b, float* out, int vecs) {
   for (int v = 0; v < vecs; ++v) {
     const ptrdiff_t x = v * kLanes - kw / 2;
     Vec s[1] = {set1(bias)};
     for (int i = 0; i < kh; ++i) {
-      for (int j = 0; j < kw; ++j) s[0] = fma(load(rows[i] + x + j), set1(weight[i * kw + j]), s[0]);
+      for (int j = 0; j < kw; ++j)
+        s[0] = fma(load(rows[i] + x + j), set1(weight[i * kw + j]), s[0]);
     }
     star_store<kOuter, 1>(s, b + v * kLanes, out + v * kLanes);
   }

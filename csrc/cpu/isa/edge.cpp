@@ -1,8 +1,7 @@
-// The two ends of the network, streamed over image rows: a blueprint convolution (1x1, then depth-wise 3x3)
-// with the activation before it and the residual after it, and the dense 3x3 convolution with its pixel
-// shuffle. Rings of three rows between the steps, as in star_levels.cpp.
+// The two ends of the network, streamed over image rows: a blueprint convolution (1x1, then
+// depth-wise 3x3) with the activation before it and the residual after it, and the dense 3x3
+// convolution with its pixel shuffle. Rings of three rows between the steps, as in star_levels.cpp.
 #include "band.h"
-#include "pointwise.h"
 
 namespace sdan_fast {
 namespace SDAN_ISA {
@@ -48,11 +47,13 @@ void clear_tail(const EdgeBand& band, float* row, int channels) {
 
 TileRow ring_row(const EdgeBand& band, const float* ring, int64_t y) {
   if (y < 0 || y >= band.plan->height) return {band.zeros + kMargin, 0};
-  return {ring + (y % 3) * band.plan->pw.co * band.stride + kMargin, static_cast<ptrdiff_t>(band.stride)};
+  return {ring + (y % 3) * band.plan->pw.co * band.stride + kMargin,
+          static_cast<ptrdiff_t>(band.stride)};
 }
 
 template <int V>
-SDAN_INLINE void depthwise_vecs(const float* const* rows, ptrdiff_t x, const float* weight, float bias, float* out) {
+SDAN_INLINE void depthwise_vecs(const float* const* rows, ptrdiff_t x, const float* weight,
+                                float bias, float* out) {
   Vec s[V];
 #pragma GCC unroll 4
   for (int v = 0; v < V; ++v) s[v] = set1(bias);
@@ -72,7 +73,8 @@ SDAN_INLINE void depthwise_vecs(const float* const* rows, ptrdiff_t x, const flo
 
 void depthwise_row(const EdgeBand& band, int64_t q, float* out) {
   const EdgePlan& plan = *band.plan;
-  const TileRow rows[3] = {ring_row(band, band.a, q - 1), ring_row(band, band.a, q), ring_row(band, band.a, q + 1)};
+  const TileRow rows[3] = {ring_row(band, band.a, q - 1), ring_row(band, band.a, q),
+                           ring_row(band, band.a, q + 1)};
   for (int c = 0; c < plan.pw.co; ++c) {
     const float* at[3];
     for (int i = 0; i < 3; ++i) at[i] = rows[i].data + c * rows[i].channel_stride;
@@ -86,13 +88,14 @@ void depthwise_row(const EdgeBand& band, int64_t q, float* out) {
 
 // out[c][y s + i][x s + j] = block[c s^2 + i s + j][x]
 template <typename T>
-void shuffle_as(const EdgePlan& plan, int64_t n, int64_t y, int64_t x, int64_t count, const float* block) {
+void shuffle_as(const EdgePlan& plan, int64_t n, int64_t y, int64_t x, int64_t count,
+                const float* block) {
   const int s = plan.scale;
   const ImageView& out = plan.out;
   for (int m = 0; m < plan.up.co; ++m) {
     const int c = m / (s * s), i = m / s % s, j = m % s;
-    T* p = static_cast<T*>(out.data) + n * out.stride_n + c * out.stride_c + (y * s + i) * out.stride_h +
-           (x * s + j) * out.stride_w;
+    T* p = static_cast<T*>(out.data) + n * out.stride_n + c * out.stride_c +
+           (y * s + i) * out.stride_h + (x * s + j) * out.stride_w;
     const float* b = block + m * kBlock;
     const int64_t step = s * out.stride_w;
     for (int64_t k = 0; k < count; ++k) p[k * step] = from_float<T>(b[k]);
@@ -104,7 +107,8 @@ void up_row(EdgeBand& band, int64_t p) {
   PointwiseInput inputs[9];
   for (int i = 0; i < 3; ++i) {
     const TileRow row = ring_row(band, band.f, p - 1 + i);
-    for (int j = 0; j < 3; ++j) inputs[3 * i + j] = {row.data + j - 1, row.channel_stride, plan.pw.co};
+    for (int j = 0; j < 3; ++j)
+      inputs[3 * i + j] = {row.data + j - 1, row.channel_stride, plan.pw.co};
   }
   const int64_t skip = band.region.x0 - band.x0;
   const int64_t limit = skip + band.region.x1 - band.region.x0;
@@ -115,7 +119,8 @@ void up_row(EdgeBand& band, int64_t p) {
     const int64_t begin = column > skip ? column : skip;
     const int64_t end = column + vecs * kLanes < limit ? column + vecs * kLanes : limit;
     if (begin >= end) continue;
-    pointwise_block(inputs, 9, column, plan.up.weight, plan.up.bias, plan.up.co, band.block, kBlock, vecs);
+    pointwise_block(inputs, 9, column, plan.up.weight, plan.up.bias, plan.up.co, band.block, kBlock,
+                    vecs);
     const float* block = band.block + (begin - column);
     switch (plan.out.dtype) {
       case DType::kFloat32:
@@ -148,8 +153,8 @@ void f_row(EdgeBand& band, int64_t q) {
     }
   }
   if (plan.up.co == 0) {
-    store_tile(plan.out, band.region.n, q, band.region.x0, channels, band.region.x1 - band.region.x0,
-               f + (band.region.x0 - band.x0), band.stride);
+    store_tile(plan.out, band.region.n, q, band.region.x0, channels,
+               band.region.x1 - band.region.x0, f + (band.region.x0 - band.x0), band.stride);
     return;
   }
   clear_tail(band, f, channels);
@@ -157,14 +162,17 @@ void f_row(EdgeBand& band, int64_t q) {
   if (q + 1 == band.plan->height && q < band.region.y1) up_row(band, q);
 }
 
-SDAN_INLINE int64_t clip(int64_t v, int64_t low, int64_t high) { return v < low ? low : (v > high ? high : v); }
+SDAN_INLINE int64_t clip(int64_t v, int64_t low, int64_t high) {
+  return v < low ? low : (v > high ? high : v);
+}
 
 }  // namespace
 
 void edge_scratch(const EdgePlan* plan, int64_t width, int64_t* bytes) {
   EdgeBand band;
   const int64_t halo = plan->up.co > 0 ? 2 : 1;
-  *bytes = place(*plan, width + 2 * halo < plan->width ? width + 2 * halo : plan->width, nullptr, &band);
+  *bytes =
+      place(*plan, width + 2 * halo < plan->width ? width + 2 * halo : plan->width, nullptr, &band);
 }
 
 void edge_run(const EdgePlan* plan, const Region* region, void* scratch) {
@@ -200,7 +208,8 @@ void edge_run(const EdgePlan* plan, const Region* region, void* scratch) {
       const int64_t column = static_cast<int64_t>(j) * kBlock;
       const int vecs = block_vecs(band, j);
       if (plan->gelu_input) gelu_block(band.x + column, band.stride, plan->pw.ci, vecs);
-      pointwise_block(&in, 1, column, plan->pw.weight, plan->pw.bias, co, a + column, band.stride, vecs);
+      pointwise_block(&in, 1, column, plan->pw.weight, plan->pw.bias, co, a + column, band.stride,
+                      vecs);
     }
     clear_tail(band, a, co);
     if (y - 1 >= f_begin && y - 1 < f_end) f_row(band, y - 1);

@@ -1,12 +1,11 @@
-// MM-LKA in two halves: the depth-wise branches, one channel of a region at a time, and the point-wise
-// gate with what follows it, one block of pixels at a time.
+// MM-LKA in two halves: the depth-wise branches, one channel of a region at a time, and the
+// point-wise gate with what follows it, one block of pixels at a time.
 //
 // A branch runs its convolutions one after the other between two zero-padded buffers that hold the
-// region and its halo. A convolution computes kRows output rows at once, taken `dilation` apart, so that
-// a row loaded for one of them serves the taps of all: kh x kw multiply-adds cost (kRows + kh - 1) x kw
-// loads for kRows outputs, dilated or not, and nothing is gathered.
+// region and its halo. A convolution computes kRows output rows at once, taken `dilation` apart, so
+// that a row loaded for one of them serves the taps of all: kh x kw multiply-adds cost (kRows + kh
+// - 1) x kw loads for kRows outputs, dilated or not, and nothing is gathered.
 #include "band.h"
-#include "pointwise.h"
 
 namespace sdan_fast {
 namespace SDAN_ISA {
@@ -93,7 +92,8 @@ void conv_full(const ConvBlock& block, int64_t width) {
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 2
-      for (int v = 0; v < kVecs; ++v) store(block.out + r * block.out_row + x + v * kLanes, acc[r][v]);
+      for (int v = 0; v < kVecs; ++v)
+        store(block.out + r * block.out_row + x + v * kLanes, acc[r][v]);
     }
   }
   for (; x < width; x += kLanes) {
@@ -116,8 +116,8 @@ void conv_full(const ConvBlock& block, int64_t width) {
 
 template <int KH>
 void conv_rows(int rows, const ConvBlock& block, int64_t width) {
-#define SDAN_CONV_CASE(R)                                    \
-  case R:                                                    \
+#define SDAN_CONV_CASE(R)                                     \
+  case R:                                                     \
     if constexpr (R <= kRows) conv_full<KH, R>(block, width); \
     break;
   switch (rows) {
@@ -129,7 +129,8 @@ void conv_rows(int rows, const ConvBlock& block, int64_t width) {
     SDAN_CONV_CASE(6)
     SDAN_CONV_CASE(7)
     SDAN_CONV_CASE(8)
-    default: break;
+    default:
+      break;
   }
 #undef SDAN_CONV_CASE
 }
@@ -154,8 +155,9 @@ void conv_any_rows(int rows, const ConvBlock& block, int64_t width) {
 }
 
 // out[y][x] for a height x width region; `in` points at the first tap of out[0][0].
-void conv_region(const BranchConv& conv, const float* weight, float bias, const float* in, ptrdiff_t in_stride,
-                 float* out, ptrdiff_t out_stride, int64_t height, int64_t width) {
+void conv_region(const BranchConv& conv, const float* weight, float bias, const float* in,
+                 ptrdiff_t in_stride, float* out, ptrdiff_t out_stride, int64_t height,
+                 int64_t width) {
   // Rows y, y + dh, y + 2 dh, ... share their input rows.
   const int64_t step = conv.kh > 1 ? conv.dh : 1;
   for (int64_t phase = 0; phase < step && phase < height; ++phase) {
@@ -165,15 +167,23 @@ void conv_region(const BranchConv& conv, const float* weight, float bias, const 
       const int64_t first = count * g / groups;
       const int rows = static_cast<int>(count * (g + 1) / groups - first);
       const int64_t y = phase + first * step;
-      const ConvBlock block{in + y * in_stride, static_cast<ptrdiff_t>(step * in_stride),
-                            out + y * out_stride, static_cast<ptrdiff_t>(step * out_stride),
-                            weight, bias, conv.kh, conv.kw, conv.dw};
+      const ConvBlock block{in + y * in_stride,
+                            static_cast<ptrdiff_t>(step * in_stride),
+                            out + y * out_stride,
+                            static_cast<ptrdiff_t>(step * out_stride),
+                            weight,
+                            bias,
+                            conv.kh,
+                            conv.kw,
+                            conv.dw};
       conv_any_rows(rows, block, width);
     }
   }
 }
 
-SDAN_INLINE int64_t clip(int64_t v, int64_t low, int64_t high) { return v < low ? low : (v > high ? high : v); }
+SDAN_INLINE int64_t clip(int64_t v, int64_t low, int64_t high) {
+  return v < low ? low : (v > high ? high : v);
+}
 
 // The buffer that a convolution reads: its output region with the padding around it.
 struct PaddedBuffer {
@@ -195,7 +205,8 @@ constexpr int kMaxConvs = 16;
 
 }  // namespace
 
-void branch_scratch(const BranchPlan* plan, int branch, int64_t height, int64_t width, int64_t* bytes) {
+void branch_scratch(const BranchPlan* plan, int branch, int64_t height, int64_t width,
+                    int64_t* bytes) {
   const Branch& br = plan->branches[branch];
   int64_t largest = height * tile_stride(round_up(width, kLanes));
   for (int i = br.conv_count - 1; i >= 0; --i) {
@@ -208,7 +219,8 @@ void branch_scratch(const BranchPlan* plan, int branch, int64_t height, int64_t 
   *bytes = 2 * round_up(largest * static_cast<int64_t>(sizeof(float)), 64);
 }
 
-void branch_run(const BranchPlan* plan, int branch, int channel, const Region* region, void* scratch) {
+void branch_run(const BranchPlan* plan, int branch, int channel, const Region* region,
+                void* scratch) {
   const Branch& br = plan->branches[branch];
   const BranchConv* convs = plan->convs + br.first_conv;
   // Output regions of the convolutions, from the last one's back to the input's.
@@ -233,8 +245,8 @@ void branch_run(const BranchPlan* plan, int branch, int channel, const Region* r
   area[0] = static_cast<float*>(scratch);
   area[1] = area[0] + round_up(largest, 16);
 
-  // Zeroes what the inner part [y0[i], y1[i]) x [x0[i], x1[i]) of buffer i does not cover; the inner
-  // part begins `inner` floats into it.
+  // Zeroes what the inner part [y0[i], y1[i]) x [x0[i], x1[i]) of buffer i does not cover; the
+  // inner part begins `inner` floats into it.
   auto clear_margins = [&](int i, float* data, float** inner) {
     const PaddedBuffer& b = buffers[i];
     const int64_t top = y0[i] - (y0[i + 1] - b.pad_y);
@@ -255,18 +267,21 @@ void branch_run(const BranchPlan* plan, int branch, int channel, const Region* r
   clear_margins(0, area[0], &inner);
   for (int64_t y = y0[0]; y < y1[0]; ++y) {
     // load_tile pads to whole vectors with zeros, which is what belongs there.
-    load_tile(plan->x, region->n, y, x0[0], c, 1, x1[0] - x0[0], inner + (y - y0[0]) * buffers[0].stride, 0);
+    load_tile(plan->x, region->n, y, x0[0], c, 1, x1[0] - x0[0],
+              inner + (y - y0[0]) * buffers[0].stride, 0);
   }
   for (int i = 0; i < n; ++i) {
     const PaddedBuffer& b = buffers[i];
     const int64_t height = y1[i + 1] - y0[i + 1], width = x1[i + 1] - x0[i + 1];
     const float* in = area[i & 1] + b.left - b.pad_x;
-    const float* weight = convs[i].weight + static_cast<int64_t>(channel) * convs[i].kh * convs[i].kw;
+    const float* weight =
+        convs[i].weight + static_cast<int64_t>(channel) * convs[i].kh * convs[i].kw;
     const float bias = convs[i].bias[channel];
     float* data = area[(i + 1) & 1];
     if (i + 1 < n) {
       clear_margins(i + 1, data, &inner);
-      conv_region(convs[i], weight, bias, in, b.stride, inner, buffers[i + 1].stride, height, width);
+      conv_region(convs[i], weight, bias, in, b.stride, inner, buffers[i + 1].stride, height,
+                  width);
       continue;
     }
     const ImageView& out = plan->out;
@@ -287,7 +302,8 @@ void branch_run(const BranchPlan* plan, int branch, int channel, const Region* r
   }
 }
 
-// ---- the gate ------------------------------------------------------------------------------------
+// ---- the gate
+// ------------------------------------------------------------------------------------
 
 namespace {
 
@@ -306,22 +322,66 @@ int64_t place_gate(const GatePlan& plan, char* base, GateScratch* s) {
   return cursor.used;
 }
 
-// q = residual + z * weight + bias, with z and the residual in q and r.
-void affine_add(float* q, const float* r, const float* weight, const float* bias, int channels, int vecs) {
+// A block of channels x kBlock floats wherever it lies: in the image itself, or in a tile of its
+// own.
+struct Block {
+  float* data;
+  ptrdiff_t stride;
+};
+
+// The block of `view` from (y, x) on: in place if it is whole and float32 planes, else `tile`.
+Block block_of(const ImageView& view, const Region& region, int64_t y, int64_t x, int64_t n,
+               float* tile) {
+  if (n != kBlock || view.dtype != DType::kFloat32 || view.stride_w != 1) return {tile, kBlock};
+  float* data = static_cast<float*>(view.data) + region.n * view.stride_n + y * view.stride_h + x;
+  return {data, static_cast<ptrdiff_t>(view.stride_c)};
+}
+
+Block load_block(const ImageView& view, const Region& region, int64_t y, int64_t x, int channels,
+                 int64_t n, float* tile) {
+  const Block block = block_of(view, region, y, x, n, tile);
+  if (block.data == tile) load_tile(view, region.n, y, x, 0, channels, n, tile, kBlock);
+  return block;
+}
+
+void finish_block(const ImageView& view, const Region& region, int64_t y, int64_t x, int channels,
+                  int64_t n, const Block& block, const float* tile) {
+  if (block.data == tile) store_tile(view, region.n, y, x, channels, n, tile, kBlock);
+}
+
+// out = p * x
+void multiply_block(const float* p, const Block& x, const Block& out, int channels) {
   for (int c = 0; c < channels; ++c) {
-    const Vec w = set1(weight[c]), b = set1(bias[c]);
-    for (int v = 0; v < vecs; ++v) {
-      const int i = c * kBlock + v * kLanes;
-      store(q + i, fma(load(q + i), w, b) + load(r + i));
+#pragma GCC unroll 8
+    for (int v = 0; v < kBlock; v += kLanes) {
+      store(out.data + c * out.stride + v,
+            load(p + c * kBlock + v) * load(x.data + c * x.stride + v));
     }
   }
 }
 
-void add_block(float* p, const float* r, int channels, int vecs) {
+// z = residual + z * weight + bias, written to `out` as well.
+void affine_block(float* z, const Block& residual, const float* weight, const float* bias,
+                  const Block& out, int channels) {
   for (int c = 0; c < channels; ++c) {
-    for (int v = 0; v < vecs; ++v) {
-      const int i = c * kBlock + v * kLanes;
-      store(p + i, load(p + i) + load(r + i));
+    const Vec w = set1(weight[c]), b = set1(bias[c]);
+#pragma GCC unroll 8
+    for (int v = 0; v < kBlock; v += kLanes) {
+      const Vec y =
+          fma(load(z + c * kBlock + v), w, b) + load(residual.data + c * residual.stride + v);
+      store(z + c * kBlock + v, y);
+      store(out.data + c * out.stride + v, y);
+    }
+  }
+}
+
+// out = p + r
+void add_block(const float* p, const Block& r, const Block& out, int channels) {
+  for (int c = 0; c < channels; ++c) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kBlock; v += kLanes) {
+      store(out.data + c * out.stride + v,
+            load(p + c * kBlock + v) + load(r.data + c * r.stride + v));
     }
   }
 }
@@ -337,39 +397,68 @@ void gate_run(const GatePlan* plan, const Region* region, void* scratch) {
   GateScratch s;
   place_gate(*plan, static_cast<char*>(scratch), &s);
   const int channels = plan->gate.co;
+  alignas(64) float zeros[kBlock] = {};
+  PrefetchQueue queue;
+  // Lines a step, so that the products of one row have fetched the next row by their end.
+  const int images = 3 + (plan->project.co > 0 ? 1 : 0) + (plan->collect.co > 0 ? 1 : 0);
+  const int products = 1 + (plan->project.co > 0 ? 1 : 0) + (plan->collect.co > 0 ? 1 : 0);
+  const int steps = products * pointwise_groups(channels) * (kBlockVecs / kPointwiseVecs);
+  const int lines = (images * channels * (kBlock / 16) + steps - 1) / steps;
+  const int64_t width = region->x1 - region->x0;
   for (int64_t y = region->y0; y < region->y1; ++y) {
+    queue.clear();
+    if (y + 1 < region->y1) {
+      queue.add(plan->u, region->n, y + 1, region->x0, plan->gate.ci, width, false);
+      queue.add(plan->x, region->n, y + 1, region->x0, channels, width, false);
+      if (plan->project.co > 0) {
+        queue.add(plan->residual, region->n, y + 1, region->x0, plan->project.co, width, false);
+      }
+      if (plan->collect.co > 0) {
+        queue.add(plan->collected, region->n, y + 1, region->x0, plan->collect.co, width, true);
+      }
+      if (plan->out.data != plan->u.data && plan->out.data != plan->residual.data) {
+        queue.add(plan->out, region->n, y + 1, region->x0, channels, width, true);
+      }
+    }
     for (int64_t x = region->x0; x < region->x1; x += kBlock) {
       const int64_t n = region->x1 - x < kBlock ? region->x1 - x : kBlock;
       const int vecs = static_cast<int>((n + kLanes - 1) / kLanes);
       load_tile(plan->u, region->n, y, x, 0, plan->gate.ci, n, s.u, kBlock);
-      load_tile(plan->x, region->n, y, x, 0, channels, n, s.x, kBlock);
       const PointwiseInput u{s.u, kBlock, plan->gate.ci};
-      pointwise_block(&u, 1, 0, plan->gate.weight, plan->gate.bias, channels, s.p, kBlock, vecs);
-      for (int c = 0; c < channels; ++c) {
-        for (int v = 0; v < vecs; ++v) {
-          const int i = c * kBlock + v * kLanes;
-          store(s.p + i, load(s.p + i) * load(s.x + i));
-        }
-      }
+      pointwise_block(&u, 1, 0, plan->gate.weight, plan->gate.bias, channels, s.p, kBlock, vecs,
+                      &queue, lines);
+      const Block gated = load_block(plan->x, *region, y, x, channels, n, s.x);
       if (plan->project.co == 0) {
-        store_tile(plan->out, region->n, y, x, channels, n, s.p, kBlock);
+        const Block out = block_of(plan->out, *region, y, x, n, s.p);
+        multiply_block(s.p, gated, out, channels);
+        finish_block(plan->out, *region, y, x, channels, n, out, s.p);
         continue;
       }
+      multiply_block(s.p, gated, {s.p, kBlock}, channels);
       const int co = plan->project.co;
       const PointwiseInput p{s.p, kBlock, channels};
-      pointwise_block(&p, 1, 0, plan->project.weight, plan->project.bias, co, s.q, kBlock, vecs);
+      pointwise_block(&p, 1, 0, plan->project.weight, plan->project.bias, co, s.q, kBlock, vecs,
+                      &queue, lines);
       normalise_block(s.q, kBlock, co, plan->eps, s.q, kBlock, vecs);
-      load_tile(plan->residual, region->n, y, x, 0, co, n, s.x, kBlock);
-      affine_add(s.q, s.x, plan->norm_weight, plan->norm_bias, co, vecs);
-      store_tile(plan->out, region->n, y, x, co, n, s.q, kBlock);
+      {
+        const Block residual = load_block(plan->residual, *region, y, x, co, n, s.x);
+        const Block out = block_of(plan->out, *region, y, x, n, s.q);
+        affine_block(s.q, residual, plan->norm_weight, plan->norm_bias, out, co);
+        finish_block(plan->out, *region, y, x, co, n, out, s.q);
+      }
       if (plan->collect.co == 0) continue;
       const PointwiseInput q{s.q, kBlock, co};
-      pointwise_block(&q, 1, 0, plan->collect.weight, plan->collect.bias, plan->collect.co, s.r, kBlock, vecs);
-      if (!plan->collect_first) {
-        load_tile(plan->collected, region->n, y, x, 0, plan->collect.co, n, s.x, kBlock);
-        add_block(s.r, s.x, plan->collect.co, vecs);
+      const int collected = plan->collect.co;
+      pointwise_block(&q, 1, 0, plan->collect.weight, plan->collect.bias, collected, s.r, kBlock,
+                      vecs, &queue, lines);
+      const Block sum = block_of(plan->collected, *region, y, x, n, s.r);
+      if (plan->collect_first) {
+        add_block(s.r, {zeros, 0}, sum, collected);
+      } else {
+        add_block(s.r, load_block(plan->collected, *region, y, x, collected, n, s.x), sum,
+                  collected);
       }
-      store_tile(plan->collected, region->n, y, x, plan->collect.co, n, s.r, kBlock);
+      finish_block(plan->collected, *region, y, x, collected, n, sum, s.r);
     }
   }
 }

@@ -1,11 +1,12 @@
 // The 1x1 convolution of a tile: a small matrix product, register-blocked over outputs and pixels.
 //
-// A tile is channels x pixels with the pixels contiguous, so vectors run along the image row and any
-// number of channels is efficient. Each step of the inner loop loads kPointwiseVecs vectors of pixels
-// and kPointwiseRows weights and issues their product, all sums staying in registers: on AVX-512
-// 14 x 2 sums, 28 multiply-adds for 16 loads.
+// A tile is channels x pixels with the pixels contiguous, so vectors run along the image row and
+// any number of channels is efficient. Each step of the inner loop loads kPointwiseVecs vectors of
+// pixels and kPointwiseRows weights and issues their product, all sums staying in registers: on
+// AVX-512 14 x 2 sums, 28 multiply-adds for 16 loads.
 #pragma once
 
+#include "prefetch.h"
 #include "vec.h"
 
 namespace sdan_fast {
@@ -23,12 +24,15 @@ constexpr int kPointwiseVecs = 1;
 #endif
 
 // Outputs are split as evenly as possible into groups of at most kPointwiseRows.
-SDAN_INLINE int pointwise_groups(int co) { return (co + kPointwiseRows - 1) / kPointwiseRows; }
+SDAN_INLINE int pointwise_groups(int co) {
+  return (co + kPointwiseRows - 1) / kPointwiseRows;
+}
 SDAN_INLINE int pointwise_group_begin(int co, int groups, int g) {
   return static_cast<int>(static_cast<int64_t>(co) * g / groups);
 }
 
-// packed[begin * ci + k * rows + m] = weight[begin + m][k] for each group of rows [begin, begin + rows).
+// packed[begin * ci + k * rows + m] = weight[begin + m][k] for each group of rows [begin, begin +
+// rows).
 static inline void pack_pointwise_weight(const float* weight, int co, int ci, float* packed) {
   const int groups = pointwise_groups(co);
   for (int g = 0; g < groups; ++g) {
@@ -36,7 +40,8 @@ static inline void pack_pointwise_weight(const float* weight, int co, int ci, fl
     const int rows = pointwise_group_begin(co, groups, g + 1) - begin;
     float* p = packed + static_cast<int64_t>(begin) * ci;
     for (int k = 0; k < ci; ++k) {
-      for (int m = 0; m < rows; ++m) p[k * rows + m] = weight[static_cast<int64_t>(begin + m) * ci + k];
+      for (int m = 0; m < rows; ++m)
+        p[k * rows + m] = weight[static_cast<int64_t>(begin + m) * ci + k];
     }
   }
 }
@@ -48,48 +53,78 @@ struct PointwiseInput {
   int count;
 };
 
+// One vector of pixels leaves registers free: even and odd inputs are summed apart. Shorter sums
+// round less, which tiny images, all of them in this case, need to be no worse than a blocked
+// matrix product.
+template <int V>
+constexpr int kPointwiseSums = V == 1 ? 2 : 1;
+
 template <int M, int V>
 static void pointwise_kernel(const PointwiseInput* inputs, int input_count, ptrdiff_t column,
-                             const float* weight, const float* bias, float* out, ptrdiff_t out_stride) {
-  Vec acc[M][V];
+                             const float* weight, const float* bias, float* out,
+                             ptrdiff_t out_stride) {
+  constexpr int S = kPointwiseSums<V>;
+  Vec acc[S][M][V];
+#pragma GCC unroll 2
+  for (int s = 0; s < S; ++s) {
 #pragma GCC unroll 16
-  for (int m = 0; m < M; ++m) {
+    for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) acc[m][v] = set1(bias[m]);
+      for (int v = 0; v < V; ++v) acc[s][m][v] = zero();
+    }
   }
   for (int i = 0; i < input_count; ++i) {
     const float* x = inputs[i].x + column;
     const ptrdiff_t stride = inputs[i].stride;
-    for (int k = inputs[i].count; k > 0; --k) {
-      Vec in[V];
+    int left = inputs[i].count;
+    for (; left >= S; left -= S) {
+#pragma GCC unroll 2
+      for (int s = 0; s < S; ++s) {
+        Vec in[V];
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) in[v] = load(x + v * kLanes);
+        for (int v = 0; v < V; ++v) in[v] = load(x + v * kLanes);
+#pragma GCC unroll 16
+        for (int m = 0; m < M; ++m) {
+          const Vec w = set1(weight[m]);
+#pragma GCC unroll 4
+          for (int v = 0; v < V; ++v) acc[s][m][v] = fma(in[v], w, acc[s][m][v]);
+        }
+        x += stride;
+        weight += M;
+      }
+    }
+    if (left > 0) {
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m) {
         const Vec w = set1(weight[m]);
 #pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) acc[m][v] = fma(in[v], w, acc[m][v]);
+        for (int v = 0; v < V; ++v) acc[0][m][v] = fma(load(x + v * kLanes), w, acc[0][m][v]);
       }
-      x += stride;
       weight += M;
     }
   }
+  // The bias comes last: carried through the sum it makes every rounding larger, half as much error
+  // again.
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) {
+    const Vec b = set1(bias[m]);
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) store(out + m * out_stride + v * kLanes, acc[m][v]);
+    for (int v = 0; v < V; ++v) {
+      const Vec sum = S == 2 ? acc[0][m][v] + acc[S - 1][m][v] : acc[0][m][v];
+      store(out + m * out_stride + v * kLanes, sum + b);
+    }
   }
 }
 
 template <int V>
-SDAN_INLINE void pointwise_group(int rows, const PointwiseInput* inputs, int input_count, ptrdiff_t column,
-                                 const float* weight, const float* bias, float* out,
-                                 ptrdiff_t out_stride) {
-#define SDAN_POINTWISE_CASE(M)                                                                       \
-  case M:                                                                                            \
-    if constexpr (M <= kPointwiseRows) {                                                             \
-      pointwise_kernel<M, V>(inputs, input_count, column, weight, bias, out, out_stride);            \
-    }                                                                                                \
+SDAN_INLINE void pointwise_group(int rows, const PointwiseInput* inputs, int input_count,
+                                 ptrdiff_t column, const float* weight, const float* bias,
+                                 float* out, ptrdiff_t out_stride) {
+#define SDAN_POINTWISE_CASE(M)                                                            \
+  case M:                                                                                 \
+    if constexpr (M <= kPointwiseRows) {                                                  \
+      pointwise_kernel<M, V>(inputs, input_count, column, weight, bias, out, out_stride); \
+    }                                                                                     \
     break;
   switch (rows) {
     SDAN_POINTWISE_CASE(1)
@@ -106,16 +141,19 @@ SDAN_INLINE void pointwise_group(int rows, const PointwiseInput* inputs, int inp
     SDAN_POINTWISE_CASE(12)
     SDAN_POINTWISE_CASE(13)
     SDAN_POINTWISE_CASE(14)
-    default: break;
+    default:
+      break;
   }
 #undef SDAN_POINTWISE_CASE
 }
 
 // out[m][p] = bias[m] + sum over the inputs for `vecs` vectors of pixels; the inputs are read from
-// `column` on, out is written from its own start. Weights packed for co outputs and the inputs' total.
+// `column` on, out is written from its own start. Weights packed for co outputs and the inputs'
+// total. Between its steps it takes `lines` cache lines each from the queue.
 static inline void pointwise_block(const PointwiseInput* inputs, int input_count, ptrdiff_t column,
                                    const float* weight, const float* bias, int co, float* out,
-                                   ptrdiff_t out_stride, int vecs) {
+                                   ptrdiff_t out_stride, int vecs, PrefetchQueue* queue = nullptr,
+                                   int lines = 0) {
   int ci = 0;
   for (int i = 0; i < input_count; ++i) ci += inputs[i].count;
   const int groups = pointwise_groups(co);
@@ -126,8 +164,9 @@ static inline void pointwise_block(const PointwiseInput* inputs, int input_count
     float* o = out + begin * out_stride;
     int v = 0;
     for (; v + kPointwiseVecs <= vecs; v += kPointwiseVecs) {
-      pointwise_group<kPointwiseVecs>(rows, inputs, input_count, column + v * kLanes, w, bias + begin,
-                                      o + v * kLanes, out_stride);
+      if (queue != nullptr) queue->step(lines);
+      pointwise_group<kPointwiseVecs>(rows, inputs, input_count, column + v * kLanes, w,
+                                      bias + begin, o + v * kLanes, out_stride);
     }
     if constexpr (kPointwiseVecs > 1) {
       for (; v < vecs; ++v) {

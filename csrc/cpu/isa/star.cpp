@@ -22,13 +22,25 @@ SDAN_INLINE Vec activate_switch(Activation a, Vec x) {
   }
 }
 
-// The activation is a template parameter; the outer one, rare, is a well-predicted branch per vector.
+// The activation is a template parameter; the outer one, rare, is a well-predicted branch per
+// vector.
 template <typename T, Activation A, bool kOuter>
 void run(const StarArgs& args, int64_t begin, int64_t end) {
   const T* a = static_cast<const T*>(args.a);
   const T* b = static_cast<const T*>(args.b);
   T* y = static_cast<T*>(args.y);
   int64_t i = begin;
+  if constexpr (A == Activation::kGelu && !kOuter) {
+    constexpr int V = SDAN_IS_AVX512 ? 4 : 2;
+    for (; i + V * kLanes <= end; i += V * kLanes) {
+      Vec v[V];
+#pragma GCC unroll 4
+      for (int k = 0; k < V; ++k) v[k] = load(a + i + k * kLanes);
+      gelu(v);
+#pragma GCC unroll 4
+      for (int k = 0; k < V; ++k) store(y + i + k * kLanes, v[k] * load(b + i + k * kLanes));
+    }
+  }
   for (; i + kLanes <= end; i += kLanes) {
     Vec v = activate<A>(load(a + i)) * load(b + i);
     if constexpr (kOuter) v = activate_switch(args.outer, v);

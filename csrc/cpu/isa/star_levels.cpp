@@ -1,12 +1,11 @@
 // StarConv levels streamed over image rows: each level keeps the kh rows of PW1's output that its
-// depth-wise convolution spans in a ring, so a row passes through all levels while it is in cache and
-// nothing but the first input and the last output touches memory.
+// depth-wise convolution spans in a ring, so a row passes through all levels while it is in cache
+// and nothing but the first input and the last output touches memory.
 //
-// Per row and block of pixels a level reads its input once: normalise, distil, PW1. The star of the row
-// kh/2 above follows `lag` blocks behind, when the columns to its right are there, and only then PW2
-// of the new row overwrites that block of b; so b needs one row per kh/2, not one more.
+// A level reads its input row once, block by block: normalise, distil, PW1, PW2 from the same few
+// kilobytes. Then the star of the row kh/2 above, whose depth-wise taps are now all there, runs
+// along whole rows and leaves the next level's input where its own was.
 #include "band.h"
-#include "pointwise.h"
 
 namespace sdan_fast {
 namespace SDAN_ISA {
@@ -19,11 +18,10 @@ struct LevelState {
   float* a;  // kh rows x co channels x a_stride, each channel with a left margin
   float* b;  // b_rows rows x co channels x stride
   float* d;  // d_rows rows x distill.co channels x stride
-  float* r;  // co channels x stride: the output row
   const float** row_pointers;
   int64_t out_begin, out_end, out_next;
   int64_t in_end;
-  int margin, lag, b_rows, d_rows;
+  int margin, b_rows, d_rows;
   int64_t a_stride;
 };
 
@@ -35,84 +33,93 @@ struct Band {
   bool right_edge;
   int vecs;
   int64_t stride;
-  float* x;      // input row
-  float* z;      // (max lag + 1) blocks of normalised input
+  float* x;      // the row that goes from level to level
+  float* z;      // one block of normalised input
   float* block;  // one block of output
   float* zeros;
+  PrefetchQueue queue;
   LevelState levels[kMaxLevels];
 };
 
-int rows_above(const StarLevel& level) { return level.kh / 2; }
+// Cache lines prefetched between two steps of a product: four levels take some 38 steps for a block
+// of pixels, in which its 2 x 56 lines of the next input and output row have to come.
+constexpr int kLinesAStep = 8;
+
+int rows_above(const StarLevel& level) {
+  return level.kh / 2;
+}
 
 // Lays out the scratch of a tile `width` wide; with a null base it only measures.
 int64_t place(const StarChain& chain, int64_t width, char* base, Band* band) {
   ScratchCursor cursor{base, 0};
   const int64_t padded = round_up(width, kLanes);
   const int64_t stride = tile_stride(padded);
-  int channels = chain.channels;
   int widest = chain.channels;
-  int max_lag = 1;
   int64_t widest_row = 0;
   band->vecs = static_cast<int>(padded / kLanes);
   band->stride = stride;
-  band->x = cursor.take(stride * chain.channels);
+  for (int i = 0; i < chain.level_count; ++i) {
+    if (chain.levels[i].pw1.co > widest) widest = chain.levels[i].pw1.co;
+  }
+  band->x = cursor.take(stride * widest);
   for (int i = 0; i < chain.level_count; ++i) {
     const StarLevel& level = chain.levels[i];
     LevelState& s = band->levels[i];
     s.margin = static_cast<int>(round_up(level.kw / 2, 16));
-    s.lag = (level.kw / 2 + kBlock - 1) / kBlock;
     s.a_stride = tile_stride(padded + 2 * s.margin);
-    s.b_rows = rows_above(level) > 0 ? rows_above(level) : 1;
+    s.b_rows = rows_above(level) + 1;
     s.d_rows = 1;
     for (int j = i; j < chain.level_count; ++j) s.d_rows += rows_above(chain.levels[j]);
     const int co = level.pw1.co;
     s.a = cursor.take(s.a_stride * level.kh * co);
     s.b = cursor.take(stride * s.b_rows * co);
     s.d = level.distill.co > 0 ? cursor.take(stride * s.d_rows * level.distill.co) : nullptr;
-    s.r = cursor.take(stride * co);
-    s.row_pointers = reinterpret_cast<const float**>(cursor.take(2 * static_cast<int64_t>(level.kh)));
+    s.row_pointers =
+        reinterpret_cast<const float**>(cursor.take(2 * static_cast<int64_t>(level.kh)));
     if (s.a_stride > widest_row) widest_row = s.a_stride;
-    if (s.lag > max_lag) max_lag = s.lag;
-    if (channels > widest) widest = channels;
-    channels = co;
   }
   band->zeros = cursor.take(widest_row);
-  band->z = cursor.take(static_cast<int64_t>(max_lag + 1) * widest * kBlock);
+  band->z = cursor.take(static_cast<int64_t>(widest) * kBlock);
   band->block = cursor.take(static_cast<int64_t>(chain.fuse.co) * kBlock);
   if (base != nullptr) fill_zero(band->zeros, widest_row);
   return cursor.used;
 }
 
 template <Activation kOuter>
-void star_block_as(const StarLevel& level, LevelState& s, const TileRow* rows, const float* b,
-                   ptrdiff_t stride, int64_t column, int vecs) {
+void star_row_as(const Band& band, const StarLevel& level, const LevelState& s, const TileRow* rows,
+                 const float* b) {
   const int taps = level.kh * level.kw;
   for (int c = 0; c < level.pw1.co; ++c) {
-    for (int i = 0; i < level.kh; ++i) s.row_pointers[i] = rows[i].data + c * rows[i].channel_stride + column;
-    const float* bc = b + c * stride + column;
-    float* out = s.r + c * stride + column;
+    for (int i = 0; i < level.kh; ++i)
+      s.row_pointers[i] = rows[i].data + c * rows[i].channel_stride;
+    const float* bc = b + c * band.stride;
+    float* out = band.x + c * band.stride;
     if (level.kh == 3 && level.kw == 3) {
-      star_channel_3x3<kOuter>(s.row_pointers, level.dw + c * 9, level.dw_bias[c], bc, out, vecs);
+      star_channel_3x3<kOuter>(s.row_pointers, level.dw + c * 9, level.dw_bias[c], bc, out,
+                               band.vecs);
     } else {
-      star_channel_any<kOuter>(s.row_pointers, level.kh, level.kw, level.dw + static_cast<int64_t>(c) * taps,
-                               level.dw_bias[c], bc, out, vecs);
+      star_channel_any<kOuter>(s.row_pointers, level.kh, level.kw,
+                               level.dw + static_cast<int64_t>(c) * taps, level.dw_bias[c], bc, out,
+                               band.vecs);
     }
   }
 }
 
-void star_block(const StarLevel& level, LevelState& s, const TileRow* rows, const float* b,
-                ptrdiff_t stride, int64_t column, int vecs) {
+// The level's output row q, into band.x.
+void star_row(const Band& band, const StarLevel& level, const LevelState& s, const TileRow* rows,
+              int64_t q) {
+  const float* b = s.b + (q % s.b_rows) * level.pw1.co * band.stride;
   switch (level.outer) {
     case Activation::kNone:
-      return star_block_as<Activation::kNone>(level, s, rows, b, stride, column, vecs);
+      return star_row_as<Activation::kNone>(band, level, s, rows, b);
     case Activation::kGelu:
-      return star_block_as<Activation::kGelu>(level, s, rows, b, stride, column, vecs);
+      return star_row_as<Activation::kGelu>(band, level, s, rows, b);
     case Activation::kRelu6:
-      return star_block_as<Activation::kRelu6>(level, s, rows, b, stride, column, vecs);
+      return star_row_as<Activation::kRelu6>(band, level, s, rows, b);
     case Activation::kRelu:
-      return star_block_as<Activation::kRelu>(level, s, rows, b, stride, column, vecs);
+      return star_row_as<Activation::kRelu>(band, level, s, rows, b);
     case Activation::kSilu:
-      return star_block_as<Activation::kSilu>(level, s, rows, b, stride, column, vecs);
+      return star_row_as<Activation::kSilu>(band, level, s, rows, b);
   }
 }
 
@@ -124,12 +131,11 @@ SDAN_INLINE int block_vecs(const Band& band, int block) {
 // Writes the last level's row q: through `fuse` if there is one.
 void emit(Band& band, int64_t q) {
   const StarChain& chain = *band.chain;
-  LevelState& last = band.levels[chain.level_count - 1];
   const int64_t skip = band.region.x0 - band.x0;  // the tile's halo columns on the left
   const int64_t count = band.region.x1 - band.region.x0;
   if (chain.fuse.co == 0) {
-    store_tile(chain.out, band.region.n, q, band.region.x0, chain.levels[chain.level_count - 1].pw1.co, count,
-               last.r + skip, band.stride);
+    store_tile(chain.out, band.region.n, q, band.region.x0,
+               chain.levels[chain.level_count - 1].pw1.co, count, band.x + skip, band.stride);
     return;
   }
   PointwiseInput inputs[kMaxLevels + 1];
@@ -140,7 +146,7 @@ void emit(Band& band, int64_t q) {
     const LevelState& s = band.levels[i];
     inputs[n++] = {s.d + (q % s.d_rows) * co * band.stride, band.stride, co};
   }
-  inputs[n++] = {last.r, band.stride, chain.levels[chain.level_count - 1].pw1.co};
+  inputs[n++] = {band.x, band.stride, chain.levels[chain.level_count - 1].pw1.co};
   const int blocks = (band.vecs + kBlockVecs - 1) / kBlockVecs;
   for (int j = 0; j < blocks; ++j) {
     const int64_t column = static_cast<int64_t>(j) * kBlock;
@@ -149,107 +155,85 @@ void emit(Band& band, int64_t q) {
     const int64_t limit = skip + count;
     const int64_t end = column + vecs * kLanes < limit ? column + vecs * kLanes : limit;
     if (begin >= end) continue;
-    pointwise_block(inputs, n, column, chain.fuse.weight, chain.fuse.bias, chain.fuse.co, band.block, kBlock,
-                    vecs);
+    pointwise_block(inputs, n, column, chain.fuse.weight, chain.fuse.bias, chain.fuse.co,
+                    band.block, kBlock, vecs, &band.queue, kLinesAStep);
     store_tile(chain.out, band.region.n, q, band.x0 + begin, chain.fuse.co, end - begin,
                band.block + (begin - column), kBlock);
   }
 }
 
-void push(Band& band, int index, int64_t y, const float* x);
+void push(Band& band, int index, int64_t y);
 
-// What follows once level `index` has its output row q complete in s.r.
+// What follows once level `index` has its output row q complete in band.x.
 void row_done(Band& band, int index, int64_t q) {
   if (index + 1 < band.chain->level_count) {
-    push(band, index + 1, q, band.levels[index].r);
+    push(band, index + 1, q);
   } else {
     emit(band, q);
   }
 }
 
 // The rows that the depth-wise convolution for output row q spans.
-void gather_rows(const Band& band, const StarLevel& level, const LevelState& s, int64_t q, TileRow* rows) {
+void gather_rows(const Band& band, const StarLevel& level, const LevelState& s, int64_t q,
+                 TileRow* rows) {
   for (int i = 0; i < level.kh; ++i) {
     const int64_t y = q - rows_above(level) + i;
     if (y < 0 || y >= band.chain->height) {
       rows[i] = {band.zeros + s.margin, 0};
     } else {
-      rows[i] = {s.a + (y % level.kh) * level.pw1.co * s.a_stride + s.margin, static_cast<ptrdiff_t>(s.a_stride)};
+      rows[i] = {s.a + (y % level.kh) * level.pw1.co * s.a_stride + s.margin,
+                 static_cast<ptrdiff_t>(s.a_stride)};
     }
   }
 }
 
 constexpr int kMaxKernel = 255;
 
-// Feeds input row y (in order, from the level's first to in_end - 1) to a level.
-void push(Band& band, int index, int64_t y, const float* x) {
+// Feeds input row y, in band.x, to a level; in order, from the level's first row to in_end - 1.
+void push(Band& band, int index, int64_t y) {
   const StarLevel& level = band.chain->levels[index];
   LevelState& s = band.levels[index];
   const int ci = level.pw1.ci, co = level.pw1.co;
-  const int above = rows_above(level);
   const int blocks = (band.vecs + kBlockVecs - 1) / kBlockVecs;
   float* a = s.a + (y % level.kh) * co * s.a_stride + s.margin;
   float* b = s.b + (y % s.b_rows) * co * band.stride;
   const bool distil = level.distill.co > 0 && y >= band.region.y0 && y < band.region.y1;
-  const int64_t q = y - above;
-  const bool star_here = q >= s.out_begin && q < s.out_end;
+  const PointwiseInput row{band.x, static_cast<ptrdiff_t>(band.stride), ci};
+  const PointwiseInput block{band.z, kBlock, ci};
+  for (int j = 0; j < blocks; ++j) {
+    const int64_t column = static_cast<int64_t>(j) * kBlock;
+    const int vecs = block_vecs(band, j);
+    normalise_block(band.x + column, band.stride, ci, level.eps, band.z, kBlock, vecs, kBlock);
+    if (distil) {
+      float* d = s.d + (y % s.d_rows) * level.distill.co * band.stride + column;
+      pointwise_block(&row, 1, column, level.distill.weight, level.distill.bias, level.distill.co,
+                      d, band.stride, vecs, &band.queue, kLinesAStep);
+      gelu_block(d, band.stride, level.distill.co, vecs);
+    }
+    pointwise_block(&block, 1, 0, level.pw1.weight, level.pw1.bias, co, a + column, s.a_stride,
+                    vecs, &band.queue, kLinesAStep);
+    pointwise_block(&block, 1, 0, level.pw2.weight, level.pw2.bias, co, b + column, band.stride,
+                    vecs, &band.queue, kLinesAStep);
+  }
+  if (band.right_edge) {
+    // The padding of the depth-wise convolution; PW1 left its bias there.
+    const int64_t tail = static_cast<int64_t>(band.vecs) * kLanes - band.width;
+    for (int c = 0; c < co; ++c) fill_zero(a + c * s.a_stride + band.width, tail);
+  }
+  // The row that this one completes, and after the image's last row all that wait for nothing but
+  // its edge.
   TileRow rows[kMaxKernel];
-  if (star_here) gather_rows(band, level, s, q, rows);
-  const ptrdiff_t z_size = static_cast<ptrdiff_t>(ci) * kBlock;
-
-  for (int j = 0; j < blocks + s.lag; ++j) {
-    if (j < blocks) {
-      const int64_t column = static_cast<int64_t>(j) * kBlock;
-      const int vecs = block_vecs(band, j);
-      float* z = band.z + (j % (s.lag + 1)) * z_size;
-      normalise_block(x + column, band.stride, ci, level.eps, z, kBlock, vecs);
-      if (distil) {
-        const PointwiseInput in{x, static_cast<ptrdiff_t>(band.stride), ci};
-        float* d = s.d + (y % s.d_rows) * level.distill.co * band.stride + column;
-        pointwise_block(&in, 1, column, level.distill.weight, level.distill.bias, level.distill.co, d,
-                        band.stride, vecs);
-        gelu_block(d, band.stride, level.distill.co, vecs);
-      }
-      const PointwiseInput in{z, kBlock, ci};
-      pointwise_block(&in, 1, 0, level.pw1.weight, level.pw1.bias, co, a + column, s.a_stride, vecs);
-      if (j == blocks - 1 && band.right_edge) {
-        // The padding of the depth-wise convolution; PW1 left its bias there.
-        const int64_t tail = static_cast<int64_t>(band.vecs) * kLanes - band.width;
-        for (int c = 0; c < co; ++c) fill_zero(a + c * s.a_stride + band.width, tail);
-      }
-    }
-    const int i = j - s.lag;
-    if (i >= 0) {
-      const int64_t column = static_cast<int64_t>(i) * kBlock;
-      const int vecs = block_vecs(band, i);
-      const PointwiseInput in{band.z + (i % (s.lag + 1)) * z_size, kBlock, ci};
-      if (above == 0) {
-        pointwise_block(&in, 1, 0, level.pw2.weight, level.pw2.bias, co, b + column, band.stride, vecs);
-        if (star_here) star_block(level, s, rows, b, band.stride, column, vecs);
-      } else {
-        if (star_here) star_block(level, s, rows, b, band.stride, column, vecs);
-        pointwise_block(&in, 1, 0, level.pw2.weight, level.pw2.bias, co, b + column, band.stride, vecs);
-      }
-    }
-  }
-  if (star_here) {
-    s.out_next = q + 1;
+  while (s.out_next < s.out_end && (s.out_next + rows_above(level) <= y || y + 1 == s.in_end)) {
+    const int64_t q = s.out_next++;
+    gather_rows(band, level, s, q, rows);
+    star_row(band, level, s, rows, q);
     row_done(band, index, q);
-  }
-  if (y + 1 < s.in_end) return;
-  // The last rows have nothing below them but the image's edge.
-  while (s.out_next < s.out_end) {
-    const int64_t last = s.out_next++;
-    gather_rows(band, level, s, last, rows);
-    const float* b_last = s.b + (last % s.b_rows) * co * band.stride;
-    for (int j = 0; j < blocks; ++j) {
-      star_block(level, s, rows, b_last, band.stride, static_cast<int64_t>(j) * kBlock, block_vecs(band, j));
-    }
-    row_done(band, index, last);
   }
 }
 
-SDAN_INLINE int64_t clip(int64_t v, int64_t low, int64_t high) { return v < low ? low : (v > high ? high : v); }
+SDAN_INLINE int64_t clip(int64_t v, int64_t low, int64_t high) {
+  return v < low ? low : (v > high ? high : v);
+}
 
 }  // namespace
 
@@ -257,7 +241,8 @@ void star_chain_scratch(const StarChain* chain, int64_t width, int64_t* bytes) {
   Band band;
   int64_t halo = 0;
   for (int i = 0; i < chain->level_count; ++i) halo += chain->levels[i].kw / 2;
-  *bytes = place(*chain, width + 2 * halo < chain->width ? width + 2 * halo : chain->width, nullptr, &band);
+  *bytes = place(*chain, width + 2 * halo < chain->width ? width + 2 * halo : chain->width, nullptr,
+                 &band);
 }
 
 void star_chain_run(const StarChain* chain, const Region* region, void* scratch) {
@@ -272,16 +257,20 @@ void star_chain_run(const StarChain* chain, const Region* region, void* scratch)
   band.right_edge = x1 == chain->width;
   place(*chain, band.width, static_cast<char*>(scratch), &band);
 
-  int64_t begin = region->y0, end = region->y1;
+  int64_t begin = region->y0, end = region->y1, halo_y = 0;
+  const int out_channels =
+      chain->fuse.co > 0 ? chain->fuse.co : chain->levels[chain->level_count - 1].pw1.co;
   for (int i = chain->level_count - 1; i >= 0; --i) {
     const StarLevel& level = chain->levels[i];
     LevelState& s = band.levels[i];
     s.out_begin = s.out_next = begin;
     s.out_end = end;
+    halo_y += rows_above(level);
     begin = clip(begin - rows_above(level), 0, chain->height);
     end = clip(end + rows_above(level), 0, chain->height);
     s.in_end = end;
-    // Margins are read as the zero padding at the image's edges; inside the image they only reach the halo.
+    // Margins are read as the zero padding at the image's edges; inside the image they only reach
+    // the halo.
     const int64_t padded = static_cast<int64_t>(band.vecs) * kLanes;
     for (int64_t r = 0; r < static_cast<int64_t>(level.kh) * level.pw1.co; ++r) {
       float* row = s.a + r * s.a_stride;
@@ -291,7 +280,18 @@ void star_chain_run(const StarChain* chain, const Region* region, void* scratch)
   }
   for (int64_t y = begin; y < end; ++y) {
     load_tile(chain->x, region->n, y, band.x0, 0, chain->channels, band.width, band.x, band.stride);
-    push(band, 0, y, band.x);
+    band.queue.clear();
+    if (y + 1 < end) {
+      band.queue.add(chain->x, region->n, y + 1, band.x0, chain->channels, band.width, false);
+    }
+    // The row of output that the next one leads to; near the image's last row several follow at
+    // once.
+    const int64_t q = y + 1 - halo_y;
+    if (q >= region->y0 && q < region->y1) {
+      band.queue.add(chain->out, region->n, q, region->x0, out_channels, region->x1 - region->x0,
+                     true);
+    }
+    push(band, 0, y);
   }
 }
 

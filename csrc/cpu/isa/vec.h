@@ -1,8 +1,10 @@
-// One vector of float32 lanes per instruction set, with the storage conversions and the activations.
+// One vector of float32 lanes per instruction set, with the storage conversions and the
+// activations.
 //
-// Include it only from sources compiled with -DSDAN_ISA=avx512|avx2|portable. Everything here lives in
-// the namespace of that instruction set, so units of different sets never share a symbol. Operands of
-// min and max follow x86: if either is NaN the second one is returned, so max(zero(), x) keeps NaN.
+// Include it only from sources compiled with -DSDAN_ISA=avx512|avx2|portable. Everything here lives
+// in the namespace of that instruction set, so units of different sets never share a symbol.
+// Operands of min and max follow x86: if either is NaN the second one is returned, so max(zero(),
+// x) keeps NaN.
 #pragma once
 
 #include <cstddef>
@@ -40,7 +42,8 @@
 namespace sdan_fast {
 namespace SDAN_ISA {
 
-// ---- scalars -------------------------------------------------------------------------------------
+// ---- scalars
+// -------------------------------------------------------------------------------------
 
 SDAN_INLINE float bits_to_float(uint32_t u) {
   float f;
@@ -54,9 +57,13 @@ SDAN_INLINE uint32_t float_to_bits(float f) {
   return u;
 }
 
-SDAN_INLINE float to_float(float v) { return v; }
+SDAN_INLINE float to_float(float v) {
+  return v;
+}
 
-SDAN_INLINE float to_float(bfloat16 v) { return bits_to_float(static_cast<uint32_t>(v.bits) << 16); }
+SDAN_INLINE float to_float(bfloat16 v) {
+  return bits_to_float(static_cast<uint32_t>(v.bits) << 16);
+}
 
 SDAN_INLINE float to_float(float16 v) {
   const uint32_t magnitude = v.bits & 0x7fffu;
@@ -108,7 +115,8 @@ SDAN_INLINE float16 from_float<float16>(float v) {
   return float16{static_cast<uint16_t>(out | sign)};
 }
 
-// ---- vectors -------------------------------------------------------------------------------------
+// ---- vectors
+// -------------------------------------------------------------------------------------
 
 #if SDAN_IS_AVX512
 
@@ -118,26 +126,62 @@ struct Vec {
   __m512 v;
 };
 
-SDAN_INLINE __mmask16 lane_mask(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
+SDAN_INLINE __mmask16 lane_mask(int n) {
+  return static_cast<__mmask16>((1u << n) - 1u);
+}
 
-SDAN_INLINE Vec zero() { return {_mm512_setzero_ps()}; }
-SDAN_INLINE Vec set1(float x) { return {_mm512_set1_ps(x)}; }
-SDAN_INLINE Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
-SDAN_INLINE Vec load_n(const float* p, int n) { return {_mm512_maskz_loadu_ps(lane_mask(n), p)}; }
-SDAN_INLINE void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
-SDAN_INLINE void store_n(float* p, Vec a, int n) { _mm512_mask_storeu_ps(p, lane_mask(n), a.v); }
+SDAN_INLINE Vec zero() {
+  return {_mm512_setzero_ps()};
+}
+SDAN_INLINE Vec set1(float x) {
+  return {_mm512_set1_ps(x)};
+}
+SDAN_INLINE Vec load(const float* p) {
+  return {_mm512_loadu_ps(p)};
+}
+SDAN_INLINE Vec load_n(const float* p, int n) {
+  return {_mm512_maskz_loadu_ps(lane_mask(n), p)};
+}
+SDAN_INLINE void store(float* p, Vec a) {
+  _mm512_storeu_ps(p, a.v);
+}
+SDAN_INLINE void store_n(float* p, Vec a, int n) {
+  _mm512_mask_storeu_ps(p, lane_mask(n), a.v);
+}
 
-SDAN_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
-SDAN_INLINE Vec fnma(Vec a, Vec b, Vec c) { return {_mm512_fnmadd_ps(a.v, b.v, c.v)}; }
-SDAN_INLINE Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
-SDAN_INLINE Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
-SDAN_INLINE Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
-SDAN_INLINE Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
-SDAN_INLINE Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
-SDAN_INLINE Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
-SDAN_INLINE Vec abs(Vec a) { return {_mm512_abs_ps(a.v)}; }
-SDAN_INLINE Vec sqrt(Vec a) { return {_mm512_sqrt_ps(a.v)}; }
-SDAN_INLINE float hsum(Vec a) { return _mm512_reduce_add_ps(a.v); }
+SDAN_INLINE Vec fma(Vec a, Vec b, Vec c) {
+  return {_mm512_fmadd_ps(a.v, b.v, c.v)};
+}
+SDAN_INLINE Vec fnma(Vec a, Vec b, Vec c) {
+  return {_mm512_fnmadd_ps(a.v, b.v, c.v)};
+}
+SDAN_INLINE Vec operator+(Vec a, Vec b) {
+  return {_mm512_add_ps(a.v, b.v)};
+}
+SDAN_INLINE Vec operator-(Vec a, Vec b) {
+  return {_mm512_sub_ps(a.v, b.v)};
+}
+SDAN_INLINE Vec operator*(Vec a, Vec b) {
+  return {_mm512_mul_ps(a.v, b.v)};
+}
+SDAN_INLINE Vec operator/(Vec a, Vec b) {
+  return {_mm512_div_ps(a.v, b.v)};
+}
+SDAN_INLINE Vec min(Vec a, Vec b) {
+  return {_mm512_min_ps(a.v, b.v)};
+}
+SDAN_INLINE Vec max(Vec a, Vec b) {
+  return {_mm512_max_ps(a.v, b.v)};
+}
+SDAN_INLINE Vec abs(Vec a) {
+  return {_mm512_abs_ps(a.v)};
+}
+SDAN_INLINE Vec sqrt(Vec a) {
+  return {_mm512_sqrt_ps(a.v)};
+}
+SDAN_INLINE float hsum(Vec a) {
+  return _mm512_reduce_add_ps(a.v);
+}
 
 // 1/a to about one unit in the last place, for finite normal a.
 SDAN_INLINE Vec reciprocal(Vec a) {
@@ -151,7 +195,9 @@ SDAN_INLINE Vec select_lt(Vec a, Vec b, Vec x, Vec y) {
 }
 
 // p * 2^n for integral n; exact to the denormals, overflows to inf.
-SDAN_INLINE Vec scale_by_pow2(Vec p, Vec n) { return {_mm512_scalef_ps(p.v, n.v)}; }
+SDAN_INLINE Vec scale_by_pow2(Vec p, Vec n) {
+  return {_mm512_scalef_ps(p.v, n.v)};
+}
 
 SDAN_INLINE Vec round_to_int(Vec a) {
   return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
@@ -209,30 +255,64 @@ SDAN_INLINE __m256i lane_mask(int n) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
 
-SDAN_INLINE Vec zero() { return {_mm256_setzero_ps()}; }
-SDAN_INLINE Vec set1(float x) { return {_mm256_set1_ps(x)}; }
-SDAN_INLINE Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
-SDAN_INLINE Vec load_n(const float* p, int n) { return {_mm256_maskload_ps(p, lane_mask(n))}; }
-SDAN_INLINE void store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }
-SDAN_INLINE void store_n(float* p, Vec a, int n) { _mm256_maskstore_ps(p, lane_mask(n), a.v); }
+SDAN_INLINE Vec zero() {
+  return {_mm256_setzero_ps()};
+}
+SDAN_INLINE Vec set1(float x) {
+  return {_mm256_set1_ps(x)};
+}
+SDAN_INLINE Vec load(const float* p) {
+  return {_mm256_loadu_ps(p)};
+}
+SDAN_INLINE Vec load_n(const float* p, int n) {
+  return {_mm256_maskload_ps(p, lane_mask(n))};
+}
+SDAN_INLINE void store(float* p, Vec a) {
+  _mm256_storeu_ps(p, a.v);
+}
+SDAN_INLINE void store_n(float* p, Vec a, int n) {
+  _mm256_maskstore_ps(p, lane_mask(n), a.v);
+}
 
-SDAN_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
-SDAN_INLINE Vec fnma(Vec a, Vec b, Vec c) { return {_mm256_fnmadd_ps(a.v, b.v, c.v)}; }
-SDAN_INLINE Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
-SDAN_INLINE Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
-SDAN_INLINE Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
-SDAN_INLINE Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
-SDAN_INLINE Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
-SDAN_INLINE Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
-SDAN_INLINE Vec abs(Vec a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
-SDAN_INLINE Vec sqrt(Vec a) { return {_mm256_sqrt_ps(a.v)}; }
+SDAN_INLINE Vec fma(Vec a, Vec b, Vec c) {
+  return {_mm256_fmadd_ps(a.v, b.v, c.v)};
+}
+SDAN_INLINE Vec fnma(Vec a, Vec b, Vec c) {
+  return {_mm256_fnmadd_ps(a.v, b.v, c.v)};
+}
+SDAN_INLINE Vec operator+(Vec a, Vec b) {
+  return {_mm256_add_ps(a.v, b.v)};
+}
+SDAN_INLINE Vec operator-(Vec a, Vec b) {
+  return {_mm256_sub_ps(a.v, b.v)};
+}
+SDAN_INLINE Vec operator*(Vec a, Vec b) {
+  return {_mm256_mul_ps(a.v, b.v)};
+}
+SDAN_INLINE Vec operator/(Vec a, Vec b) {
+  return {_mm256_div_ps(a.v, b.v)};
+}
+SDAN_INLINE Vec min(Vec a, Vec b) {
+  return {_mm256_min_ps(a.v, b.v)};
+}
+SDAN_INLINE Vec max(Vec a, Vec b) {
+  return {_mm256_max_ps(a.v, b.v)};
+}
+SDAN_INLINE Vec abs(Vec a) {
+  return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)};
+}
+SDAN_INLINE Vec sqrt(Vec a) {
+  return {_mm256_sqrt_ps(a.v)};
+}
 SDAN_INLINE float hsum(Vec a) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
 
-SDAN_INLINE Vec reciprocal(Vec a) { return {_mm256_div_ps(_mm256_set1_ps(1.0f), a.v)}; }
+SDAN_INLINE Vec reciprocal(Vec a) {
+  return {_mm256_div_ps(_mm256_set1_ps(1.0f), a.v)};
+}
 
 SDAN_INLINE Vec select_lt(Vec a, Vec b, Vec x, Vec y) {
   return {_mm256_blendv_ps(y.v, x.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ))};
@@ -296,8 +376,12 @@ struct Vec {
   Float4 lo, hi;
 };
 
-SDAN_INLINE Vec zero() { return {Float4{0, 0, 0, 0}, Float4{0, 0, 0, 0}}; }
-SDAN_INLINE Vec set1(float x) { return {Float4{x, x, x, x}, Float4{x, x, x, x}}; }
+SDAN_INLINE Vec zero() {
+  return {Float4{0, 0, 0, 0}, Float4{0, 0, 0, 0}};
+}
+SDAN_INLINE Vec set1(float x) {
+  return {Float4{x, x, x, x}, Float4{x, x, x, x}};
+}
 SDAN_INLINE Vec load(const float* p) {
   Vec a;
   std::memcpy(&a.lo, p, 16);
@@ -319,19 +403,39 @@ SDAN_INLINE void store_n(float* p, Vec a, int n) {
   for (int i = 0; i < n; ++i) p[i] = t[i];
 }
 
-SDAN_INLINE Vec operator+(Vec a, Vec b) { return {a.lo + b.lo, a.hi + b.hi}; }
-SDAN_INLINE Vec operator-(Vec a, Vec b) { return {a.lo - b.lo, a.hi - b.hi}; }
-SDAN_INLINE Vec operator*(Vec a, Vec b) { return {a.lo * b.lo, a.hi * b.hi}; }
-SDAN_INLINE Vec operator/(Vec a, Vec b) { return {a.lo / b.lo, a.hi / b.hi}; }
-SDAN_INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
-SDAN_INLINE Vec fnma(Vec a, Vec b, Vec c) { return c - a * b; }
+SDAN_INLINE Vec operator+(Vec a, Vec b) {
+  return {a.lo + b.lo, a.hi + b.hi};
+}
+SDAN_INLINE Vec operator-(Vec a, Vec b) {
+  return {a.lo - b.lo, a.hi - b.hi};
+}
+SDAN_INLINE Vec operator*(Vec a, Vec b) {
+  return {a.lo * b.lo, a.hi * b.hi};
+}
+SDAN_INLINE Vec operator/(Vec a, Vec b) {
+  return {a.lo / b.lo, a.hi / b.hi};
+}
+SDAN_INLINE Vec fma(Vec a, Vec b, Vec c) {
+  return a * b + c;
+}
+SDAN_INLINE Vec fnma(Vec a, Vec b, Vec c) {
+  return c - a * b;
+}
 SDAN_INLINE Vec select_lt(Vec a, Vec b, Vec x, Vec y) {
   return {a.lo < b.lo ? x.lo : y.lo, a.hi < b.hi ? x.hi : y.hi};
 }
-SDAN_INLINE Vec min(Vec a, Vec b) { return select_lt(a, b, a, b); }
-SDAN_INLINE Vec max(Vec a, Vec b) { return select_lt(b, a, a, b); }
-SDAN_INLINE Float4 from_int_bits(Int4 i) { return reinterpret_cast<Float4>(i); }
-SDAN_INLINE Int4 to_int_bits(Float4 f) { return reinterpret_cast<Int4>(f); }
+SDAN_INLINE Vec min(Vec a, Vec b) {
+  return select_lt(a, b, a, b);
+}
+SDAN_INLINE Vec max(Vec a, Vec b) {
+  return select_lt(b, a, a, b);
+}
+SDAN_INLINE Float4 from_int_bits(Int4 i) {
+  return reinterpret_cast<Float4>(i);
+}
+SDAN_INLINE Int4 to_int_bits(Float4 f) {
+  return reinterpret_cast<Int4>(f);
+}
 SDAN_INLINE Vec abs(Vec a) {
   const Int4 m = Int4{} + 0x7fffffff;
   return {from_int_bits(to_int_bits(a.lo) & m), from_int_bits(to_int_bits(a.hi) & m)};
@@ -346,15 +450,20 @@ SDAN_INLINE float hsum(Vec a) {
   const Float4 s = a.lo + a.hi;
   return (s[0] + s[2]) + (s[1] + s[3]);
 }
-SDAN_INLINE Vec reciprocal(Vec a) { return set1(1.0f) / a; }
+SDAN_INLINE Vec reciprocal(Vec a) {
+  return set1(1.0f) / a;
+}
 
-// Round to nearest through the bits of 1.5 * 2^23; exact for |a| < 2^22, all that is asked of it here.
+// Round to nearest through the bits of 1.5 * 2^23; exact for |a| < 2^22, all that is asked of it
+// here.
 SDAN_INLINE Vec round_to_int(Vec a) {
   const Vec magic = set1(12582912.0f);
   return (a + magic) - magic;
 }
 
-SDAN_INLINE Float4 pow2_of(Int4 i) { return from_int_bits((i + 127) << 23); }
+SDAN_INLINE Float4 pow2_of(Int4 i) {
+  return from_int_bits((i + 127) << 23);
+}
 SDAN_INLINE Float4 scale_half(Float4 p, Float4 n) {
   const Int4 i = __builtin_convertvector(n, Int4);
   const Int4 half = i >> 1;
@@ -377,10 +486,18 @@ SDAN_INLINE void store_converted(T* p, Vec a) {
   store(t, a);
   for (int i = 0; i < kLanes; ++i) p[i] = from_float<T>(t[i]);
 }
-SDAN_INLINE Vec load(const bfloat16* p) { return load_converted(p); }
-SDAN_INLINE void store(bfloat16* p, Vec a) { store_converted(p, a); }
-SDAN_INLINE Vec load(const float16* p) { return load_converted(p); }
-SDAN_INLINE void store(float16* p, Vec a) { store_converted(p, a); }
+SDAN_INLINE Vec load(const bfloat16* p) {
+  return load_converted(p);
+}
+SDAN_INLINE void store(bfloat16* p, Vec a) {
+  store_converted(p, a);
+}
+SDAN_INLINE Vec load(const float16* p) {
+  return load_converted(p);
+}
+SDAN_INLINE void store(float16* p, Vec a) {
+  store_converted(p, a);
+}
 
 #endif
 
@@ -398,23 +515,36 @@ SDAN_INLINE void store_n16(T* p, Vec a, int n) {
   store(t, a);
   for (int i = 0; i < n; ++i) p[i] = t[i];
 }
-SDAN_INLINE Vec load_n(const bfloat16* p, int n) { return load_n16(p, n); }
-SDAN_INLINE void store_n(bfloat16* p, Vec a, int n) { store_n16(p, a, n); }
-SDAN_INLINE Vec load_n(const float16* p, int n) { return load_n16(p, n); }
-SDAN_INLINE void store_n(float16* p, Vec a, int n) { store_n16(p, a, n); }
+SDAN_INLINE Vec load_n(const bfloat16* p, int n) {
+  return load_n16(p, n);
+}
+SDAN_INLINE void store_n(bfloat16* p, Vec a, int n) {
+  store_n16(p, a, n);
+}
+SDAN_INLINE Vec load_n(const float16* p, int n) {
+  return load_n16(p, n);
+}
+SDAN_INLINE void store_n(float16* p, Vec a, int n) {
+  store_n16(p, a, n);
+}
 #endif
 
-// Keeps a loaded vector in its register: GCC else folds the load into each of its uses, and the repeated
-// unaligned loads, not the multiply-adds, then bind.
+// Keeps a loaded vector in its register: GCC else folds the load into each of its uses, and the
+// repeated unaligned loads, not the multiply-adds, then bind.
 #if SDAN_IS_AVX512
-SDAN_INLINE void pin(Vec& a) { asm("" : "+v"(a.v)); }
+SDAN_INLINE void pin(Vec& a) {
+  asm("" : "+v"(a.v));
+}
 #elif SDAN_IS_AVX2
-SDAN_INLINE void pin(Vec& a) { asm("" : "+x"(a.v)); }
+SDAN_INLINE void pin(Vec& a) {
+  asm("" : "+x"(a.v));
+}
 #else
 SDAN_INLINE void pin(Vec&) {}
 #endif
 
-// ---- functions -----------------------------------------------------------------------------------
+// ---- functions
+// -----------------------------------------------------------------------------------
 
 // 2^f for f in [-0.5, 0.5], relative error 2e-9 before rounding.
 SDAN_INLINE Vec exp2_fraction(Vec f) {
@@ -444,41 +574,87 @@ SDAN_INLINE Vec exp(Vec x) {
   return scale_by_pow2(exp2_fraction(r * set1(1.44269504088896341f)), n);
 }
 
-// P(X > u) of the standard normal for u >= 0: exp(-u^2/2) times a rational form of the scaled
-// complementary error function (relative error 5e-9 on [0, 13]). Exactly zero from 8.25 on, about where
-// the definition's own 1 + erf(-u / sqrt 2) becomes zero in float64: 2^n underflows at the stand-in 20.
-SDAN_INLINE Vec normal_tail(Vec u) {
-  u = select_lt(u, set1(8.25f), u, set1(20.0f));
-  const Vec w = u * u;
-  const Vec scale = set1(-0.72134752044448170f);  // -log2(e) / 2
-  const Vec n = round_to_int(w * scale);
-  const Vec e = exp2_fraction(fma(w, scale, zero() - n));
-  Vec num = set1(3.9943475276231766e-3f);
-  num = fma(num, u, set1(3.9808746427297592e-2f));
-  num = fma(num, u, set1(1.8078389763832092e-1f));
-  num = fma(num, u, set1(4.3497607111930847e-1f));
-  num = fma(num, u, set1(0.5f));
-  Vec den = set1(1.0012194514274597e-2f);
-  den = fma(den, u, set1(9.9793381989002228e-2f));
-  den = fma(den, u, set1(4.6300050616264343e-1f));
-  den = fma(den, u, set1(1.1923052072525024f));
-  den = fma(den, u, set1(1.6678370237350464f));
-  den = fma(den, u, set1(1.0f));
-  return scale_by_pow2((e * num) * reciprocal(den), n);
+// One step of Horner's scheme for V vectors at once.
+template <int V>
+SDAN_INLINE void horner(Vec (&p)[V], const Vec (&x)[V], float coefficient) {
+#pragma GCC unroll 8
+  for (int v = 0; v < V; ++v) p[v] = fma(p[v], x[v], set1(coefficient));
 }
 
-// x * Phi(x), the exact (erf) GELU. Working from the tail keeps the relative error of negative x at a
-// few units in the last place, where 1 + erf(x / sqrt 2) would cancel. gelu(-inf) is NaN as in PyTorch.
+template <int V>
+SDAN_INLINE void fill(Vec (&p)[V], float value) {
+#pragma GCC unroll 8
+  for (int v = 0; v < V; ++v) p[v] = set1(value);
+}
+
+// P(X > u) of the standard normal for u >= 0, in place: exp(-u^2/2) times a rational form of the
+// scaled complementary error function (relative error 5e-9 on [0, 13]). Exactly zero from 8.25 on,
+// about where the definition's own 1 + erf(-u / sqrt 2) becomes zero in float64: 2^n underflows at
+// the stand-in 20. V vectors step by step together: one alone is a chain of some forty dependent
+// instructions, longer than a processor's scheduler overlaps.
+template <int V>
+SDAN_INLINE void normal_tail(Vec (&u)[V]) {
+  Vec n[V], f[V], e[V], num[V], den[V];
+#pragma GCC unroll 8
+  for (int v = 0; v < V; ++v) {
+    u[v] = select_lt(u[v], set1(8.25f), u[v], set1(20.0f));
+    const Vec w = u[v] * u[v];
+    const Vec scale = set1(-0.72134752044448170f);  // -log2(e) / 2
+    n[v] = round_to_int(w * scale);
+    f[v] = fma(w, scale, zero() - n[v]);
+  }
+  fill(e, 1.5345812425948679e-4f);
+  horner(e, f, 1.3399930903688073e-3f);
+  horner(e, f, 9.6184890717267990e-3f);
+  horner(e, f, 5.5503286421298981e-2f);
+  horner(e, f, 2.4022646248340607e-1f);
+  horner(e, f, 6.9314718246459961e-1f);
+  horner(e, f, 1.0f);
+  fill(num, 3.9943475276231766e-3f);
+  horner(num, u, 3.9808746427297592e-2f);
+  horner(num, u, 1.8078389763832092e-1f);
+  horner(num, u, 4.3497607111930847e-1f);
+  horner(num, u, 0.5f);
+  fill(den, 1.0012194514274597e-2f);
+  horner(den, u, 9.9793381989002228e-2f);
+  horner(den, u, 4.6300050616264343e-1f);
+  horner(den, u, 1.1923052072525024f);
+  horner(den, u, 1.6678370237350464f);
+  horner(den, u, 1.0f);
+#pragma GCC unroll 8
+  for (int v = 0; v < V; ++v) u[v] = scale_by_pow2((e[v] * num[v]) * reciprocal(den[v]), n[v]);
+}
+
+// x * Phi(x), the exact (erf) GELU, in place. Working from the tail keeps the relative error of
+// negative x at a few units in the last place, where 1 + erf(x / sqrt 2) would cancel. gelu(-inf)
+// is NaN as in PyTorch.
+template <int V>
+SDAN_INLINE void gelu(Vec (&x)[V]) {
+  Vec q[V];
+#pragma GCC unroll 8
+  for (int v = 0; v < V; ++v) q[v] = abs(x[v]);
+  normal_tail(q);
+#pragma GCC unroll 8
+  for (int v = 0; v < V; ++v) x[v] = x[v] * select_lt(x[v], zero(), q[v], set1(1.0f) - q[v]);
+}
+
 SDAN_INLINE Vec gelu(Vec x) {
-  const Vec q = normal_tail(abs(x));
-  return x * select_lt(x, zero(), q, set1(1.0f) - q);
+  Vec t[1] = {x};
+  gelu(t);
+  return t[0];
 }
 
-SDAN_INLINE Vec relu(Vec x) { return max(zero(), x); }
-SDAN_INLINE Vec relu6(Vec x) { return min(set1(6.0f), max(zero(), x)); }
+SDAN_INLINE Vec relu(Vec x) {
+  return max(zero(), x);
+}
+SDAN_INLINE Vec relu6(Vec x) {
+  return min(set1(6.0f), max(zero(), x));
+}
 
 // x / (1 + e^-x); the addend keeps NaN.
-SDAN_INLINE Vec silu(Vec x) { return x / (set1(1.0f) + exp(zero() - x)); }
+SDAN_INLINE Vec silu(Vec x) {
+  return x / (set1(1.0f) + exp(zero() - x));
+}
 
 template <Activation A>
 SDAN_INLINE Vec activate(Vec x) {

@@ -1,0 +1,69 @@
+// Prefetching of the next image tile, a few cache lines at a time between the steps of a product.
+//
+// A tile is a short piece of many image rows, tens of kilobytes apart: no hardware prefetcher sees
+// it coming, and asking for all of it at once would stall on the few outstanding misses that a core
+// may have.
+#pragma once
+
+#include "../fused.h"
+#include "vec.h"
+
+namespace sdan_fast {
+namespace SDAN_ISA {
+
+class PrefetchQueue {
+ public:
+  SDAN_INLINE void clear() { count_ = current_ = 0; }
+
+  // Pixels [x, x + n) of row y in all channels, to be read, or written if `write`. Only planes are
+  // taken: where the channels of a pixel are neighbours, so are the pixels.
+  SDAN_INLINE void add(const ImageView& view, int64_t image, int64_t y, int64_t x, int channels,
+                       int64_t n, bool write) {
+    if (view.stride_w != 1 || n <= 0 || count_ == kMost) return;
+    const int64_t size = view.dtype == DType::kFloat32 ? 4 : 2;
+    const char* p = static_cast<const char*>(view.data) +
+                    (image * view.stride_n + y * view.stride_h + x) * size;
+    items_[count_++] = {p,    static_cast<ptrdiff_t>(view.stride_c * size), n * size, 0, channels,
+                        write};
+  }
+
+  SDAN_INLINE void step(int lines) {
+    for (; lines > 0 && current_ < count_; --lines) {
+      Item& item = items_[current_];
+      const char* p = item.row + item.at;
+#if SDAN_IS_AVX512 || SDAN_IS_AVX2
+      if (item.write) {
+        asm volatile("prefetchw %0" : : "m"(*p));
+      } else {
+        __builtin_prefetch(p, 0, 2);
+      }
+#else
+      if (item.write) {
+        __builtin_prefetch(p, 1, 2);
+      } else {
+        __builtin_prefetch(p, 0, 2);
+      }
+#endif
+      item.at += 64;
+      if (item.at < item.bytes) continue;
+      item.at = 0;
+      item.row += item.stride;
+      if (--item.rows_left == 0) ++current_;
+    }
+  }
+
+ private:
+  static constexpr int kMost = 6;
+  struct Item {
+    const char* row;
+    ptrdiff_t stride;
+    int64_t bytes, at;
+    int rows_left;
+    bool write;
+  };
+  Item items_[kMost];
+  int count_ = 0, current_ = 0;
+};
+
+}  // namespace SDAN_ISA
+}  // namespace sdan_fast
