@@ -35,35 +35,59 @@ def row_vector(width: int, itemsize: int, aligned: bool) -> tuple[int, bool]:
     return 4, False
 
 
+def row_vectors(kw: int, width: int, v: int, itemsize: int) -> tuple[int, int]:
+    """(vectors M of a thread along a row, S apart) of a 1xk filter: each loaded vector then serves more outputs.
+
+    S vectors are a sector of 32 bytes, so that the threads of a warp still read whole sectors.
+    """
+    s = max(1, 32 // (v * itemsize))
+    m = 16 // v
+    return (m, s) if width >= 2 * m * s * v else (1, 1)
+
+
 def conv_nchw(kh: int, kw: int, dh: int, width: int, height: int, itemsize: int, aligned: bool) -> Settings:
     """A depth-wise convolution in NCHW.
 
-    1xk and squares: 128 consecutive vectors of a plane, one row each. kx1: R rows a thread, and programs of whole
-    columns (up to 256 R rows) of four vectors, so that no column is read by two programs.
+    1xk: M vectors of one row a thread. Squares: R rows of one vector. 128 threads for consecutive places of a plane.
+    kx1: R rows a thread, and programs of whole columns (up to 256 R rows) of four vectors, so that no column is read
+    by two programs.
     """
     v, vector = row_vector(width, itemsize, aligned)
     if kw > 1 or kh == 1:
+        m, s = 1, 1
         if kh == 1:
-            r = 1 if height == 1 else itemsize
+            m, s = row_vectors(kw, width, v, itemsize)
+            r = 1 if height == 1 else (4 if kw <= 5 else itemsize if m == 1 else 1)
         else:
             r = 1 if kh * kw > 49 else (4 if kh * kw <= 25 else 2)
-        return Settings(V=v, VECTOR=vector, R=r, BG=128, BQ=1, FLAT=True, warps=4)
-    r = 4
+        return Settings(V=v, VECTOR=vector, R=r, M=m, S=s, BG=128, BQ=1, FLAT=True, warps=4)
+    r = 8 if kh <= 5 and height >= 16 * dh else 4
     groups = power_of_two(-(-height // (r * dh)) * dh, 8, 64)
     if groups * r < height:  # tall images
         r = 8
         groups = power_of_two(-(-height // (r * dh)) * dh, 64, 256)
     bq = 4 if groups <= 64 else 2
-    return Settings(V=v, VECTOR=vector, R=r, BG=groups, BQ=bq, FLAT=False, warps=max(1, groups * bq // 32))
+    return Settings(
+        V=v, VECTOR=vector, R=r, M=1, S=1, BG=groups, BQ=bq, FLAT=False, warps=max(1, groups * bq // 32)
+    )
 
 
 def wgrad_nchw(kh: int, kw: int, width: int, itemsize: int, aligned: bool) -> Settings:
-    """First stage of a weight gradient in NCHW: up to 81 taps in registers, four chunks of 128 vectors a program."""
+    """First stage of a weight gradient in NCHW: up to 81 taps in registers, CHUNKS chunks of 128 threads a program."""
     v, vector = row_vector(width, itemsize, aligned)
     th = kh if kh * kw <= 81 else max(1, 63 // kw)
-    r = 4 if kw == 1 and kh > 1 else (2 if kh * kw <= 31 else 1)
+    m, s = row_vectors(kw, width, v, itemsize) if kh == 1 else (1, 1)
+    if kh == 1:
+        r = 2 if kw <= 5 or m == 1 else 1
+    elif kw == 1:
+        r = 8 if kh <= 5 else 4
+    else:
+        r = 4 if kh * kw <= 9 else 2 if kh * kw <= 49 else 1
     columns = power_of_two(th * kw + 1, 2, 128)
-    return Settings(V=v, VECTOR=vector, R=r, TH=th, COLUMNS=columns, BLOCK=128, CHUNKS=4, warps=4)
+    chunks = min(8, 128 // (r * m * v)) if itemsize == 4 else 8  # at most 128 roundings of float32 in a row
+    return Settings(
+        V=v, VECTOR=vector, R=r, M=m, S=s, TH=th, COLUMNS=columns, BLOCK=128, CHUNKS=chunks, warps=4
+    )
 
 
 def channel_tile(channels: int) -> int:
@@ -71,20 +95,38 @@ def channel_tile(channels: int) -> int:
     return min((64, 32, 16), key=lambda b: (-(-channels // b) * b, -b))
 
 
-def conv_nhwc(taps: int, channels: int, itemsize: int, vector: int) -> Settings:
-    """A depth-wise convolution in channels_last: four positions and 16 bytes of channels a thread."""
-    bc = channel_tile(channels)
-    per_thread = 16 // itemsize
-    kt = taps if taps <= 11 else 8
-    return Settings(P=4, KT=kt, BC=bc, BP=128 * per_thread // bc, VEC=vector, warps=4)
+def taps_at_a_time(taps: int, most: int) -> int:
+    """How many taps to hold in registers: all of them up to `most`, else the number that pads them least."""
+    if taps <= most:
+        return taps
+    return min(range(max(most // 2, 1), most + 1), key=lambda t: (-(-taps // t) * t, -t))
 
 
-def wgrad_nhwc(taps: int, channels: int, itemsize: int, vector: int) -> Settings:
-    """First stage of a weight gradient in channels_last: up to 7 taps in registers."""
-    bc = channel_tile(channels)
-    per_thread = 16 // itemsize
-    kt = taps if taps <= 7 else (5 if taps in (9, 19, 25) else 6)
-    return Settings(P=4, KT=kt, BC=bc, BP=128 * per_thread // bc, VEC=vector, CHUNKS=4, warps=4)
+def positions(length: int, dilation: int, most: int) -> int:
+    """Outputs of a thread along the filter's main axis, `dilation` apart: fewer where they would overreach."""
+    return next((p for p in (16, 8) if p <= most and length >= 2 * p * dilation), 4)
+
+
+def conv_nhwc(taps: int, length: int, dilation: int, channels: int, vector: int) -> Settings:
+    """A depth-wise convolution in channels_last: a thread owns `vector` channels of its positions."""
+    bc = max(channel_tile(channels), vector)
+    kt = taps_at_a_time(taps, 6 if vector == 8 else 11)
+    p = positions(length, dilation, 16 if taps <= 5 and vector <= 4 else 8)
+    return Settings(P=p, KT=kt, BC=bc, BP=128 * vector // bc, VEC=vector, warps=4)
+
+
+def wgrad_nhwc(taps: int, rows: int, length: int, dilation: int, channels: int, vector: int) -> Settings:
+    """First stage of a weight gradient in channels_last: all of a 3x3's taps, else one of the filter's rows."""
+    bc = max(channel_tile(channels), vector)
+    kt = taps_at_a_time(taps, 5 if vector == 8 else 11)
+    tb = rows if rows * kt <= 9 else 1
+    most = 8
+    if vector == 8 and tb > 1:
+        most = 4
+    elif vector <= 4 and rows * kt <= 5:
+        most = 16
+    p = positions(length, dilation, most)
+    return Settings(P=p, KT=kt, TB=tb, BC=bc, BP=128 * vector // bc, VEC=vector, CHUNKS=8, warps=4)
 
 
 def pixels(channels: int, elements: int, warps: int = 4) -> Settings:
