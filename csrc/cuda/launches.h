@@ -37,7 +37,7 @@ struct ConvShape {
 
 // Whether the kernels have room for the shape in its layout. Where they have none for contiguous
 // tensors (far dilations), they may for channels_last ones.
-bool conv_fits(const ConvShape& shape, bool weight_gradient);
+bool conv_fits(DType dtype, const ConvShape& shape, bool weight_gradient);
 
 // flip: with the taps reversed, which is the gradient of the input.
 void conv_forward(DType dtype, const void* x, const void* weight, const void* bias, void* y,
@@ -49,6 +49,31 @@ int64_t conv_partial_floats(const ConvShape& shape);
 void conv_weight_gradient(DType dtype, const void* grad, const void* x, float* partial,
                           void* grad_weight, void* grad_bias, const ConvShape& shape,
                           Stream stream);
+
+// strip_conv_chain*.cu. One or two 1-D depth-wise convolutions along one axis, 1 x k or k x 1, in
+// one pass: see strip_conv_chain.cuh.
+struct Strip {
+  const void *weight = nullptr, *bias = nullptr;  // c x taps; c or null
+  int taps = 1, dilation = 1;
+  // A bias from before a horizontal convolution that is done already: it is spread over the row by
+  // that convolution's taps.
+  const void *edge_bias = nullptr, *edge_weight = nullptr;
+  int edge_taps = 1, edge_dilation = 1;
+};
+struct StripPass {
+  const void* x = nullptr;
+  void* y = nullptr;
+  const void* gate =
+      nullptr;  // null, or a tensor like y that multiplies the result of a vertical pass
+  int64_t n = 0, c = 0, h = 0, w = 0;
+  bool channels_last = false, vertical = false, flip = false;
+  int steps = 1;
+  Strip strip[2];
+};
+
+// Whether the kernels have room for it: not for the farthest dilations.
+bool strips_fit(DType dtype, const StripPass& pass);
+void convolve_strips(DType dtype, const StripPass& pass, Stream stream);
 
 // layer_norm2d.cu. weight, bias: C; bias may be null. `pixels` is H * W. At most 4096 channels.
 struct NormShape {
