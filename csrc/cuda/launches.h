@@ -58,8 +58,10 @@ struct NormShape {
 };
 void norm_forward(DType dtype, const void* x, const void* weight, const void* bias, void* y,
                   const NormShape& shape, float eps, Stream stream);
-// Contiguous tensors only. A null gradient is not wanted; `partial`, null if neither of weight and
-// bias is, holds norm_partial_floats(shape) floats.
+// A null gradient is not wanted; `partial`, null if neither of weight and bias is, holds
+// norm_partial_floats(shape) floats. The shape has to fit: channels_last tensors of many channels
+// do not.
+bool norm_backward_fits(const NormShape& shape);
 int64_t norm_partial_floats(const NormShape& shape);
 void norm_backward(DType dtype, const void* grad, const void* x, const void* weight, void* grad_x,
                    float* partial, void* grad_weight, void* grad_bias, const NormShape& shape,
