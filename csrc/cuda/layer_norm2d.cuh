@@ -384,8 +384,8 @@ __global__ void __launch_bounds__(kNormThreads, 1)
   for (int c = static_cast<int>(threadIdx.x); c < 2 * p.channels; c += kNormThreads) {
     float total = 0;
     for (int k = 0; k < groups; ++k) total += sums[k * 2 * p.channels + c];
-    partial[(static_cast<int64_t>(blockIdx.x) * p.channels + c % p.channels) * 2 +
-            c / p.channels] = total;
+    partial[(static_cast<int64_t>(blockIdx.x) * p.channels + c % p.channels) * 2 + c / p.channels] =
+        total;
   }
 }
 
