@@ -78,7 +78,10 @@ def test_empty(shape, ci):
         (lambda u, x, w, b: (u, x.half(), w, b), "x must have the dtype of u"),
         (lambda u, x, w, b: (u, x, w[:1], b), "weight must have the shape"),
         (lambda u, x, w, b: (u, x, w, b[:1]), "bias must have the shape"),
-        (lambda u, x, w, b: tuple(t.double() for t in (u, x, w, b)), "u must be float32, bfloat16 or float16"),
+        (
+            lambda u, x, w, b: tuple(t.double() for t in (u, x, w, b)),
+            "u must be float32, bfloat16 or float16",
+        ),
     ],
 )
 def test_wrong_tensors_are_refused(change, message):

@@ -46,7 +46,13 @@ def test_several_groups_and_warps(shape, co, layout):
 @pytest.mark.parametrize("outer", ACTIVATIONS)
 def test_outer_activations(outer, layout):
     args, g = tensors((1, 6, 5, 8), 4, layout=layout, bias=False)
-    check(STAR_CONV, args, {"outer": outer, "eps": 1e-3}, grad=g, masks=[[True, True, False, True, True, False, True]])
+    check(
+        STAR_CONV,
+        args,
+        {"outer": outer, "eps": 1e-3},
+        grad=g,
+        masks=[[True, True, False, True, True, False, True]],
+    )
 
 
 @pytest.mark.parametrize("layout", FORMATS)
@@ -60,7 +66,11 @@ def test_no_result_depends_on_the_order_of_threads(shape, co, layout):
 def test_output_masks(layout):
     args, g = tensors((2, 4, 5, 8), 4, layout=layout)
     masks = [[i == j for j in range(7)] for i in range(7)]
-    masks += [[False] * 7, [False, False, False, False, True, True, False], [True, False, False, True, True, False, True]]
+    masks += [
+        [False] * 7,
+        [False, False, False, False, True, True, False],
+        [True, False, False, True, True, False, True],
+    ]
     check(STAR_CONV, args, grad=g, masks=masks)
 
 
