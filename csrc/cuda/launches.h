@@ -83,11 +83,51 @@ struct NormShape {
 };
 void norm_forward(DType dtype, const void* x, const void* weight, const void* bias, void* y,
                   const NormShape& shape, float eps, Stream stream);
-// Contiguous tensors only. A null gradient is not wanted; `partial`, null if neither of weight and
-// bias is, holds norm_partial_floats(shape) floats.
+// A null gradient is not wanted; `partial`, null if neither of weight and bias is, holds
+// norm_partial_floats(shape) floats. The shape has to fit: channels_last tensors of many channels
+// do not.
+bool norm_backward_fits(const NormShape& shape);
 int64_t norm_partial_floats(const NormShape& shape);
 void norm_backward(DType dtype, const void* grad, const void* x, const void* weight, void* grad_x,
                    float* partial, void* grad_weight, void* grad_bias, const NormShape& shape,
                    float eps, Stream stream);
+
+// star_conv.cu: outer(GELU(DW3x3(p) + bias) * b). y and its gradient are dense; p, b and their
+// gradients may be slices: `step` elements from one image (contiguous) or pixel (channels_last) to
+// the next. weight C x 3 x 3, bias C or null. H * W < 2^31.
+struct StarConvShape {
+  int64_t n, step;
+  int channels, height, width;
+  bool channels_last;
+};
+void star_conv_forward(DType dtype, const void* p, const void* b, const void* weight,
+                       const void* bias, void* y, const StarConvShape& shape, int outer,
+                       Stream stream);
+// grad_p and grad_b are null, or neither is; `partial`, null if neither of weight and bias is
+// wanted, holds star_conv_partial_floats(shape) floats. A null gradient is not wanted.
+int64_t star_conv_partial_floats(const StarConvShape& shape);
+void star_conv_backward(DType dtype, const void* grad, const void* p, const void* b,
+                        const void* weight, const void* bias, void* grad_p, void* grad_b,
+                        float* partial, void* grad_weight, void* grad_bias,
+                        const StarConvShape& shape, int outer, Stream stream);
+
+// pointwise_gate.cu: y = a * (t + bias), if y is not null; h = a * b, if b is not null (h may be),
+// and grad_bias = the sums of h by channel, if `partial` is not null, which then holds
+// gate_partial_floats(shape) floats. All dense; bias may be null.
+struct GateShape {
+  int64_t n, pixels;
+  int channels;
+  bool channels_last;
+};
+int64_t gate_partial_floats(const GateShape& shape);
+void gate(DType dtype, const void* a, const void* t, const void* b, const void* bias, void* y,
+          void* h, float* partial, void* grad_bias, const GateShape& shape, Stream stream);
+
+// out[i] = the sum over images n and splits s of parts[n * image + i * out + s * split].
+struct PartStrides {
+  int64_t image, out, split;
+};
+void sum_parts(DType dtype, const float* parts, void* out, int64_t count, int64_t images,
+               int splits, const PartStrides& strides, Stream stream);
 
 }  // namespace sdan_fast::cuda
