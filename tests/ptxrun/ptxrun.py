@@ -93,6 +93,7 @@ def run(
     max_steps=100_000_000,
     pad_args=False,
     names=None,
+    blocks=None,
 ):
     """Run a PTX kernel. Arrays in `args` are changed in place.
 
@@ -101,7 +102,8 @@ def run(
     batch_lanes: threads interpreted at once; blocks are grouped up to it (1: one block at a time).
     races: "raise", "record" (Stats.races) or "off". approx: "exact" rounds ex2.approx, rcp.approx and the like correctly,
     "worst" adds the PTX manual's error bound to them, in either direction. pad_args: trailing parameters that are missing are
-    null. names: names of the arguments for messages.
+    null. names: names of the arguments for messages. blocks: linear indices of the blocks to run (default: all of the grid);
+    Stats then count those blocks alone.
     Raises MemoryFault, RaceError, Unsupported or PTXError.
     """
     began = time.perf_counter()
@@ -156,11 +158,25 @@ def run(
     la.granule = min(sizes, default=0)
     la.wcount, la.tcount = np.zeros(len(k.code), np.int64), np.zeros(len(k.code), np.int64)
     total, per = math.prod(la.grid), -(-math.prod(la.block) // WARP) * WARP
-    batch = max(1, min(batch_lanes // per, (1 << 26) // max(la.shared_bytes + per * la.local_bytes, 1)))
+    chosen = np.arange(total) if blocks is None else np.asarray(blocks, np.int64)
+    if chosen.size and not (0 <= chosen.min() and chosen.max() < total):
+        raise PTXError(f"blocks {chosen.min()} to {chosen.max()} of a grid of {total}")
+    sectors = sum(r.sectors for r in la.gmem.regions)
+    batch = max(
+        1,
+        min(
+            batch_lanes // per,
+            (1 << 26) // max(la.shared_bytes + per * la.local_bytes, 1),
+            (1 << 29) // max(sectors, 1),  # Machine.touched has a flag for each block and sector
+        ),
+    )
     with np.errstate(all="ignore"):
-        for first in range(0, total, batch):
-            Machine(k, la, np.arange(first, min(first + batch, total))).execute()
+        for first in range(0, chosen.size, batch):
+            machine = Machine(k, la, chosen[first : first + batch])
+            machine.execute()
+            machine.close()
     st = la.stats
+    st.blocks = chosen.size
     for i in k.code:
         w = int(la.wcount[i.pc])
         if w and i.line:
@@ -170,6 +186,7 @@ def run(
             st.flops += i.flops * int(la.tcount[i.pc])
     touched = lambda r, sectors: int(min(32 * np.count_nonzero(sectors), r.nbytes))
     st.footprint = {r.name: (touched(r, r.read), touched(r, r.written)) for r in la.gmem.regions}
+    st.traffic = {r.name: (32 * r.block_read, 32 * r.block_written) for r in la.gmem.regions}
     st.seconds = time.perf_counter() - began
     return st
 
