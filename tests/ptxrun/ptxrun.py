@@ -159,7 +159,7 @@ def run(
     la.wcount, la.tcount = np.zeros(len(k.code), np.int64), np.zeros(len(k.code), np.int64)
     total, per = math.prod(la.grid), -(-math.prod(la.block) // WARP) * WARP
     chosen = np.arange(total) if blocks is None else np.asarray(blocks, np.int64)
-    if chosen.size and not (0 <= chosen.min() and chosen.max() < total):
+    if chosen.size and (chosen.min() < 0 or chosen.max() >= total):
         raise PTXError(f"blocks {chosen.min()} to {chosen.max()} of a grid of {total}")
     sectors = sum(r.sectors for r in la.gmem.regions)
     batch = max(
