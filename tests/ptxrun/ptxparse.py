@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 import struct
@@ -34,6 +35,7 @@ class RaceError(PTXError):
 # ---------------------------------------------------------------------------------------------------------------- types
 
 
+@functools.cache
 def type_bits(t):
     """Width in bits of a PTX scalar (or packed) type; 1 for pred."""
     if t == "pred":

@@ -43,6 +43,7 @@ __all__ = [
     "Parser",
     "RaceError",
     "Stats",
+    "Struct",
     "Unsupported",
     "bf16_to_f32",
     "compile_triton",
@@ -51,6 +52,19 @@ __all__ = [
     "run_triton",
 ]
 SHARED_ALIGN = 16
+
+
+class Struct:
+    """A parameter passed by value that holds pointers: its bytes, and {offset: array that the pointer there is of}."""
+
+    def __init__(self, raw, pointers):
+        self.raw, self.pointers = bytes(raw), dict(pointers)
+
+    def resolve(self, gmem):
+        raw = bytearray(self.raw)
+        for at, array in self.pointers.items():
+            raw[at : at + 8] = int(gmem.address(array)).to_bytes(8, "little")
+        return bytes(raw)
 
 
 class _Launch:
@@ -65,6 +79,8 @@ def _triple(x):
 def _param_bytes(value, size, t, gmem, name):
     if value is None:
         return bytes(size)
+    if isinstance(value, Struct):
+        return value.resolve(gmem)
     if isinstance(value, np.ndarray) and value.ndim:
         return int(gmem.address(value)).to_bytes(8, "little")
     if isinstance(value, (bytes, bytearray)):
@@ -97,7 +113,8 @@ def run(
 ):
     """Run a PTX kernel. Arrays in `args` are changed in place.
 
-    args: NumPy arrays for pointers (bfloat16 as uint16), ints, floats, NumPy scalars, bytes for structs, None for null.
+    args: NumPy arrays for pointers (bfloat16 as uint16), ints, floats, NumPy scalars, bytes for structs (Struct for those that
+    hold pointers), None for null.
     shared_bytes: dynamic shared memory. symbols: {module variable: array} copied in before the launch.
     batch_lanes: threads interpreted at once; blocks are grouped up to it (1: one block at a time).
     races: "raise", "record" (Stats.races) or "off". approx: "exact" rounds ex2.approx, rcp.approx and the like correctly,
@@ -122,9 +139,11 @@ def run(
     if math.prod(la.block) > 1024:
         raise PTXError(f"a block of {math.prod(la.block)} threads; the limit is 1024")
     label = lambda n: names[n] if names and n < len(names) else f"argument {n}"
-    la.gmem = GlobalMemory(
-        [(label(n), a) for n, a in enumerate(args) if isinstance(a, np.ndarray) and a.ndim]
-    )
+    arrays = [(label(n), a) for n, a in enumerate(args) if isinstance(a, np.ndarray) and a.ndim]
+    for n, a in enumerate(args):
+        if isinstance(a, Struct):
+            arrays += [(f"{label(n)}+{at}", array) for at, array in a.pointers.items()]
+    la.gmem = GlobalMemory(arrays)
     if len(args) != len(k.params) and not (pad_args and len(args) < len(k.params)):
         raise PTXError(f"{k.name} takes {len(k.params)} arguments, got {len(args)}")
     la.params = np.zeros(k.param_bytes + 16, U1)

@@ -519,6 +519,20 @@ def test_some_blocks_of_a_grid():
 
 
 @needs_nvcc
+def test_structs_that_hold_pointers(cuda):
+    src = """
+    struct Args { const float* x; int n; float* y; };
+    extern "C" __global__ void twice(const Args a) { if (threadIdx.x < a.n) a.y[threadIdx.x] = 2 * a.x[threadIdx.x]; }"""
+    x, y = np.arange(20, dtype="f4"), np.zeros(20, "f4")
+    raw = bytes(8) + (20).to_bytes(8, "little") + bytes(8)
+    st = run(cuda(src), "twice", 1, 32, [ptxrun.Struct(raw, {0: x, 16: y})])
+    np.testing.assert_array_equal(y, 2 * x)
+    assert st.footprint["argument 0+0"] == (80, 0) and st.footprint["argument 0+16"] == (0, 80)
+    with pytest.raises(MemoryFault, match=r"argument 0\+0"):
+        run(cuda(src), "twice", 1, 32, [ptxrun.Struct(raw, {0: x[:8], 16: y})])
+
+
+@needs_nvcc
 @pytest.mark.parametrize("lanes", [1 << 15, 1])
 def test_traffic_of_atomics_copies_and_uniform_loads(cuda, lanes):
     """A load of one address by all, atomics, and cp.async count as well; a block that does not read is not charged."""
