@@ -24,6 +24,10 @@ class Region:
         self.read = np.zeros(buf.size // 32 + 2, bool)
         self.written = np.zeros(buf.size // 32 + 2, bool)
         self.owner = {}  # element size -> last block that stored each element
+        self.sectors = buf.size // 32 + 2
+        self.block_read = self.block_written = (
+            0  # distinct sectors of each block, summed over the blocks so far
+        )
 
 
 class GlobalMemory:
@@ -204,6 +208,7 @@ class Machine:
         )
         self.epoch = np.zeros(self.nblk, "i4")
         self.pending, self.group = [], np.zeros(self.L, "i8")  # cp.async
+        self.touched = {}  # (region, "read" or "written") -> one flag for each block and sector
         self.amask = self.wmask = None  # active lanes; lanes to write (None: all)
         self.ins = None
 
@@ -259,12 +264,31 @@ class Machine:
                 self._lane(idx, e.args[0]),
             )
 
+    def touch(self, r, how, sector, idx, sel):
+        """Note which blocks access which sectors of a region; `sector` has the lanes idx[sel], one value if uniform."""
+        flags = self.touched.get((r, how))
+        if flags is None:  # pages that no block touches cost nothing
+            flags = self.touched[r, how] = np.zeros((self.nblk, r.sectors), bool)
+        if idx is None and sector.size == 1:
+            blocks = slice(None) if self.amask is None else self.amask.reshape(self.nblk, self.T).any(1)
+            flags[blocks, int(sector[0])] = True
+            return
+        blocks = self.block_of if idx is None else self.block_of[idx]
+        flags.reshape(-1)[(blocks if sel is None else blocks[sel]) * r.sectors + sector] = True
+
+    def close(self):
+        """Add what this batch's blocks touched to the regions' sums."""
+        for (r, how), flags in self.touched.items():
+            setattr(r, "block_" + how, getattr(r, "block_" + how) + int(np.count_nonzero(flags)))
+        self.touched = {}
+
     def gload(self, addr, size, n, idx, sh=None):
         out = None
         for r, sel in self.gfind(addr, size * n, idx):
             a = addr if sel is None else addr[sel]
             off = (a - np.uint64(r.base)).astype(np.int64)
             r.read[off >> 5] = True
+            self.touch(r, "read", off >> 5, idx, sel)
             view, j = self._view(r, off, size)
             got = [view.take(j + i) for i in range(n)]
             if sel is None:
@@ -282,6 +306,7 @@ class Machine:
             a = addr if sel is None else addr[sel]
             off = (a - np.uint64(r.base)).astype(np.int64)
             r.written[off >> 5] = True
+            self.touch(r, "written", off >> 5, idx, sel)
             view, j = self._view(r, off, size)
             for i, v in enumerate(values):
                 v = v if sel is None or v.size == 1 else v[sel]

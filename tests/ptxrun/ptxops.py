@@ -1126,6 +1126,8 @@ def _(d, i):
                 sel = np.arange(aa.size) if sel is None else sel
                 off = (aa[sel] - np.uint64(r.base)).astype(np.int64)
                 r.read[off >> 5] = r.written[off >> 5] = True
+                for how in ("read", "written"):
+                    m.touch(r, how, off >> 5, idx, sel)
                 groups.append((r.views[size], off // size, sel))
         bs = [
             np.broadcast_to(

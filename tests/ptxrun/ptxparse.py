@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 import struct
@@ -34,6 +35,7 @@ class RaceError(PTXError):
 # ---------------------------------------------------------------------------------------------------------------- types
 
 
+@functools.cache
 def type_bits(t):
     """Width in bits of a PTX scalar (or packed) type; 1 for pred."""
     if t == "pred":
@@ -317,6 +319,7 @@ class Parser:
 
     def _body(self, k, at, end):
         t, scopes, loc = self.text, [Scope()], ""
+        line, counted = t.count("\n", 0, at) + 1, at  # the line of position `counted`
         label = re.compile(r"([$%\w.]+)\s*:(?!:)")
         while True:
             while at < end and t[at].isspace():
@@ -340,7 +343,8 @@ class Parser:
                     scopes[-1].labels[m[1]] = len(k.code)
             else:
                 stop = t.index(";", at)
-                stmt, line = " ".join(t[at:stop].split()), t.count("\n", 0, at) + 1
+                stmt = " ".join(t[at:stop].split())
+                line, counted = line + t.count("\n", counted, at), at
                 at = stop + 1
                 if stmt.startswith(".loc "):
                     _, f, row = stmt.split()
@@ -378,10 +382,10 @@ class Parser:
         for s in reversed(scopes):
             if name in s.regs:
                 return s.regs[name]
-            m = re.fullmatch(r"(.*?[^\d])(\d+)", name)
-            if m and m[1] in s.ranges and int(m[2]) < s.ranges[m[1]][0]:
+            stem = name.rstrip("0123456789")
+            if stem in s.ranges and stem != name and int(name[len(stem) :]) < s.ranges[stem][0]:
                 s.regs[name] = len(k.reg_bits)
-                k.reg_bits.append(s.ranges[m[1]][1])
+                k.reg_bits.append(s.ranges[stem][1])
                 return s.regs[name]
         return None
 

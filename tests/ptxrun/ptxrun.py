@@ -43,6 +43,7 @@ __all__ = [
     "Parser",
     "RaceError",
     "Stats",
+    "Struct",
     "Unsupported",
     "bf16_to_f32",
     "compile_triton",
@@ -51,6 +52,19 @@ __all__ = [
     "run_triton",
 ]
 SHARED_ALIGN = 16
+
+
+class Struct:
+    """A parameter passed by value that holds pointers: its bytes, and {offset: array that the pointer there is of}."""
+
+    def __init__(self, raw, pointers):
+        self.raw, self.pointers = bytes(raw), dict(pointers)
+
+    def resolve(self, gmem):
+        raw = bytearray(self.raw)
+        for at, array in self.pointers.items():
+            raw[at : at + 8] = int(gmem.address(array)).to_bytes(8, "little")
+        return bytes(raw)
 
 
 class _Launch:
@@ -65,6 +79,8 @@ def _triple(x):
 def _param_bytes(value, size, t, gmem, name):
     if value is None:
         return bytes(size)
+    if isinstance(value, Struct):
+        return value.resolve(gmem)
     if isinstance(value, np.ndarray) and value.ndim:
         return int(gmem.address(value)).to_bytes(8, "little")
     if isinstance(value, (bytes, bytearray)):
@@ -93,15 +109,18 @@ def run(
     max_steps=100_000_000,
     pad_args=False,
     names=None,
+    blocks=None,
 ):
     """Run a PTX kernel. Arrays in `args` are changed in place.
 
-    args: NumPy arrays for pointers (bfloat16 as uint16), ints, floats, NumPy scalars, bytes for structs, None for null.
+    args: NumPy arrays for pointers (bfloat16 as uint16), ints, floats, NumPy scalars, bytes for structs (Struct for those that
+    hold pointers), None for null.
     shared_bytes: dynamic shared memory. symbols: {module variable: array} copied in before the launch.
     batch_lanes: threads interpreted at once; blocks are grouped up to it (1: one block at a time).
     races: "raise", "record" (Stats.races) or "off". approx: "exact" rounds ex2.approx, rcp.approx and the like correctly,
     "worst" adds the PTX manual's error bound to them, in either direction. pad_args: trailing parameters that are missing are
-    null. names: names of the arguments for messages.
+    null. names: names of the arguments for messages. blocks: linear indices of the blocks to run (default: all of the grid);
+    Stats then count those blocks alone.
     Raises MemoryFault, RaceError, Unsupported or PTXError.
     """
     began = time.perf_counter()
@@ -120,9 +139,11 @@ def run(
     if math.prod(la.block) > 1024:
         raise PTXError(f"a block of {math.prod(la.block)} threads; the limit is 1024")
     label = lambda n: names[n] if names and n < len(names) else f"argument {n}"
-    la.gmem = GlobalMemory(
-        [(label(n), a) for n, a in enumerate(args) if isinstance(a, np.ndarray) and a.ndim]
-    )
+    arrays = [(label(n), a) for n, a in enumerate(args) if isinstance(a, np.ndarray) and a.ndim]
+    for n, a in enumerate(args):
+        if isinstance(a, Struct):
+            arrays += [(f"{label(n)}+{at}", array) for at, array in a.pointers.items()]
+    la.gmem = GlobalMemory(arrays)
     if len(args) != len(k.params) and not (pad_args and len(args) < len(k.params)):
         raise PTXError(f"{k.name} takes {len(k.params)} arguments, got {len(args)}")
     la.params = np.zeros(k.param_bytes + 16, U1)
@@ -156,11 +177,25 @@ def run(
     la.granule = min(sizes, default=0)
     la.wcount, la.tcount = np.zeros(len(k.code), np.int64), np.zeros(len(k.code), np.int64)
     total, per = math.prod(la.grid), -(-math.prod(la.block) // WARP) * WARP
-    batch = max(1, min(batch_lanes // per, (1 << 26) // max(la.shared_bytes + per * la.local_bytes, 1)))
+    chosen = np.arange(total) if blocks is None else np.asarray(blocks, np.int64)
+    if chosen.size and (chosen.min() < 0 or chosen.max() >= total):
+        raise PTXError(f"blocks {chosen.min()} to {chosen.max()} of a grid of {total}")
+    sectors = sum(r.sectors for r in la.gmem.regions)
+    batch = max(
+        1,
+        min(
+            batch_lanes // per,
+            (1 << 26) // max(la.shared_bytes + per * la.local_bytes, 1),
+            (1 << 29) // max(sectors, 1),  # Machine.touched has a flag for each block and sector
+        ),
+    )
     with np.errstate(all="ignore"):
-        for first in range(0, total, batch):
-            Machine(k, la, np.arange(first, min(first + batch, total))).execute()
+        for first in range(0, chosen.size, batch):
+            machine = Machine(k, la, chosen[first : first + batch])
+            machine.execute()
+            machine.close()
     st = la.stats
+    st.blocks = chosen.size
     for i in k.code:
         w = int(la.wcount[i.pc])
         if w and i.line:
@@ -170,6 +205,7 @@ def run(
             st.flops += i.flops * int(la.tcount[i.pc])
     touched = lambda r, sectors: int(min(32 * np.count_nonzero(sectors), r.nbytes))
     st.footprint = {r.name: (touched(r, r.read), touched(r, r.written)) for r in la.gmem.regions}
+    st.traffic = {r.name: (32 * r.block_read, 32 * r.block_written) for r in la.gmem.regions}
     st.seconds = time.perf_counter() - began
     return st
 

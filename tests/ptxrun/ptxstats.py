@@ -56,6 +56,8 @@ class Stats:
     flops: int = 0  # fma = 2, mma = 2 m n k
     sites: list = field(default_factory=list)
     footprint: dict = field(default_factory=dict)  # region -> (bytes read, written), by touched sector
+    traffic: dict = field(default_factory=dict)  # the same, a sector once for each block that touches it
+    blocks: int = 0  # executed
     races: list = field(default_factory=list)
     seconds: float = 0.0
 
@@ -127,6 +129,8 @@ class Stats:
             **{n: getattr(self, n) for n in names},
             "warp_instructions": dict(self.warp_instructions),
             "footprint": dict(self.footprint),
+            "traffic": dict(self.traffic),
+            "blocks": self.blocks,
         }
 
     def report(self, n=8):
@@ -149,6 +153,11 @@ class Stats:
         if self.footprint:
             out.append(
                 "  touched once: " + ", ".join(f"{k} r {r:,} w {w:,}" for k, (r, w) in self.footprint.items())
+            )
+        if self.traffic:
+            out.append(
+                f"  once per block, {self.blocks:,} blocks: "
+                + ", ".join(f"{k} r {r:,} w {w:,}" for k, (r, w) in self.traffic.items())
             )
         if self.shared_accesses:
             out.append(

@@ -481,6 +481,80 @@ def test_out_of_bounds_raises(cuda):
     assert (y[:100] == 1).all() and not y[100:].any()
 
 
+def strip_sectors(W, B, K):
+    """Distinct 32-byte float32 sectors of each block of `dwconv_row` along a row, by brute force."""
+    per_block = []
+    for first in range(0, W, B):
+        pixels = {c + k - K // 2 for c in range(first, min(first + B, W)) for k in range(K)}
+        per_block.append(len({p // 8 for p in pixels if 0 <= p < W}))
+    return per_block
+
+
+@pytest.mark.parametrize(("W", "B"), [(128, 64), (96, 32), (72, 64)])
+def test_traffic_counts_each_sector_once_for_each_block(W, B):
+    """However often a block reads a sector; a neighbour's halo counts again; batches do not matter."""
+    C, H, K = 2, 3, 23
+    x, w, y = rand(C, H, W), rand(C, K), torch.empty(C, H, W)
+    grid, expected = (H, C, triton.cdiv(W, B)), strip_sectors(W, B, K)
+    for lanes in (1 << 15, 1):
+        st = run_triton(
+            dwconv_row, grid, x, w, y, H, W, K=K, B=B, num_warps=1, run_options={"batch_lanes": lanes}
+        )
+        assert st.traffic["x"] == (32 * C * H * sum(expected), 0)
+        assert st.traffic["y"] == (0, 4 * C * H * W) == st.footprint["y"]
+        assert st.footprint["x"] == (4 * C * H * W, 0) and st.blocks == len(expected) * C * H
+        weights = sum(len({(c * K + k) // 8 for k in range(K)}) for c in range(C))
+        assert st.traffic["w"] == (32 * weights * H * len(expected), 0)
+    assert st.global_load_sector_bytes > 3 * st.traffic["x"][0]  # the taps that a block reads again
+    assert st.as_dict()["traffic"] == st.traffic and "once per block" in st.report()
+
+
+def test_some_blocks_of_a_grid():
+    x, y, z = rand(1024), rand(1024, seed=1), torch.zeros(1024)
+    st = run_triton(vadd, (4,), x, y, z, 1024, B=256, run_options={"blocks": [1, 3]})
+    assert torch.equal(z.view(4, 256)[1::2], (x + y).view(4, 256)[1::2]) and not z.view(4, 256)[::2].any()
+    assert st.blocks == 2 and st.traffic["z"] == (0, 2048) and st.global_load_bytes == 2 * 2048
+    with pytest.raises(PTXError, match="grid of 4"):
+        run_triton(vadd, (4,), x, y, z, 1024, B=256, run_options={"blocks": [4]})
+
+
+@needs_nvcc
+def test_structs_that_hold_pointers(cuda):
+    src = """
+    struct Args { const float* x; int n; float* y; };
+    extern "C" __global__ void twice(const Args a) { if (threadIdx.x < a.n) a.y[threadIdx.x] = 2 * a.x[threadIdx.x]; }"""
+    x, y = np.arange(20, dtype="f4"), np.zeros(20, "f4")
+    raw = bytes(8) + (20).to_bytes(8, "little") + bytes(8)
+    st = run(cuda(src), "twice", 1, 32, [ptxrun.Struct(raw, {0: x, 16: y})])
+    np.testing.assert_array_equal(y, 2 * x)
+    assert st.footprint["argument 0+0"] == (80, 0) and st.footprint["argument 0+16"] == (0, 80)
+    with pytest.raises(MemoryFault, match=r"argument 0\+0"):
+        run(cuda(src), "twice", 1, 32, [ptxrun.Struct(raw, {0: x[:8], 16: y})])
+
+
+@needs_nvcc
+@pytest.mark.parametrize("lanes", [1 << 15, 1])
+def test_traffic_of_atomics_copies_and_uniform_loads(cuda, lanes):
+    """A load of one address by all, atomics, and cp.async count as well; a block that does not read is not charged."""
+    src = """
+    extern "C" __global__ void mixed(const float* x, const float* one, float* total, const float4* data, float4* y) {
+      __shared__ float4 tile[32];
+      if (blockIdx.x % 2 == 0) {
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"((unsigned)__cvta_generic_to_shared(
+            &tile[threadIdx.x])), "l"(data + blockIdx.x * 32 + threadIdx.x));
+        asm volatile("cp.async.wait_all;");
+        y[blockIdx.x * 32 + threadIdx.x] = tile[threadIdx.x];
+        atomicAdd(total + (threadIdx.x & 15), x[threadIdx.x] * one[0]);
+      }
+    }"""
+    x, one, total = np.ones(32, "f4"), np.ones(1, "f4"), np.zeros(16, "f4")
+    data, y = np.ones((6, 32, 4), "f4"), np.zeros((6, 32, 4), "f4")
+    st = run(cuda(src), "mixed", 6, 32, [x, one, total, data, y], batch_lanes=lanes)
+    t = [st.traffic[f"argument {i}"] for i in range(5)]
+    assert t == [(3 * 128, 0), (3 * 32, 0), (3 * 64, 3 * 64), (3 * 512, 0), (0, 3 * 512)]
+    assert (total == 6).all() and (y[::2] == 1).all()
+
+
 @needs_nvcc
 def test_uncoalesced_access_shows_in_the_stats(cuda):
     x, y = np.arange(32 * 1024, dtype="f4"), np.zeros(1024, "f4")

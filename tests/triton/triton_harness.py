@@ -1,16 +1,12 @@
-"""What the Triton tests share: the error bound, the launcher that interprets PTX, and ahead-of-time compilation."""
+"""What the Triton tests share: the error bound and the launcher that interprets PTX; ahead-of-time compilation is the
+package's own, as `sdan-fast inspect triton` does it.
+"""
 
 from __future__ import annotations
 
-import functools
-import inspect
-import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +16,16 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "ptxrun"))
 
+from sdan_fast.inspecting.triton_kernels import CUDA_TARGETS, Compiled, compile_ahead, compiled_for, wide
 from sdan_fast.kernels.launch import launched_by
+
+__all__ = [
+    "CUDA_TARGETS", "DTYPES", "FORMATS", "Compiled", "assert_bound", "check_op", "compile_ahead", "compiled_for",
+    "fma_share", "poisoned", "ptx_interpreted", "wide",
+]  # fmt: skip
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORMATS = (torch.contiguous_format, torch.channels_last)
-CUDA_TARGETS = (80, 86, 89, 90, 100, 120)
-SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99, "gfx942": 64}  # KiB a block
 
 
 # -- numbers ---------------------------------------------------------------------------------------------------------
@@ -127,111 +127,3 @@ def fma_share(stats: Any) -> float:
     """Share of FMA and MMA among the executed warp instructions."""
     hits = sum(n for op, n in stats.opcodes.items() if op.startswith(("fma.", "mma.")))
     return hits / max(stats.total_warp_instructions, 1)
-
-
-# -- ahead-of-time compilation ---------------------------------------------------------------------------------------
-
-
-@dataclass
-class Compiled:
-    """One kernel in one configuration for one target."""
-
-    name: str
-    target: Any
-    asm: dict[str, Any]
-    shared: int
-    constexprs: dict[str, Any] = field(default_factory=dict)
-
-    @functools.cached_property
-    def resources(self) -> dict[str, int]:
-        """Registers, stack and local memory of a CUDA kernel, from cuobjdump; a spill shows as stack or local bytes."""
-        text = run_tool("cuobjdump", "--dump-resource-usage", self.asm["cubin"])
-        return {k.lower(): int(v) for k, v in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
-
-    @functools.cached_property
-    def sass(self) -> str:
-        """The disassembly of a CUDA kernel."""
-        return run_tool("cuobjdump", "--dump-sass", self.asm["cubin"])
-
-    def assert_clean(self) -> None:
-        """No spill, and shared memory within the architecture's limit."""
-        assert self.shared <= SHARED_LIMIT[self.target] * 1024, (
-            f"{self.name}: {self.shared} B of shared memory"
-        )
-        if "cubin" in self.asm:
-            r = self.resources
-            assert r["stack"] == 0 and r["local"] == 0, (
-                f"{self.name} for {self.target} spills: {r} {self.constexprs}"
-            )
-        else:
-            spilled = re.findall(r"\.(?:vgpr|sgpr)_spill_count:\s*(\d+)", self.asm["amdgcn"])
-            assert spilled and not any(map(int, spilled)), f"{self.name} for {self.target} spills {spilled}"
-
-
-def run_tool(name: str, *args: Any) -> str:
-    """Run one of the CUDA tools that ship in the triton package on a cubin."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
-        f.write(args[-1])
-        f.flush()
-        return subprocess.run([tool, *args[:-1], f.name], check=True, capture_output=True, text=True).stdout
-
-
-_compiled: dict[Any, Compiled] = {}
-
-
-def compile_ahead(target: int | str, kernel: Any, args: Sequence[Any], constexprs: dict[str, Any], num_warps: int,
-                  num_stages: int) -> Compiled:  # fmt: skip
-    """Compile a kernel for a compute capability or "gfx942", specialised as a launch with these arguments would be."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-    from triton.compiler.compiler import make_backend
-    from triton.runtime.jit import native_specialize_impl
-
-    gpu = GPUTarget("hip", target, 64) if isinstance(target, str) else GPUTarget("cuda", target, 32)
-    backend = make_backend(gpu)
-    bound = inspect.signature(kernel.fn).bind(*args, **constexprs)
-    bound.apply_defaults()
-    signature, constants, attrs = {}, {}, {}
-    for n, (p, value) in enumerate(zip(kernel.params, bound.arguments.values())):
-        if p.is_constexpr:
-            signature[p.name], constants[p.name] = "constexpr", value
-            continue
-        ty, key = native_specialize_impl(backend, value, p.is_const, True, True)
-        signature[p.name] = ty
-        if ty == "constexpr":
-            constants[p.name] = value
-        elif isinstance(key, str) and "D" in key:
-            attrs[(n,)] = backend.parse_attr(key)
-    key = (kernel.fn.__name__, target, num_warps, num_stages, repr(sorted(signature.items())), repr(sorted(attrs)),
-           repr(sorted(constants.items())))  # fmt: skip
-    if key not in _compiled:
-        source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
-        done = triton.compile(source, target=gpu, options={"num_warps": num_warps, "num_stages": num_stages})
-        _compiled[key] = Compiled(kernel.fn.__name__, target, done.asm, done.metadata.shared, constants)
-    return _compiled[key]
-
-
-@contextmanager
-def compiled_for(*targets: int | str):
-    """Compile every launch of the block for each target instead of running it; yields the list of what was compiled."""
-    done: list[Compiled] = []
-
-    def launcher(kernel, grid, *args, num_warps, num_stages, **constexprs):
-        for target in targets:
-            done.append(compile_ahead(target, kernel, args, constexprs, num_warps, num_stages))
-
-    with launched_by(launcher):
-        yield done
-
-
-def wide(compiled: Compiled, what: str = "ld") -> bool:
-    """Whether a CUDA kernel reads ("ld") or writes ("st") global memory in 128-bit accesses, in the PTX and in the
-    SASS.
-    """
-    in_ptx = re.search(rf"{what}\.global[\w.]*\.v4\.b32|{what}\.global[\w.]*\.v2\.b64", compiled.asm["ptx"])
-    in_sass = re.search(r"LDG\.E[\w.]*\.128" if what == "ld" else r"STG\.E[\w.]*\.128", compiled.sass)
-    return bool(in_ptx and in_sass)

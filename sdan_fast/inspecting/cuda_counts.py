@@ -1,0 +1,276 @@
+"""Executes the PTX of the CUDA C++ kernels' launches in SDAN's own calls, and tabulates what they do.
+
+Run as a module it is the child process that records (recorder.py says why); `compute` and `launched` are what others
+call.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from . import arguments, counts_table, recorder, workload
+from .counts import Counts, count, interpreter, interpreter_hash
+from .counts_table import COLUMNS, IDENTITY, Counted
+from .modelled_time import EagerStep, EagerSteps, on_meta
+from .table import Table, read
+from .tools import demangle, extract, version_of
+
+HEAD = (
+    "What the CUDA C++ kernels do in SDAN's own calls: the PTX of the build, executed block by block; docs/inspect.md",
+    "explains the columns. Times are modelled, not measured. Written by: sdan-fast inspect cuda --update",
+)
+
+
+def toolchain(module: Path) -> dict[str, str]:
+    """The versions that the counts depend on: nvcc, and for which architecture it made PTX."""
+    (name,) = sorted(extract("ptx", "all", module))[:1] or ("none",)
+    return {"nvcc": version_of("nvcc"), "ptx": (re.findall(r"sm_(\d+)", name) or ["none"])[0]}
+
+
+def ptx_of_kernels(module: Path) -> dict[str, str]:
+    """The PTX of each kernel, by mangled name: its file without the other kernels and without line tables."""
+    found: dict[str, str] = {}
+    for raw in extract("ptx", "all", module).values():
+        text = re.sub(r"^\s*\.(?:loc|file)\s[^\n]*\n", "", raw.decode().replace("\0", ""), flags=re.M)
+        text = text[: text.find(".section")] if ".section" in text else text
+        entries = list(
+            re.finditer(r"^(?:\.visible |\.weak )*\.entry (\w+)\(.*?^\}\n", text, flags=re.M | re.S)
+        )
+        for entry in entries:
+            others = text
+            for other in reversed(entries):
+                if other is not entry:
+                    others = others[: other.start()] + others[other.end() :]
+            found[entry[1]] = others
+    return found
+
+
+def calls() -> Iterator[tuple[workload.Case, bool]]:
+    """(call, backward too), as for the Triton kernels."""
+    from .triton_counts import calls
+
+    return calls()
+
+
+def passes() -> Iterator[tuple[workload.Case, str, list[bool] | None, Callable[[], Any]]]:
+    """(case, name of the pass, output mask or None, call) of everything that is counted and has a kernel."""
+    for case, backward in calls():
+        yield from passes_of(case, backward)
+
+
+def passes_of(
+    case: workload.Case, backward: bool
+) -> Iterator[tuple[workload.Case, str, Any, Callable[[], Any]]]:
+    """The passes of one call that have CUDA C++ kernels."""
+    import torch
+
+    from sdan_fast.ops import OPS
+
+    op = OPS[case.op]
+
+    def has(name: str) -> bool:
+        return torch._C._dispatch_has_kernel_for_dispatch_key(f"sdan_fast::{name}.cuda_host", "CPU")
+
+    if not has(case.op):
+        return
+    args, kwargs = case.make()
+    here = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)  # straight to the kernel, past autograd
+    yield case, "forward", None, lambda: op.overloads["cuda_host"].redispatch(here, *args, **kwargs)
+    if backward and has(f"{case.op}_backward"):
+        gradient = torch.empty_like(op.reference(*[on_meta(a) for a in args], **kwargs), device="cpu")
+        for name, mask in zip(("backward", "backward of x"), workload.masks(case.op, args)):
+            yield case, name, mask, functools.partial(
+                op.backward_overloads["cuda_host"].redispatch, here, gradient, *args, **kwargs, output_mask=mask
+            )  # fmt: skip
+
+
+class Executor:
+    """Turns recorded launches into what the PTX interpreter takes."""
+
+    def __init__(self, recording: recorder.Recorder, ptx: dict[str, str]) -> None:
+        self.recording, self.ptx = recording, ptx
+        self._parameters: dict[str, list[tuple[str, int, int, str]]] = {}
+
+    def parameters(self, kernel: str) -> list[tuple[str, int, int, str]]:
+        """(name, offset, size, type) of a kernel's parameters."""
+        if kernel not in self._parameters:
+            self._parameters[kernel] = interpreter().Parser(self.ptx[kernel]).kernel(kernel).params
+        return self._parameters[kernel]
+
+    def memory(self, pointer: int) -> Any:
+        """The memory from a pointer to the end of its tensor as NumPy bytes; None if it points to none."""
+        import ctypes
+
+        import numpy as np
+
+        found = self.recording.allocation(pointer)
+        if found is None:
+            return None
+        whole = np.frombuffer((ctypes.c_uint8 * found[1]).from_address(found[0]), np.uint8)
+        return whole[pointer - found[0] :]
+
+    def values(self, launch: recorder.CudaLaunch) -> tuple[list[Any], list[str], dict[str, float]]:
+        """(arguments, their names, bytes of the tensors among them)."""
+        values: list[Any] = []
+        names: list[str] = []
+        sizes: dict[str, float] = {}
+        for i, (_, _, size, kind) in enumerate(self.parameters(launch.kernel)):
+            raw, name = launch.value(i, size), f"p{i}"
+            names.append(name)
+            if size == 8 and (array := self.memory(int.from_bytes(raw, "little"))) is not None:
+                values.append(array)
+                sizes[name] = float(array.size)
+                continue
+            pointers = {}
+            for at in range(0, size - 7, 8) if kind == "b8" else ():
+                array = self.memory(int.from_bytes(raw[at : at + 8], "little"))
+                if array is not None:
+                    pointers[at] = array
+                    sizes[f"{name}+{at}"] = float(array.size)
+            values.append(interpreter().Struct(raw, pointers) if pointers else raw)
+        return values, names, sizes
+
+    def key(self, launch: recorder.CudaLaunch) -> str:
+        """A hash of all that a launch's counts depend on: its PTX, its grid, its arguments but for tensors' values."""
+        parts: list[Any] = [
+            self.ptx[launch.kernel],
+            launch.grid,
+            launch.block,
+            launch.shared,
+            interpreter_hash(),
+        ]
+        for value in self.values(launch)[0]:
+            if hasattr(value, "size"):
+                parts.append((value.size, value.ctypes.data % 64))
+            elif hasattr(value, "pointers"):
+                masked = bytearray(value.raw)
+                for at, array in value.pointers.items():
+                    masked[at : at + 8] = bytes(8)
+                    parts.append((array.size, array.ctypes.data % 64))
+                parts.append(bytes(masked))
+            else:
+                parts.append(value)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+    def execute(self, launch: recorder.CudaLaunch, *, whole: bool = False) -> Counts:
+        """Run a launch's PTX on the tensors that it was given."""
+        values, names, sizes = self.values(launch)
+        return count(
+            self.ptx[launch.kernel], launch.kernel, launch.grid, launch.block, values, launch.shared, names,
+            sizes, whole=whole,
+        )  # fmt: skip
+
+
+class Sequence:
+    """Everything that a pass launches, in order: our kernels, and what is left to PyTorch's."""
+
+    def __init__(
+        self, executor: Executor, call: Callable[[], Any], make: Callable[[recorder.CudaLaunch], Any]
+    ) -> None:
+        self.entries: list[Any] = []
+        steps = EagerSteps(skip=True)
+
+        def note(launch: recorder.CudaLaunch) -> None:
+            self._take_over(steps)
+            self.entries.append(make(launch))
+
+        with steps:
+            executor.recording.record(call, note)
+        self._take_over(steps)
+
+    def _take_over(self, steps: EagerSteps) -> None:
+        self.entries += steps.steps
+        steps.steps = []
+
+
+def _count_all(committed: dict[str, str], only: str) -> dict[str, Any]:
+    """Rows of counts; `committed`: keys by identity, whose rows need no execution."""
+    library, _ = recorder.libraries()
+    executor = Executor(
+        recorder.Recorder(library), ptx_of_kernels(recorder.build_folder() / "_C_cuda.abi3.so")
+    )
+    short = demangle(list(executor.ptx))
+    rows: list[Any] = []
+    executed = 0
+    with arguments.blank():
+        for case, name, mask, call in passes():
+            title = f"{case.name} {name}"
+            if only not in title:
+                continue
+            seen = [
+                (e.name, f"{e.bytes} {e.multiply_adds}") if isinstance(e, EagerStep) else e
+                for e in Sequence(executor, call, lambda la: (short[la.kernel], executor.key(la))).entries
+            ]
+            at = ["|".join((kernel, title, str(i))) for i, (kernel, _) in enumerate(seen)]
+            if all(committed.get(a) == key for a, (_, key) in zip(at, seen)):
+                rows += at
+                continue
+            print(title, file=sys.stderr, flush=True)
+            counts = Sequence(executor, call, executor.execute).entries
+            executed += sum(isinstance(c, Counts) for c in counts)
+            counted = [Counted(kernel, c, key) for (kernel, key), c in zip(seen, counts, strict=True)]
+            rows += counts_table.rows_of(title, counted, counts_table.needed_multiply_adds(case, mask))
+    return {"rows": rows, "executed": executed}
+
+
+def _note(found: dict[tuple[str, int, int], str], title: str, launch: recorder.CudaLaunch) -> None:
+    found.setdefault((launch.kernel, math.prod(launch.block), launch.shared), title)
+
+
+def _record_all() -> list[Any]:
+    """(mangled kernel, threads, dynamic shared memory, call) of every launch of the workload."""
+    import torch
+
+    library, _ = recorder.libraries()
+    recording = recorder.Recorder(library)
+    found: dict[tuple[str, int, int], str] = {}
+    with arguments.blank():
+        for dtype in (torch.bfloat16, torch.float32, torch.float16):
+            for layout in workload.FORMATS:
+                cases = [
+                    *workload.own_cases(dtype, layout, workload.PICTURE),
+                    *workload.other_cases(dtype, layout),
+                ]
+                for case in cases:
+                    for _, name, _, call in passes_of(case, True):
+                        title = f"{case.name} {name}"
+                        with EagerSteps(skip=True):
+                            recording.record(call, functools.partial(_note, found, title))
+    return [[*key, title] for key, title in found.items()]
+
+
+def launched() -> list[tuple[str, int, int, str]]:
+    """(mangled kernel, threads, dynamic shared memory, call) of every launch of the workload."""
+    return [tuple(entry) for entry in json.loads(recorder.run_child("", "launches"))]
+
+
+def compute(committed: Table | None, *, everything: bool = False, only: str = "") -> tuple[Table, int]:
+    """(the table of this build, how many launches were executed)."""
+    here = toolchain(recorder.build_folder() / "_C_cuda.abi3.so")
+    known = {} if committed is None or everything or committed.toolchain != here else committed.rows
+    keys = {"|".join(at): row["key"] for at, row in known.items()}
+    answer = json.loads(recorder.run_child(json.dumps(keys), "counts", only))
+    table = Table(IDENTITY, COLUMNS, here)
+    for row in answer["rows"]:
+        table.add(known[tuple(row.split("|"))] if isinstance(row, str) else row)
+    return table, answer["executed"]
+
+
+def read_committed(path: Path) -> Table:
+    """The committed counts."""
+    return read(path, IDENTITY)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "launches":
+        print(json.dumps(_record_all()))
+    else:
+        print(json.dumps(_count_all(json.loads(sys.stdin.read()), sys.argv[2] if len(sys.argv) > 2 else "")))

@@ -1,0 +1,136 @@
+"""The table of the CUDA C++ kernels: what the built module's machine code is, and PyTorch's own beside it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from . import cuda_counts, recorder, sass, torch_kernels
+from .devices import ARCHITECTURES
+from .occupancy import occupancy
+from .table import Row, Table, number
+from .tools import Unavailable, demangle, disassembly, extract, resource_usage, version_of
+
+IDENTITY = ("of", "kernel", "arch")
+COLUMNS = (
+    "of", "kernel", "arch", "registers", "spills", "static_shared", "dynamic_shared", "threads", "occupancy",
+    "load_bits", "store_bits", "wide_loads", "hot", "hot_instructions", "hot_fma", "launched_by",
+)  # fmt: skip
+HEAD = (
+    "The CUDA C++ kernels of the built module, and PyTorch's own depth-wise ones; docs/inspect.md explains the",
+    "columns. Written by: sdan-fast inspect cuda --update",
+)
+TORCH_ARCHS = ("sm_80", "sm_90")
+
+
+def toolchain() -> dict[str, str]:
+    """The versions that the table's numbers depend on."""
+    import torch
+
+    return {
+        "nvcc": version_of("nvcc"),
+        "cuobjdump": version_of("cuobjdump"),
+        "nvdisasm": version_of("nvdisasm"),
+        "torch": torch.__version__,
+    }
+
+
+def figures(used: dict[str, int], code: sass.Code) -> dict[str, object]:
+    """What the machine code of one kernel says."""
+    kind, body = code.hot_loop
+    return {
+        "registers": used["reg"],
+        "spills": used["stack"] + used["local"] + 4 * code.spill_instructions,
+        "static_shared": used["shared"],
+        "load_bits": code.widest("LDG"),
+        "store_bits": code.widest("STG"),
+        "wide_loads": number(code.share_of_width("LDG", 128), 3),
+        "hot": kind,
+        "hot_instructions": len(body),
+        "hot_fma": number(code.hot_fma_share, 3),
+    }
+
+
+def kernels_of(cubin: bytes) -> Iterable[tuple[str, dict[str, int], sass.Code]]:
+    """(mangled name, resources, code) of each kernel of a cubin."""
+    used = resource_usage(cubin)
+    for name, code in sass.parse(disassembly(cubin)):
+        if name in used:
+            yield name, used[name], code
+
+
+def built_archs(module: Path) -> list[str]:
+    """The architectures that a module has machine code for."""
+    from .tools import run_tool
+
+    return sorted(
+        set(re.findall(r"\.(sm_\d+)[a-z]?\.cubin", run_tool("cuobjdump", "-lelf", module))), key=_capability
+    )
+
+
+def _capability(arch: str) -> int:
+    return int(arch[3:])
+
+
+def compute(archs: Iterable[str] | None = None, on_step: Callable[[str], object] = lambda what: None,
+            *, torch_too: bool = True) -> Table:  # fmt: skip
+    """The table of the last build, for some or all of its architectures."""
+    module = recorder.build_folder() / "_C_cuda.abi3.so"
+    wanted = list(archs) if archs is not None else built_archs(module)
+    on_step("recording launches")
+    largest: dict[str, tuple[int, int, str]] = {}
+    for kernel, threads, shared, call in cuda_counts.launched():
+        # Of several launches of one kernel, the one that asks most of an SM.
+        if kernel not in largest or (shared, threads) > (largest[kernel][1], largest[kernel][0]):
+            largest[kernel] = threads, shared, call
+    table = Table(IDENTITY, COLUMNS, toolchain())
+    for arch in wanted:
+        limits = ARCHITECTURES[_capability(arch)]
+        for name, cubin in extract("elf", arch, module).items():
+            on_step(name)
+            found = list(kernels_of(cubin))
+            short = demangle([kernel for kernel, *_ in found])
+            for kernel, used, code in found:
+                row: dict[str, object] = {"of": "sdan_fast", "kernel": short[kernel], "arch": arch}
+                row |= figures(used, code)
+                if kernel in largest:
+                    threads, shared, call = largest[kernel]
+                    fit = occupancy(limits, threads, used["reg"], used["shared"] + shared)
+                    row |= {"threads": threads, "dynamic_shared": shared, "launched_by": call}
+                    row["occupancy"] = number(fit.share)
+                table.add(row)
+    if torch_too:
+        add_torch(table, [a for a in TORCH_ARCHS if a in wanted], on_step)
+    return table
+
+
+def add_torch(table: Table, archs: Iterable[str], on_step: Callable[[str], object]) -> None:
+    """PyTorch's depth-wise kernels, with 32-bit indices, in the types that ours have."""
+    try:
+        cubins = torch_kernels.cubins()
+    except Unavailable as reason:
+        on_step(f"PyTorch's kernels are left out: {reason}")
+        return
+    for arch in archs:
+        if arch not in cubins:
+            continue
+        on_step(f"PyTorch's depth-wise kernels for {arch}")
+        found = [k for k in kernels_of(cubins[arch]) if torch_kernels.WANTED in k[0]]
+        short = demangle([kernel for kernel, *_ in found])
+        for kernel, used, code in found:
+            if re.search(r"\b(double|long)\b", short[kernel]):
+                continue
+            table.add({"of": "PyTorch", "kernel": short[kernel], "arch": arch} | figures(used, code))
+
+
+def within_limits(row: Row) -> str | None:
+    """Why a row of ours breaks a hard limit that no toolchain excuses; None if it does not."""
+    if row["of"] != "sdan_fast":
+        return None
+    if row["spills"] != "0":
+        return f"{row['kernel']} for {row['arch']} spills {row['spills']} bytes"
+    shared = int(row["static_shared"]) + int(row["dynamic_shared"] or 0)
+    if shared > ARCHITECTURES[_capability(row["arch"])].shared_block:
+        return f"{row['kernel']} for {row['arch']} takes {shared} bytes of shared memory"
+    return None

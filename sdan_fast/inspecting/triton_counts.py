@@ -1,0 +1,116 @@
+"""Executes the PTX of the Triton kernels' launches in SDAN's own calls, and tabulates what they do."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import arguments, counts_table, workload
+from .counts import Counts, count, interpreter_hash
+from .counts_table import COLUMNS, IDENTITY, Counted
+from .table import Table
+from .triton_kernels import Launch, Specialized, compile_specialized, launches_of
+from .triton_table import passes_of, toolchain
+
+TARGET = 80  # its tensor cores (mma.sync) are what the interpreter knows; wgmma of sm_90 it does not
+HEAD = (
+    "What the Triton kernels do in SDAN's own calls: their sm_80 PTX, executed block by block; docs/inspect.md",
+    "explains the columns. Times are modelled, not measured. Written by: sdan-fast inspect triton --update",
+)
+
+
+def calls() -> Iterator[tuple[workload.Case, bool]]:
+    """(call, backward too): bfloat16 NCHW both ways, the other dtype, layout and size forward."""
+    half, single = torch.bfloat16, torch.float32
+    for dtype, layout, size, backward in (
+        (half, "nchw", workload.PICTURE, True),
+        (half, "nchw", workload.PATCHES, False),
+        (single, "nchw", workload.PICTURE, False),
+        (half, "nhwc", workload.PICTURE, False),
+    ):
+        for case in workload.own_cases(dtype, layout, size):
+            yield case, backward
+
+
+def memory_of(t: Tensor) -> Any:
+    """The memory span of a tensor as NumPy bytes, shared with it."""
+    whole = torch.empty(0, dtype=torch.uint8).set_(t.untyped_storage()).numpy()
+    size = t.element_size()
+    start, span = (
+        size * t.storage_offset(),
+        size * (1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride()))),
+    )
+    return whole[start : start + (span if t.numel() else 0)]
+
+
+def key_of(launch: Launch, s: Specialized) -> str:
+    """A hash of all that a launch's counts depend on: its code, its grid and its arguments but for tensors' values."""
+    described = [
+        (tuple(v.shape), v.stride(), v.data_ptr() % 256) if isinstance(v, Tensor) else v for v in s.passed
+    ]
+    return hashlib.sha256(repr((s.key, launch.grid, described, interpreter_hash())).encode()).hexdigest()[:16]
+
+
+def execute(launch: Launch, s: Specialized, *, whole: bool = False) -> Counts:
+    """Run a launch's compiled PTX on its own tensors."""
+    compiled = compile_specialized(s)
+    values = [memory_of(v) if isinstance(v, Tensor) else v for v in s.passed]
+    sizes = {
+        n: float(v.numel() * v.element_size()) for n, v in zip(s.names, s.passed) if isinstance(v, Tensor)
+    }
+    names = [*s.names]
+    for name in ("global_scratch_size", "profile_scratch_size"):
+        size = getattr(compiled.metadata, name)
+        values.append(
+            memory_of(torch.zeros(size * math.prod(launch.grid), dtype=torch.uint8)) if size else None
+        )
+        names.append(name)
+    return count(
+        compiled.asm["ptx"], compiled.metadata.name, launch.grid, (32 * compiled.warps, 1, 1), values,
+        compiled.shared, names, sizes, whole=whole,
+    )  # fmt: skip
+
+
+def passes() -> Iterator[tuple[workload.Case, str, list[bool] | None, Callable[[], Any]]]:
+    """(case, name of the pass, output mask or None, call) of everything that is counted."""
+    for case, backward in calls():
+        masks = [None, *workload.masks(case.op, case.make()[0])]
+        for (name, call), mask in zip(passes_of(case), masks, strict=True):
+            if name == "forward" or backward:
+                yield case, name, mask, call
+
+
+def compute(committed: Table | None, on_pass: Callable[[str], object] = lambda name: None, *, everything: bool = False,
+            only: Callable[[str], bool] = lambda call: True) -> tuple[Table, int]:  # fmt: skip
+    """(the table of these sources, how many launches were executed).
+
+    A pass whose rows are committed with the keys of its launches is taken over; another is executed as a whole.
+    """
+    here = toolchain()
+    known = {} if committed is None or everything or committed.toolchain != here else committed.rows
+    table, executed = Table(IDENTITY, COLUMNS, here), 0
+    with arguments.blank():
+        for case, name, mask, call in passes():
+            title = f"{case.name} {name}"
+            if not only(title):
+                continue
+            on_pass(title)
+            launches = launches_of(call)
+            pairs = [(launch, launch.specialized(TARGET)) for launch in launches]
+            keys = [key_of(*pair) for pair in pairs]
+            rows = [known.get((launch.name, title, str(i))) for i, launch in enumerate(launches)]
+            if all(row is not None and row["key"] == key for row, key in zip(rows, keys)):
+                for row in rows:
+                    assert row is not None
+                    table.add(row)
+                continue
+            counted = [Counted(launch.name, execute(launch, s), key) for (launch, s), key in zip(pairs, keys)]
+            executed += len(counted)
+            for made in counts_table.rows_of(title, counted, counts_table.needed_multiply_adds(case, mask)):
+                table.add(made)
+    return table, executed
