@@ -56,8 +56,8 @@ def tile_index(block, QW, GROUPS, FLAT: tl.constexpr, BG: tl.constexpr, BQ: tl.c
 @jit
 def first_row(group, R: tl.constexpr, DH: tl.constexpr):
     """First of a group's R rows, which are DH apart, so that neighbouring rows of a group share taps."""
-    if R > 1:
-        group = (group // DH) * (R * DH) + group % DH
+    if R > 1:  # (group // DH) R DH + group % DH
+        group += (group // DH) * ((R - 1) * DH)
     return group
 
 
@@ -300,8 +300,7 @@ def pixel_groups(block, S, F, P: tl.constexpr, DA: tl.constexpr, BP: tl.constexp
     slow = i // F
     fast = i - slow * F
     group = slow if ALONG_H else fast
-    if P > 1:
-        group = (group // DA) * (P * DA) + group % DA
+    group = first_row(group, P, DA)
     return group, fast if ALONG_H else slow, slow < S
 
 
@@ -482,7 +481,7 @@ def convolve(
     flags = dict(FLIP=flip, BIAS=bias is not None, STAR=star, OUTER=outer, WIDE=wide_plane(x, y))
     extra = [t if t is not None else y for t in (gate, grad, gate_grad)]
     if rows_are_dense(x):
-        s = heuristics.conv_nchw(KH, KW, DH, W, H, x.element_size(), is_aligned(x, y, *extra))
+        s = heuristics.conv_nchw(KH, KW, DH, W, H, x.element_size(), is_aligned(x, y, *extra), DW)
         QW = ceil_div(W, s.V)
         groups = H if s.R == 1 else ceil_div(H, s.R * DH) * DH
         QG = QW if s.M == 1 else ceil_div(QW, s.M * s.S) * s.S
@@ -522,7 +521,7 @@ def weight_grad(
         return (gw.zero_() if need_weight else None), (gb.zero_() if need_bias else None)
     wide = wide_plane(g, x)
     if rows_are_dense(x):
-        s = heuristics.wgrad_nchw(KH, KW, W, x.element_size(), is_aligned(x, g))
+        s = heuristics.wgrad_nchw(KH, KW, W, x.element_size(), is_aligned(x, g), DW)
         QW = ceil_div(W, s.V)
         QG = QW if s.M == 1 else ceil_div(QW, s.M * s.S) * s.S
         groups = H if s.R == 1 else ceil_div(H, s.R * DH) * DH

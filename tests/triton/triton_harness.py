@@ -234,3 +234,90 @@ def wide(compiled: Compiled, what: str = "ld") -> bool:
     in_ptx = re.search(rf"{what}\.global[\w.]*\.v4\.b32|{what}\.global[\w.]*\.v2\.b64", compiled.asm["ptx"])
     in_sass = re.search(r"LDG\.E[\w.]*\.128" if what == "ld" else r"STG\.E[\w.]*\.128", compiled.sass)
     return bool(in_ptx and in_sass)
+
+
+# -- many compilations ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a launch would compile."""
+
+    kernel: Any
+    args: tuple
+    constexprs: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Built:
+    """What the checks need of a compiled kernel, small enough to come back from another process."""
+
+    name: str
+    target: Any
+    constexprs: str
+    error: str  # what is wrong with it, or nothing
+    wide: tuple[bool, bool]  # 128-bit loads and stores
+
+
+@contextmanager
+def launches_of():
+    """Collect the launches of the block; nothing runs."""
+    found: list[Launch] = []
+
+    def launcher(kernel, grid, *args, num_warps, num_stages, **constexprs):
+        found.append(Launch(kernel, args, constexprs, num_warps, num_stages))
+
+    with launched_by(launcher):
+        yield found
+
+
+_jobs: list[tuple[Any, Launch]] = []  # what the workers, which are forked off afterwards, find here by index
+
+
+def _build(index: int) -> Built:
+    target, job = _jobs[index]
+    done = compile_ahead(target, job.kernel, job.args, job.constexprs, job.num_warps, job.num_stages)
+    try:
+        done.assert_clean()
+        error = ""
+    except AssertionError as failure:
+        error = str(failure)
+    accesses = (wide(done, "ld"), wide(done, "st")) if isinstance(target, int) else (True, True)
+    return Built(done.name, target, str(done.constexprs), error, accesses)
+
+
+def build_all(launches: Sequence[Launch], *targets: int | str) -> list[Built]:
+    """Compile every different launch for each target, on all cores."""
+    import multiprocessing
+    import os
+    from concurrent.futures import ProcessPoolExecutor
+
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler.compiler import make_backend
+
+    backend = make_backend(GPUTarget("cuda", 80, 32))
+    different: dict[str, Launch] = {}
+    for job in launches:
+        different.setdefault(compilation_key(backend, job), job)
+    _jobs[:] = [(target, job) for target in targets for job in different.values()]
+    cores = len(os.sched_getaffinity(0))
+    # Threads do not compile in parallel: most of a compilation is Python. The workers only compile.
+    with ProcessPoolExecutor(min(cores, len(_jobs)), multiprocessing.get_context("fork")) as pool:
+        return list(pool.map(_build, range(len(_jobs)), chunksize=1))
+
+
+def compilation_key(backend: Any, job: Launch) -> str:
+    """Equal for launches that compile to the same code."""
+    from triton.runtime.jit import native_specialize_impl
+
+    bound = inspect.signature(job.kernel.fn).bind(*job.args, **job.constexprs)
+    bound.apply_defaults()
+    parts = [
+        repr(value)
+        if p.is_constexpr
+        else repr(native_specialize_impl(backend, value, p.is_const, True, True))
+        for p, value in zip(job.kernel.params, bound.arguments.values())
+    ]
+    return f"{job.kernel.fn.__name__} {job.num_warps} {job.num_stages} {' '.join(parts)}"
