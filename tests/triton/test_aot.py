@@ -24,6 +24,7 @@ from triton_harness import CUDA_TARGETS, DTYPES, FORMATS, build_all, compiled_fo
 
 from sdan_fast.kernels import (
     depthwise_conv2d,
+    heuristics,
     layer_norm2d,
     mm_lka,
     pointwise_gate,
@@ -179,6 +180,16 @@ def products(channels, dtype, fmt):
     ):
         y = op.forward(*args)
         op.backward(y, *args, output_mask=[True] * len(args))
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("channels, out", [(28, 28), (48, 48), (56, 56), (56, 28), (48, 24)])
+def test_star_conv_wastes_less_than_a_third_of_its_dots(channels, out, itemsize, backward):
+    """Tiles are powers of two and these channel counts are not."""
+    s = heuristics.norm_pointwise(channels, out, out, itemsize, backward)
+    formed = s.BC * -(-out // s.BO) * s.BO
+    assert channels * out / formed >= 2 / 3, (s, formed)
 
 
 @pytest.mark.slow
