@@ -184,7 +184,7 @@ def products(channels, dtype, fmt):
 
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("itemsize", [2, 4])
-@pytest.mark.parametrize("channels, out", [(28, 28), (48, 48), (56, 56), (56, 28), (48, 24)])
+@pytest.mark.parametrize("channels, out", [(28, 28), (48, 48), (56, 56), (56, 28)])
 def test_star_conv_wastes_less_than_a_third_of_its_dots(channels, out, itemsize, backward):
     """Tiles are powers of two and these channel counts are not."""
     s = heuristics.norm_pointwise(channels, out, out, itemsize, backward)
