@@ -239,8 +239,8 @@ def wgrad_nchw(
     """First stage of the weight gradient: sums of g * (shifted x) over CHUNKS chunks of BLOCK row-group vectors.
 
     Program (split, channel, TH filter rows) adds up TH KW taps, and g itself for the bias. It writes them into row
-    `split` of partial [splits, C KH KW + C], which is laid out as the weight, then the bias. COLUMNS: a power of two
-    above TH KW. chunks: per plane. splits: ceil(N chunks / CHUNKS).
+    `split` of partial [splits, C KH KW + C], which is laid out as the weight, then the bias. COLUMNS: a power of two,
+    at least TH KW. chunks: per plane. splits: ceil(N chunks / CHUNKS).
     """
     pid = tl.program_id(0)
     split = pid % splits
@@ -278,13 +278,13 @@ def wgrad_nchw(
                     for r in tl.static_range(R):
                         if j - r >= 0 and j - r < TH:
                             acc = strip_row_grad(acc, g, x, (j - r) * KW, r * M * V, delta, KW, DW, V, M, S)
-    acc = acc + (bias,)
     sums = tl.sum(join_all(acc, COLUMNS), 0)
     row = partial_ptr + split.to(tl.int64) * (C * (KH * KW + 1))
     column = tl.arange(0, COLUMNS)
     tap = tile * (TH * KW) + column
     tl.store(row + c * (KH * KW) + tap, sums, (column < TH * KW) & (tap < KH * KW))
-    tl.store(row + C * (KH * KW) + c + 0 * column, sums, (column == TH * KW) & (tile == 0))
+    if tile == 0:
+        tl.store(row + C * (KH * KW) + c, tl.sum(bias, 0))
 
 
 # -- channels_last ----------------------------------------------------------------------------------------------------

@@ -98,7 +98,7 @@ def wgrad_nchw(kh: int, kw: int, width: int, itemsize: int, aligned: bool, dw: i
         r = 8 if kh <= 5 else 4
     else:
         r = 4 if kh * kw <= 9 else 2 if kh * kw <= 49 else 1
-    columns = power_of_two(th * kw + 1, 2, 128)
+    columns = power_of_two(th * kw, 2, 128)
     chunks = min(8, 128 // (r * m * v)) if itemsize == 4 else 8  # at most 128 roundings of float32 in a row
     chunks = tuned("wgrad_nchw", f"{kh}x{kw}, {itemsize} bytes", CHUNKS=chunks)["CHUNKS"]
     return Settings(
