@@ -56,8 +56,8 @@ def tile_index(block, QW, GROUPS, FLAT: tl.constexpr, BG: tl.constexpr, BQ: tl.c
 @jit
 def first_row(group, R: tl.constexpr, DH: tl.constexpr):
     """First of a group's R rows, which are DH apart, so that neighbouring rows of a group share taps."""
-    if R > 1:
-        group = (group // DH) * (R * DH) + group % DH
+    if R > 1:  # (group // DH) R DH + group % DH
+        group += (group // DH) * ((R - 1) * DH)
     return group
 
 
@@ -239,8 +239,8 @@ def wgrad_nchw(
     """First stage of the weight gradient: sums of g * (shifted x) over CHUNKS chunks of BLOCK row-group vectors.
 
     Program (split, channel, TH filter rows) adds up TH KW taps, and g itself for the bias. It writes them into row
-    `split` of partial [splits, C KH KW + C], which is laid out as the weight, then the bias. COLUMNS: a power of two
-    above TH KW. chunks: per plane. splits: ceil(N chunks / CHUNKS).
+    `split` of partial [splits, C KH KW + C], which is laid out as the weight, then the bias. COLUMNS: a power of two,
+    at least TH KW. chunks: per plane. splits: ceil(N chunks / CHUNKS).
     """
     pid = tl.program_id(0)
     split = pid % splits
@@ -278,13 +278,13 @@ def wgrad_nchw(
                     for r in tl.static_range(R):
                         if j - r >= 0 and j - r < TH:
                             acc = strip_row_grad(acc, g, x, (j - r) * KW, r * M * V, delta, KW, DW, V, M, S)
-    acc = acc + (bias,)
     sums = tl.sum(join_all(acc, COLUMNS), 0)
     row = partial_ptr + split.to(tl.int64) * (C * (KH * KW + 1))
     column = tl.arange(0, COLUMNS)
     tap = tile * (TH * KW) + column
     tl.store(row + c * (KH * KW) + tap, sums, (column < TH * KW) & (tap < KH * KW))
-    tl.store(row + C * (KH * KW) + c + 0 * column, sums, (column == TH * KW) & (tile == 0))
+    if tile == 0:
+        tl.store(row + C * (KH * KW) + c, tl.sum(bias, 0))
 
 
 # -- channels_last ----------------------------------------------------------------------------------------------------
@@ -300,8 +300,7 @@ def pixel_groups(block, S, F, P: tl.constexpr, DA: tl.constexpr, BP: tl.constexp
     slow = i // F
     fast = i - slow * F
     group = slow if ALONG_H else fast
-    if P > 1:
-        group = (group // DA) * (P * DA) + group % DA
+    group = first_row(group, P, DA)
     return group, fast if ALONG_H else slow, slow < S
 
 
@@ -482,7 +481,7 @@ def convolve(
     flags = dict(FLIP=flip, BIAS=bias is not None, STAR=star, OUTER=outer, WIDE=wide_plane(x, y))
     extra = [t if t is not None else y for t in (gate, grad, gate_grad)]
     if rows_are_dense(x):
-        s = heuristics.conv_nchw(KH, KW, DH, W, H, x.element_size(), is_aligned(x, y, *extra))
+        s = heuristics.conv_nchw(KH, KW, DH, W, H, x.element_size(), is_aligned(x, y, *extra), DW)
         QW = ceil_div(W, s.V)
         groups = H if s.R == 1 else ceil_div(H, s.R * DH) * DH
         QG = QW if s.M == 1 else ceil_div(QW, s.M * s.S) * s.S
@@ -522,7 +521,7 @@ def weight_grad(
         return (gw.zero_() if need_weight else None), (gb.zero_() if need_bias else None)
     wide = wide_plane(g, x)
     if rows_are_dense(x):
-        s = heuristics.wgrad_nchw(KH, KW, W, x.element_size(), is_aligned(x, g))
+        s = heuristics.wgrad_nchw(KH, KW, W, x.element_size(), is_aligned(x, g), DW)
         QW = ceil_div(W, s.V)
         QG = QW if s.M == 1 else ceil_div(QW, s.M * s.S) * s.S
         groups = H if s.R == 1 else ceil_div(H, s.R * DH) * DH

@@ -38,17 +38,22 @@ def row_vector(width: int, itemsize: int, aligned: bool) -> tuple[int, bool]:
     return 4, False
 
 
-def row_vectors(kw: int, width: int, v: int, itemsize: int) -> tuple[int, int]:
+def row_vectors(kw: int, dw: int, width: int, v: int, itemsize: int) -> tuple[int, int]:
     """(vectors M of a thread along a row, S apart) of a 1xk filter: each loaded vector then serves more outputs.
 
-    S vectors are a sector of 32 bytes, so that the threads of a warp still read whole sectors.
+    Of a long reach (dilated filters) that saves most loads, of a short filter the few that it has are most of the work;
+    else M is 1, because loads shifted by an odd number of vectors use half of their sectors. S vectors are a sector of
+    32 bytes, so that the threads of a warp read whole sectors where they are not shifted.
     """
     s = max(1, 32 // (v * itemsize))
     m = 16 // v
-    return (m, s) if width >= 2 * m * s * v else (1, 1)
+    worth = kw <= 5 or (dw > 1 and (kw // 2) * dw > 2 * v)
+    return (m, s) if worth and width >= 2 * m * s * v else (1, 1)
 
 
-def conv_nchw(kh: int, kw: int, dh: int, width: int, height: int, itemsize: int, aligned: bool) -> Settings:
+def conv_nchw(
+    kh: int, kw: int, dh: int, width: int, height: int, itemsize: int, aligned: bool, dw: int = 1
+) -> Settings:
     """A depth-wise convolution in NCHW.
 
     1xk: M vectors of one row a thread. Squares: R rows of one vector. 128 threads for consecutive places of a plane.
@@ -58,10 +63,10 @@ def conv_nchw(kh: int, kw: int, dh: int, width: int, height: int, itemsize: int,
     v, vector = row_vector(width, itemsize, aligned)
     calls = f"{kh}x{kw} d{dh}, {itemsize} bytes"
     if kh == 1:
-        m, s = row_vectors(kw, width, v, itemsize)
+        m, s = row_vectors(kw, dw, width, v, itemsize)
         r = 1 if height == 1 else (4 if kw <= 5 else itemsize if m == 1 else 1)
-        if m > 1:  # in rows that are wide enough for M vectors
-            t = tuned("conv_nchw_rows", calls, R=r, M=m, warps=4)
+        if m > 1:
+            t = tuned("conv_nchw_rows", f"{kh}x{kw} d{dw}, {itemsize} bytes", R=r, M=m, warps=4)
             r, m, warps = t["R"], t["M"], t["warps"]
         else:
             warps = 4
@@ -82,18 +87,18 @@ def conv_nchw(kh: int, kw: int, dh: int, width: int, height: int, itemsize: int,
     )
 
 
-def wgrad_nchw(kh: int, kw: int, width: int, itemsize: int, aligned: bool) -> Settings:
+def wgrad_nchw(kh: int, kw: int, width: int, itemsize: int, aligned: bool, dw: int = 1) -> Settings:
     """First stage of a weight gradient in NCHW: up to 81 taps in registers, CHUNKS chunks of 128 threads a program."""
     v, vector = row_vector(width, itemsize, aligned)
     th = kh if kh * kw <= 81 else max(1, 63 // kw)
-    m, s = row_vectors(kw, width, v, itemsize) if kh == 1 else (1, 1)
+    m, s = row_vectors(kw, dw, width, v, itemsize) if kh == 1 else (1, 1)
     if kh == 1:
-        r = 2 if kw <= 5 or m == 1 else 1
+        r = (4 if v == 4 else 2) if m == 1 else 2 if kw <= 5 else 1
     elif kw == 1:
         r = 8 if kh <= 5 else 4
     else:
         r = 4 if kh * kw <= 9 else 2 if kh * kw <= 49 else 1
-    columns = power_of_two(th * kw + 1, 2, 128)
+    columns = power_of_two(th * kw, 2, 128)
     chunks = min(8, 128 // (r * m * v)) if itemsize == 4 else 8  # at most 128 roundings of float32 in a row
     chunks = tuned("wgrad_nchw", f"{kh}x{kw}, {itemsize} bytes", CHUNKS=chunks)["CHUNKS"]
     return Settings(

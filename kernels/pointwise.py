@@ -47,6 +47,41 @@ def weight_tile(
 
 
 @jit
+def product_tile(
+    w_ptr, x, acc, o, i, o_ok, i_ok, COV, CIV, PV, VO: tl.constexpr, VI: tl.constexpr, TRANSPOSED: tl.constexpr,
+    PIXELS_FIRST: tl.constexpr,
+):  # fmt: skip
+    """acc [outputs, pixels] + W[o, i] x [inputs, pixels]; PIXELS_FIRST: acc is [pixels, outputs].
+
+    A dot of plain FMAs reads its second operand from shared memory as it was loaded, and without bank conflicts only
+    if its columns are contiguous. Where channels are contiguous in memory those of x are not, so x comes first there.
+    The weights then have to be loaded with neighbouring outputs in neighbouring threads: not along their rows, whose
+    contiguity the factor hides.
+    """
+    if PIXELS_FIRST:
+        one = tl.minimum(PV, 1)
+        w = weight_tile(w_ptr, i * one, o, i_ok, o_ok, CIV, COV, VI, VO, not TRANSPOSED)
+        acc = dot(tl.trans(x), w, acc)
+    else:
+        acc = dot(weight_tile(w_ptr, o, i, o_ok, i_ok, COV, CIV, VO, VI, TRANSPOSED), x, acc)
+    return acc
+
+
+@jit
+def product_start(BO: tl.constexpr, BP: tl.constexpr, PIXELS_FIRST: tl.constexpr):
+    """An empty accumulator of product_tile."""
+    return tl.zeros((BP, BO) if PIXELS_FIRST else (BO, BP), tl.float32)
+
+
+@jit
+def product_end(acc, PIXELS_FIRST: tl.constexpr):
+    """product_tile's accumulator as [outputs, pixels]."""
+    if PIXELS_FIRST:
+        acc = tl.trans(acc)
+    return acc
+
+
+@jit
 def pointwise_product(
     x_ptr, factor_ptr, w_ptr, bias_ptr, gate_ptr, y_ptr, PV, CIV, COV, x_stride, y_stride,
     x_batch, factor_batch, gate_batch, y_batch, tiles, out_tiles,
@@ -64,7 +99,8 @@ def pointwise_product(
     p = ((pid // out_tiles) % tiles) * BP + tl.arange(0, BP)
     o_ok = o < COV * VO
     p_ok = p < PV * VP
-    acc = tl.zeros((BO, BP), tl.float32)
+    PIXELS_FIRST: tl.constexpr = not NCHW and x_ptr.dtype.element_ty == tl.float32
+    acc = product_start(BO, BP, PIXELS_FIRST)
     for first in range(0, CIV * VI, BI):
         i = first + tl.arange(0, BI)
         i_ok = i < CIV * VI
@@ -74,7 +110,8 @@ def pointwise_product(
         if FACTOR:
             factor = tl.load(factor_ptr + n * factor_batch + at, mask, other=0.0)
             x = (x.to(tl.float32) * factor.to(tl.float32)).to(x_ptr.dtype.element_ty)
-        acc = dot(weight_tile(w_ptr, o, i, o_ok, i_ok, COV, CIV, VO, VI, TRANSPOSED), x, acc)
+        acc = product_tile(w_ptr, x, acc, o, i, o_ok, i_ok, COV, CIV, PV, VO, VI, TRANSPOSED, PIXELS_FIRST)
+    acc = product_end(acc, PIXELS_FIRST)
     if BIAS:
         acc += tl.load(bias_ptr + o, o_ok, other=0.0).to(tl.float32)[:, None]
     mask = o_ok[:, None] & p_ok[None, :]

@@ -16,7 +16,7 @@ from . import heuristics, pointwise
 from ._triton import jit, tl
 from .launch import ceil_div, empty_image, image_layout, launch, output_format, unavailable, wide_plane
 from .layer_norm2d import normalize, normalize_grad
-from .pointwise import divisor, dot, image_tile, weight_tile
+from .pointwise import divisor, image_tile, product_end, product_start, product_tile
 from .reduce import finish
 from .star import ACTIVATIONS
 
@@ -44,17 +44,20 @@ def norm_pointwise(
     if NORM_BIAS:
         z += tl.load(nb_ptr + i, i_ok, other=0.0).to(tl.float32)[:, None]
     z = z.to(x_ptr.dtype.element_ty)
-    zero = tl.zeros((BO, BP), tl.float32)
+    PIXELS_FIRST: tl.constexpr = not NCHW and x_ptr.dtype.element_ty == tl.float32
+    zero = product_start(BO, BP, PIXELS_FIRST)
     for first in range(0, C1V * V1, BO):
         o = first + tl.arange(0, BO)
         o_ok = o < C1V * V1
-        y = dot(weight_tile(w1_ptr, o, i, o_ok, i_ok, C1V, CIV, V1, VI, False), z, zero)
+        y = product_tile(w1_ptr, z, zero, o, i, o_ok, i_ok, C1V, CIV, PV, V1, VI, False, PIXELS_FIRST)
+        y = product_end(y, PIXELS_FIRST)
         out = image_tile(o, p, PV, y1_stride, VC, VP, NCHW, WIDE)
         tl.store(y1_ptr + n * y1_batch + out, y.to(y1_ptr.dtype.element_ty), o_ok[:, None] & p_ok[None, :])
     for first in range(0, C2V * V2, BO):
         o = first + tl.arange(0, BO)
         o_ok = o < C2V * V2
-        y = dot(weight_tile(w2_ptr, o, i, o_ok, i_ok, C2V, CIV, V2, VI, False), z, zero)
+        y = product_tile(w2_ptr, z, zero, o, i, o_ok, i_ok, C2V, CIV, PV, V2, VI, False, PIXELS_FIRST)
+        y = product_end(y, PIXELS_FIRST)
         out = image_tile(o, p, PV, y2_stride, VC, VP, NCHW, WIDE)
         tl.store(y2_ptr + n * y2_batch + out, y.to(y2_ptr.dtype.element_ty), o_ok[:, None] & p_ok[None, :])
 
@@ -76,25 +79,27 @@ def norm_pointwise_grad(
     i = tl.arange(0, BC)
     i_ok = i < C
     nw = tl.load(nw_ptr + i, i_ok, other=0.0).to(tl.float32)
+    PIXELS_FIRST: tl.constexpr = not NCHW and x_ptr.dtype.element_ty == tl.float32
     w_sum = tl.zeros((BC,), tl.float32)
     b_sum = tl.zeros((BC,), tl.float32)
     for tile in range(pid * TILES, min(pid * TILES + TILES, N * tiles)):
         n = (tile // tiles).to(tl.int64)
         p = (tile % tiles) * BP + tl.arange(0, BP)
         p_ok = p < PV * VP
-        gz = tl.zeros((BC, BP), tl.float32)
+        gz = product_start(BC, BP, PIXELS_FIRST)
         for first in range(0, C1V * V1, BO):
             o = first + tl.arange(0, BO)
             o_ok = o < C1V * V1
             at1 = image_tile(o, p, PV, g1_stride, VC, VP, NCHW, WIDE)
             g = tl.load(g1_ptr + n * g1_batch + at1, o_ok[:, None] & p_ok[None, :], other=0.0)
-            gz = dot(weight_tile(w1_ptr, i, o, i_ok, o_ok, CIV, C1V, VI, V1, True), g, gz)
+            gz = product_tile(w1_ptr, g, gz, i, o, i_ok, o_ok, CIV, C1V, PV, VI, V1, True, PIXELS_FIRST)
         for first in range(0, C2V * V2, BO):
             o = first + tl.arange(0, BO)
             o_ok = o < C2V * V2
             at2 = image_tile(o, p, PV, g2_stride, VC, VP, NCHW, WIDE)
             g = tl.load(g2_ptr + n * g2_batch + at2, o_ok[:, None] & p_ok[None, :], other=0.0)
-            gz = dot(weight_tile(w2_ptr, i, o, i_ok, o_ok, CIV, C2V, VI, V2, True), g, gz)
+            gz = product_tile(w2_ptr, g, gz, i, o, i_ok, o_ok, CIV, C2V, PV, VI, V2, True, PIXELS_FIRST)
+        gz = product_end(gz, PIXELS_FIRST)
         mask = i_ok[:, None] & p_ok[None, :]
         at = image_tile(i, p, PV, x_stride, VC, VP, NCHW, WIDE)
         x = tl.load(x_ptr + n * x_batch + at, mask, other=0.0).to(tl.float32)

@@ -161,7 +161,7 @@ def test_every_kernel_that_heuristics_ask_for_has_choices():
         heuristics.elementwise_block()
         for itemsize in (2, 4):
             for kh, kw in ((1, 11), (11, 1), (7, 7)):
-                heuristics.conv_nchw(kh, kw, 1, 320, 180, itemsize, True)
+                heuristics.conv_nchw(kh, kw, 1, 320, 180, itemsize, True, 6)
                 heuristics.wgrad_nchw(kh, kw, 320, itemsize, True)
             heuristics.pointwise(56, 56, itemsize)
             heuristics.pointwise_wgrad(56, 56, itemsize, False)

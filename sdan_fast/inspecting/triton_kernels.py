@@ -240,8 +240,9 @@ class Launch:
         return specialize(target, self.kernel, self.args, self.constexprs, self.warps, self.stages)
 
 
-def launches_of(call: Callable[[], Any]) -> list[Launch]:
-    """The launches of a call, in order; nothing runs, so its results hold no values."""
+@contextmanager
+def catching() -> Iterator[list[Launch]]:
+    """Collect the launches of the block, in order; nothing runs, so its results hold no values."""
     caught: list[Launch] = []
 
     def launcher(
@@ -251,6 +252,12 @@ def launches_of(call: Callable[[], Any]) -> list[Launch]:
         caught.append(Launch(kernel, triple, args, constexprs, num_warps, num_stages))
 
     with launched_by(launcher):
+        yield caught
+
+
+def launches_of(call: Callable[[], Any]) -> list[Launch]:
+    """The launches of a call; see `catching`."""
+    with catching() as caught:
         call()
     return caught
 

@@ -50,30 +50,47 @@ def test_large_filters(kernel, dilation, fmt):
     )
 
 
+# (shape, filter, dilation, dtype): more outputs a thread than the small images above give it, in either layout
+SHARED_LOADS = [
+    ((1, 1, 3, 72), (1, 3), 1, torch.bfloat16),
+    ((1, 1, 2, 67), (1, 5), 2, torch.float32),
+    ((1, 1, 2, 128), (1, 11), 6, torch.bfloat16),
+    ((1, 1, 33, 4), (3, 1), 1, torch.float32),
+    ((1, 4, 5, 35), (3, 3), 1, torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("shape, kernel, dilation, dtype", SHARED_LOADS, ids=str)
+def test_shared_loads(shape, kernel, dilation, dtype, fmt):
+    check_op(
+        op, reference.depthwise_conv2d, inputs(shape, kernel, dtype, fmt), {"dilation": (dilation, dilation)}
+    )
+
+
+LENGTHS = (3, 5, 7, 9, 11, 13, 17, 19, 21, 23, 31, 35, 63)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("fmt", FORMATS, ids=["nchw", "channels_last"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("k", [3, 5, 7, 9, 11, 13, 17, 19, 21, 23, 31, 35, 63])
-def test_every_strip(k, dtype, fmt):
+@pytest.mark.parametrize("k", LENGTHS)
+def test_every_strip(k, fmt):
+    """Dtypes, dilations and widths in rotation: the length unrolls the same lines of code."""
+    turn = LENGTHS.index(k)
     for kernel in ((1, k), (k, 1)):
-        for d in (1, (k + 1) // 2):
-            check_op(
-                op,
-                reference.depthwise_conv2d,
-                inputs((1, 2, 21, 16), kernel, dtype, fmt),
-                {"dilation": (d, d)},
-            )
+        dtype, d = DTYPES[turn % 3], (1, (k + 1) // 2)[turn % 2]
+        shape = (1, 1, 3, 72) if kernel[0] == 1 and k <= 23 else (1, 2, 9, 16)
+        check_op(op, reference.depthwise_conv2d, inputs(shape, kernel, dtype, fmt), {"dilation": (d, d)})
+        turn += 1
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fmt", FORMATS, ids=["nchw", "channels_last"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("k", [3, 5, 7, 9, 13])
-def test_every_square(k, dtype, fmt):
-    for d in (1, (k + 1) // 2):
-        check_op(
-            op, reference.depthwise_conv2d, inputs((2, 3, 18, 16), (k, k), dtype, fmt), {"dilation": (d, d)}
-        )
+@pytest.mark.parametrize("turn, k", enumerate([3, 5, 7, 9, 13]))
+def test_every_square(turn, k, fmt):
+    d = (1, (k + 1) // 2)[turn % 2]
+    args = inputs((2, 1, 8, 16), (k, k), DTYPES[turn % 3], fmt)
+    check_op(op, reference.depthwise_conv2d, args, {"dilation": (d, d)})
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -4,9 +4,13 @@ package's own, as `sdan-fast inspect triton` does it.
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +20,21 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "ptxrun"))
 
-from sdan_fast.inspecting.triton_kernels import CUDA_TARGETS, Compiled, compile_ahead, compiled_for, wide
+from sdan_fast.inspecting.triton_kernels import (
+    CUDA_TARGETS,
+    Compiled,
+    Launch,
+    catching,
+    compile_ahead,
+    compile_specialized,
+    compiled_for,
+    wide,
+)
 from sdan_fast.kernels.launch import launched_by
 
 __all__ = [
-    "CUDA_TARGETS", "DTYPES", "FORMATS", "Compiled", "assert_bound", "check_op", "compile_ahead", "compiled_for",
-    "fma_share", "poisoned", "ptx_interpreted", "wide",
+    "CUDA_TARGETS", "DTYPES", "FORMATS", "Built", "Compiled", "assert_bound", "build_all", "catching", "check_op",
+    "compile_ahead", "compiled_for", "fma_share", "poisoned", "ptx_interpreted", "wide",
 ]  # fmt: skip
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -127,3 +140,42 @@ def fma_share(stats: Any) -> float:
     """Share of FMA and MMA among the executed warp instructions."""
     hits = sum(n for op, n in stats.opcodes.items() if op.startswith(("fma.", "mma.")))
     return hits / max(stats.total_warp_instructions, 1)
+
+
+# -- many compilations ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Built:
+    """What the checks need of a compiled kernel, small enough to come back from another process."""
+
+    name: str
+    target: Any
+    constexprs: str
+    error: str  # what is wrong with it, or nothing
+    wide: tuple[bool, bool]  # 128-bit loads and stores
+
+
+_jobs: list[tuple[Any, Launch]] = []  # what the workers, which are forked off afterwards, find here by index
+
+
+def _build(index: int) -> Built:
+    target, job = _jobs[index]
+    done = compile_specialized(job.specialized(target))
+    try:
+        done.assert_clean()
+        error = ""
+    except AssertionError as failure:
+        error = str(failure)
+    accesses = (wide(done, "ld"), wide(done, "st")) if isinstance(target, int) else (True, True)
+    return Built(done.name, target, str(done.constexprs), error, accesses)
+
+
+def build_all(launches: Sequence[Launch], *targets: int | str) -> list[Built]:
+    """Compile every different launch for each target, on all cores."""
+    different = {job.specialized(80).key: job for job in reversed(launches)}
+    _jobs[:] = [(target, job) for target in targets for job in different.values()]
+    cores = len(os.sched_getaffinity(0))
+    # Threads do not compile in parallel: most of a compilation is Python. The workers only compile.
+    with ProcessPoolExecutor(min(cores, len(_jobs)), multiprocessing.get_context("fork")) as pool:
+        return list(pool.map(_build, range(len(_jobs)), chunksize=1))
