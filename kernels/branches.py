@@ -228,7 +228,7 @@ def _launch(jobs: Sequence[Job], images: Images, field: Tensor | None, flip: boo
         entry = (
             shape.kind, job.channel, channels, number(job.source), number(job.middle), number(job.result), kh, kw,
             conv.dilations[0] if kh > 1 else 1, conv.dilations[1] if kw > 1 else 1, second.taps if second else 0,
-            second.dilation if second else 1, shape.per_thread, shape.lines, shape.groups, shape.loop,
+            second.dilation if second else 1, shape.per_thread, shape.lines, shape.groups, bool(shape.loop),
             step.first is not None, step.by_field is not None, step.last is not None, job.add, step.writes_field,
         )  # fmt: skip
         table.append(entry)

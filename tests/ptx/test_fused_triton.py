@@ -128,6 +128,17 @@ def test_chain_sweep(dtype, fmt):
 
 
 @pytest.mark.slow
+@formats
+@pytest.mark.parametrize("shape", [(1, 1, 1, 2064), (1, 1, 1100, 8)], ids=["rows", "columns"])
+def test_chain_longer_than_a_program(shape, fmt):
+    """Programs that go around several times, and hold what lies between two strips in a tensor of its own."""
+    args, kwargs = chain_args(shape, STAGES, MASK, BF16, fmt)
+    with ptx_interpreted() as stats:
+        check_op(strip_conv_chain, chain_reference, args, kwargs, needed=[True] + [False] * 8)
+    assert len(stats) == 4 and any(job[15] for st in stats for job in st.constexprs["JOBS"])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(1, 1, 24, 320), (1, 1, 180, 64)], ids=["rows", "columns"])
 def test_chain_traffic(shape):
     """SDAN's 11-tap stages on whole rows and on whole columns of 180 x 320: each pass touches its tensors once."""
