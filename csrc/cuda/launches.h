@@ -55,20 +55,19 @@ void conv_weight_gradient(DType dtype, const void* grad, const void* x, float* p
 struct Strip {
   const void *weight = nullptr, *bias = nullptr;  // c x taps; c or null
   int taps = 1, dilation = 1;
-  // A bias from before a horizontal convolution that is done already: it is spread over the row by
-  // that convolution's taps.
-  const void *edge_bias = nullptr, *edge_weight = nullptr;
-  int edge_taps = 1, edge_dilation = 1;
 };
 struct StripPass {
   const void* x = nullptr;
   void* y = nullptr;
-  const void* gate =
-      nullptr;  // null, or a tensor like y that multiplies the result of a vertical pass
+  const void* gate = nullptr;  // null, or a tensor like y that multiplies a vertical pass's result
   int64_t n = 0, c = 0, h = 0, w = 0;
   bool channels_last = false, vertical = false, flip = false;
   int steps = 1;
   Strip strip[2];
+  // A second bias of the first convolution of a vertical pass (bias is null if there is none),
+  // which this horizontal convolution, done already, has spread over the row: by its taps that meet
+  // the image.
+  Strip edge;
 };
 
 // Whether the kernels have room for it: not for the farthest dilations.

@@ -92,10 +92,9 @@ Optional two_passes(const Tensor& x, const std::vector<const Link*>& links, bool
     across.strip[i] = strip_of(h, !flip && !late);
     down.strip[i] = strip_of(v, !flip);
     if (late && !flip) {
-      Strip& first = down.strip[0];
-      first.edge_bias = first.bias, first.bias = h.bias ? h.bias->data_ptr() : nullptr;
-      first.edge_weight = across.strip[1].weight;
-      first.edge_taps = across.strip[1].taps, first.edge_dilation = across.strip[1].dilation;
+      down.edge = across.strip[1];
+      down.edge.bias = down.strip[0].bias;
+      down.strip[0].bias = h.bias ? h.bias->data_ptr() : nullptr;
     }
   }
   if (!strips_fit(dtype, across) || !strips_fit(dtype, down)) return std::nullopt;

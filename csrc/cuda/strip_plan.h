@@ -17,17 +17,20 @@ struct StripPlan {
   Config config;
 };
 
+inline void set_grid(StripPlan& plan, int64_t blocks) {
+  plan.fits = blocks <= kMostBlocks;
+  plan.config.grid = dim3(static_cast<unsigned>(std::min(blocks, kMostBlocks)));
+}
+
 inline StripParams strip_params(DType dtype, const StripPass& s) {
   StripParams p{};
-  p.dtype = dtype, p.steps = s.steps, p.flip = s.flip, p.gate = s.gate;
+  p.dtype = dtype, p.steps = s.steps, p.flip = s.flip;
   p.channels = static_cast<int32_t>(s.c);
+  p.edge_taps = s.edge.taps, p.edge_dilation = s.edge.dilation;
   const int64_t axis = s.vertical ? s.h : s.w;
   for (int i = 0; i < s.steps; ++i) {
     const Strip& from = s.strip[i];
     StripStep& to = p.step[i];
-    to.weight = from.weight, to.bias = from.bias;
-    to.edge_bias = from.edge_bias, to.edge_weight = from.edge_weight;
-    to.edge_taps = from.edge_taps, to.edge_dilation = from.edge_dilation;
     to.weight_taps = from.taps;
     // Taps further out than the image is long multiply zeros.
     to.taps =
@@ -79,15 +82,14 @@ inline StripPlan plan_row(DType dtype, const StripPass& s) {
   plan.config.block =
       dim3(whole_warps(ceil_div(items, ceil_div(items, kStripThreads)), kStripThreads));
   plan.config.shared_bytes = static_cast<size_t>(bytes);
-  plan.config.grid = dim3(static_cast<unsigned>(
-      std::min(p.planes * ceil_div(s.h, 2 * kRowPairs) * p.tiles, kMostBlocks)));
+  set_grid(plan, p.planes * ceil_div(s.h, 2 * kRowPairs) * p.tiles);
   return plan;
 }
 
 // conv_column: what a step of the walk takes of shared memory.
 inline int64_t column_bytes(const StripParams& p, bool last) {
   const int64_t tile = p.tile;
-  int64_t floats = 2 * tile + (p.through ? p.rows * tile : 0);
+  int64_t floats = 2 * tile + (p.reuse ? 0 : p.rows * tile);
   for (int i = 0; i < p.steps; ++i)
     floats += p.ring[i] * tile + (last ? p.step[i].taps * tile : round_up64(p.step[i].taps, 4));
   return 4 * floats + (p.dtype == DType::kFloat32 ? 0 : 2 * p.rows * tile);
@@ -98,6 +100,7 @@ inline int64_t set_rows(StripParams& p, bool last, int64_t rows, bool ahead) {
   const auto halo = [&](int i) { return (p.step[i].taps - 1) / 2 * p.step[i].dilation; };
   const int64_t h0 = halo(0), h1 = p.steps == 2 ? halo(1) : 0;
   p.rows = static_cast<int32_t>(rows), p.ahead = ahead;
+  p.reuse = p.steps == 2 && rows >= p.length;
   p.ring[0] = static_cast<int32_t>(2 * h0 + rows * (ahead ? 2 : 1));
   p.ring[1] = static_cast<int32_t>(p.steps == 2 ? 2 * h1 + rows : 0);
   p.before[0] = static_cast<int32_t>(ceil_div(2 * (h0 + h1), rows));
@@ -118,7 +121,6 @@ inline StripPlan plan_column(DType dtype, const StripPass& s) {
   p.wide = dtype != DType::kFloat32 && strip_aligned(dtype, s, width, 8) ? 8
            : strip_aligned(dtype, s, width, 4)                           ? 4
                                                                          : 0;
-  p.through = last || !p.wide;
   int64_t unit = p.step[0].dilation;
   if (s.steps == 2) unit = std::lcm(unit, int64_t{p.step[1].dilation});
   unit *= kStripOutputs;
@@ -155,8 +157,7 @@ inline StripPlan plan_column(DType dtype, const StripPass& s) {
   plan.config.block =
       dim3(whole_warps(ceil_div(items, ceil_div(items, kStripThreads)), kStripThreads));
   plan.config.shared_bytes = static_cast<size_t>(bytes);
-  plan.config.grid =
-      dim3(static_cast<unsigned>(std::min(p.planes * p.segments * p.tiles, kMostBlocks)));
+  set_grid(plan, p.planes * p.segments * p.tiles);
   return plan;
 }
 

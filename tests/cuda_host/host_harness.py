@@ -97,6 +97,29 @@ def _double(x: Any) -> Any:
     return [_double(t) for t in x] if isinstance(x, (list, tuple)) and x and isinstance(x[0], Tensor) else x
 
 
+def _eager_backward(
+    op: Op,
+    grad: Tensor,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    mask: Sequence[bool],
+    exact: Sequence[Any],
+) -> list[Tensor | None]:
+    """Eager's gradients. In float32 eager is two programs, one for each memory format, and either may be lucky on a few
+    elements: of each gradient the less exact one."""
+    formats = FORMATS if grad.dtype == torch.float32 and grad.dim() == 4 else ("as it is",)
+    runs = []
+    for name in formats:
+        g, x = (t if name == "as it is" else laid_out(t, name) for t in (grad, args[0]))
+        runs.append(op.reference_backward(g, x, *args[1:], **kwargs, output_mask=mask))
+
+    def error(candidate: tuple[Tensor | None, Tensor | None]) -> float:
+        got, want = candidate
+        return 0.0 if got is None or want is None or not got.numel() else (got - want).abs().max().item()
+
+    return [max(((g, e) for g in gs), key=error)[0] for e, *gs in zip(exact, *runs, strict=True)]
+
+
 def check(
     op: Op,
     args: Sequence[Any],
@@ -132,8 +155,8 @@ def check(
         return
     slots = op.slots(args)
     for mask in masks or [[s is not None for s in slots]]:
-        eagers = op.reference_backward(grad, *args, **kwargs, output_mask=mask)
         exacts = op.reference_backward(grad.double(), *exact_args, **kwargs, output_mask=mask)
+        eagers = _eager_backward(op, grad, args, kwargs, mask, exacts)
         eagers, exacts = (
             [t for t, wanted in zip(ts, mask, strict=True) if wanted and t is not None]
             for ts in (eagers, exacts)

@@ -61,6 +61,28 @@ def depthwise_conv2d() -> None:
 CALLS["depthwise_conv2d"] = depthwise_conv2d
 
 
+def strip_conv_chain() -> None:
+    import torch
+
+    for shape, layout in (
+        ((1, 3, 9, 13), "contiguous"),
+        ((1, 2, 25, 8), "channels_last"),
+        ((1, 1, 4, 16), "shifted"),
+    ):
+        for dtype in (torch.float32, torch.bfloat16):
+            x, g = (laid_out(random(*shape, dtype=dtype, seed=s), layout) for s in (0, 1))
+            c = shape[1]
+            weights = [random(c, 1, *k, dtype=dtype, seed=2) for k in ((1, 5), (3, 1), (1, 3), (7, 1))]
+            biases = [random(c, dtype=dtype, seed=3) for _ in range(3)]
+            call = (x, weights, biases)
+            kwargs = {"bias_mask": [True, True, False, True], "dilations": [1, 1, 2, 3]}
+            check(_op.OPS["strip_conv_chain"], call, kwargs, grad=g, orders=("shuffled",))
+            check(_op.OPS["gated_strip_conv_chain"], (g, *call), kwargs, orders=("shuffled",))
+
+
+CALLS["strip_conv_chain"] = strip_conv_chain
+
+
 def layer_norm2d() -> None:
     import torch
 

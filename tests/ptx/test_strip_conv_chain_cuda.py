@@ -1,0 +1,179 @@
+"""Rung 5: the PTX that nvcc makes of the strips' kernels, executed: values, faults, races, traffic."""
+
+from __future__ import annotations
+
+import math
+import struct
+
+import pytest
+import torch
+from cuda_ptx import entry, nvcc, ptx, run
+from host_harness import assert_bound, random
+
+from sdan_fast.ops._op import OPS
+
+pytestmark = pytest.mark.skipif(nvcc() is None, reason="no nvcc")
+CHAIN, CONV = OPS["strip_conv_chain"], OPS["depthwise_conv2d"]
+DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+P = "const void*"
+
+
+@pytest.fixture(scope="module")
+def text():
+    rows = [f"void conv_row_kernel<{k}>({P}, {P}, {P}, {P}, {P}, void*, const StripParams)" for k in (0, 11)]
+    columns = [
+        f"void conv_column_kernel<{k}, {last}>({', '.join([P] * 8)}, void*, const StripParams)"
+        for k in (0, 11)
+        for last in ("true", "false")
+    ]
+    return ptx("strip_conv_chain.cuh", (*rows, *columns))
+
+
+def up(x, n):
+    return -(-x // n) * n
+
+
+def one_pass(
+    text, x, strips, *, vertical, flip=False, edge=None, gate=None, rows=None, segment=None, ahead=False
+):
+    """A pass of one or two strips, each (weight, bias, dilation), as strip_plan.h plans it for small images.
+
+    rows, segment, ahead: of conv_column, how the walk along the axis goes.
+    """
+    n, c, h, w = x.shape
+    last = not x.is_contiguous()
+    y = torch.full_like(x, float("nan"))
+    axis = h if vertical else w
+    taps = [(t.shape[2] * t.shape[3], d) for t, _, d in strips]
+    used = [min(k, 2 * ((axis - 1) // d) + 1) for k, d in taps]
+    dilation = [d if u > 1 else 1 for u, (_, d) in zip(used, taps, strict=True)]
+    halo = [(u - 1) // 2 * d for u, d in zip(used, dilation, strict=True)]
+    steps, two = len(strips), len(strips) == 2
+    h1 = halo[1] if two else 0
+    k = 11 if used == [11] * steps else 0
+    edge_bias, edge_weight, edge_dilation = edge or (None, None, 1)
+    edge_taps = 1 if edge_weight is None else edge_weight.numel() // c
+    half = x.dtype != torch.float32
+    if vertical or last:
+        planes, length = (n * c, h) if not last else (n, h) if vertical else (n * h, w)
+        width = w if not last else w * c if vertical else c
+        wide = next((e for e in ((8, 4) if half else (4,)) if width % e == 0), 0)
+        unit = 8 * math.lcm(*dilation)
+        rows = rows or up(length, unit)
+        tile = 32 if width > 64 else max(8, 1 << (width - 1).bit_length())
+        segment = segment or up(length, rows)
+        ring = [2 * halo[0] + rows * (2 if ahead else 1), 2 * h1 + rows if two else 0]
+        before = [-(-2 * (halo[0] + h1) // rows), -(-2 * h1 // rows)]
+        reuse = int(two and rows >= length)
+        floats = 2 * tile + sum(ring) * tile + (0 if reuse else rows * tile)
+        floats += sum(u * tile if last else up(u, 4) for u in used)
+        shared = 4 * floats + (2 * rows * tile if half else 0)
+        tiles, segments = -(-width // tile), -(-length // segment)
+        place = [tile, tiles, rows, 0, segment, segments, *ring, int(ahead), reuse, *before]
+        blocks, items = planes * tiles * segments, rows // 8 * (tile // 4)
+        name = entry(text, "conv_column_kernel", f"ILi{k}ELb{int(last)}E")
+    else:
+        planes, length, width = n * c, w, h
+        wide = 4 if w % 4 == 0 else 0
+        tile = up(w, 9 * dilation[-1])
+        region = up(tile + 2 * h1, 9 * dilation[0]) if two else tile
+        pitch = up(up(region + 2 * halo[0] + 3, 4), 16) + 4
+        shared = 4 * sum(up(u, 4) for u in used) + 2 * 4 * pitch * 8
+        place = [tile, 1, region, pitch, *[0] * 8]
+        blocks, items = planes * -(-h // 8), max(region, tile) // 9 * 4
+        name = entry(text, "conv_row_kernel", f"ILi{k}E")
+    steps_packed = [
+        v for i in range(2) for v in ([taps[i][0], used[i], dilation[i]] if i < steps else [0] * 3)
+    ]
+    p = struct.pack(
+        "<qi27i", planes, DTYPE[x.dtype], steps, c, length, width, int(flip), wide, *steps_packed, edge_taps,
+        edge_dilation, *place, *[0] * (27 - 6 - 6 - 2 - 12), *[]
+    )[: 8 + 4 * (7 + 6 + 2 + 12)]  # fmt: skip
+    p += b"\0" * (-len(p) % 8)
+    pointers = [t for weight, bias, _ in strips for t in (weight, bias)] + [None] * (4 - 2 * steps)
+    extra = [edge_bias, edge_weight, gate] if vertical or last else []
+    threads = min(256, up(items, 32))
+    st = run(text, name, blocks, threads, [x, *pointers, *extra, y, p], shared_bytes=shared)
+    return y, st
+
+
+def stages(c, kernels, dtype):
+    """Four strips (weight, bias, dilation) of (kernel, dilation) pairs, horizontal and vertical in turn."""
+    return [
+        (
+            random(c, 1, *((k, 1) if i % 2 else (1, k)), dtype=dtype, seed=10 + i, scale=k**-0.5),
+            random(c, dtype=dtype, seed=20 + i),
+            d,
+        )
+        for i, (k, d) in enumerate(kernels)
+    ]
+
+
+def run_chain(text, x, strips, gate=None, **walk):
+    """Two stages as csrc/cuda/strip_conv_chain.cpp does them, and the statistics of its two launches."""
+    h1, v1, h2, v2 = strips
+    z, across = one_pass(text, x, [h1, (h2[0], None, h2[2])], vertical=False)
+    y, down = one_pass(
+        text, z, [(v1[0], h2[1], v1[2]), v2], vertical=True, edge=(v1[1], h2[0], h2[2]), gate=gate, **walk
+    )
+    return y, (across, down)
+
+
+def reference(x, strips, double=False):
+    x, *rest = (t.double() if double else t for t in (x, *(t for w, b, _ in strips for t in (w, b))))
+    weights, biases = rest[::2], rest[1::2]
+    return CHAIN.reference(x, weights, biases, bias_mask=[True] * 4, dilations=[d for _, _, d in strips])
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("dtype", DTYPE, ids=str)
+@pytest.mark.parametrize(
+    "kernels", [((11, 1), (11, 1), (11, 6), (11, 6)), ((5, 1), (3, 2), (7, 3), (5, 1))], ids=str
+)
+def test_chain(text, kernels, dtype, layout):
+    for shape, walk in (
+        ((1, 4, 37, 64), {}),
+        ((1, 3, 37, 63), {"rows": 48, "segment": 48, "ahead": True}),
+    ):
+        x, u = (random(*shape, dtype=dtype, seed=s).contiguous(memory_format=layout) for s in (0, 1))
+        strips = stages(shape[1], kernels, dtype)
+        y, _ = run_chain(text, x, strips, **walk)
+        assert_bound(y, reference(x, strips), reference(x, strips, True), f"{shape}")
+    gated, _ = run_chain(text, x, strips, gate=u)
+    assert_bound(gated, u * reference(x, strips), u.double() * reference(x, strips, True), "gated")
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("dtype", DTYPE, ids=str)
+@pytest.mark.parametrize("vertical", [False, True])
+def test_single_strip_and_its_input_gradient(text, vertical, dtype, layout):
+    for k, d, shape in ((11, 6, (1, 2, 21, 48)), (15, 2, (1, 2, 40, 19))):
+        kernel, dilation = ((k, 1), [d, 1]) if vertical else ((1, k), [1, d])
+        x, g = (random(*shape, dtype=dtype, seed=s).contiguous(memory_format=layout) for s in (0, 1))
+        weight = random(shape[1], 1, *kernel, dtype=dtype, seed=2, scale=k**-0.5)
+        bias = random(shape[1], dtype=dtype, seed=3)
+        y, _ = one_pass(text, x, [(weight, bias, d)], vertical=vertical)
+        gx, _ = one_pass(text, g, [(weight, None, d)], vertical=vertical, flip=True)
+        exact = [t.double() for t in (x, weight, bias)]
+        kwargs, mask = {"dilation": dilation}, [True, False, False]
+        assert_bound(y, CONV.reference(x, weight, bias, **kwargs), CONV.reference(*exact, **kwargs))
+        eager = CONV.reference_backward(g, x, weight, bias, **kwargs, output_mask=mask)[0]
+        want = CONV.reference_backward(g.double(), *exact, **kwargs, output_mask=mask)[0]
+        assert_bound(gx, eager, want)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_traffic(text, dtype, layout):
+    """At SDAN's width: whole sectors, each element of the tensor moved once by either pass, few bank conflicts."""
+    for c, h in ((24, 4), (28, 4)) if layout == torch.channels_last else ((1, 60),):
+        x = random(1, c, h, 320, dtype=dtype).contiguous(memory_format=layout)
+        strips = stages(c, ((11, 1), (11, 1), (11, 6), (11, 6)), dtype)
+        _, passes = run_chain(text, x, strips)
+        size = x.numel() * x.element_size()
+        for st in passes:
+            assert st.store_efficiency >= 0.85 and st.load_efficiency >= 0.85, st.report()
+            assert st.global_store_bytes == size
+            parameters = 5 * 11 * c * x.element_size() * (10 * h if layout == torch.channels_last else 60)
+            assert st.global_load_sector_bytes <= 1.15 * size + parameters, st.report()
+            assert st.bank_conflicts <= 0.10 * st.shared_wavefronts, st.report()
