@@ -40,7 +40,7 @@ def decide(rows: Iterable[Row]) -> list[Row]:
         direction = str(row.get("direction", "forward"))
         times[key][math.prod(row["shape"])][row["backend"]][direction] = milliseconds(row)
     entries = []
-    for key, by_size in sorted(times.items()):
+    for traits, by_size in sorted(times.items()):
         sizes = []
         for elements, found in sorted(by_size.items()):
             both = set(found["triton"]) & set(found["cuda"])
@@ -50,7 +50,7 @@ def decide(rows: Iterable[Row]) -> list[Row]:
             backend, ratio = ("cuda", triton / cuda) if cuda < triton else ("triton", cuda / triton)
             sizes.append({"elements": elements, "backend": backend, "ratio": round(ratio, 3)})
         if sizes:
-            entries.append({**dict(zip(preferences.FORMAT_KEYS, key, strict=True)), "sizes": sizes})
+            entries.append({**dict(zip(preferences.FORMAT_KEYS, traits, strict=True)), "sizes": sizes})
     return entries
 
 

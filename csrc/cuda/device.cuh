@@ -296,6 +296,34 @@ __device__ __forceinline__ void store(T* p, const float (&v)[N]) {
   }
 }
 
+// ---- shared memory
+
+// V floats between registers and shared memory, of which thread t has the t-th V.
+template <int V>
+__device__ __forceinline__ void put_vector(float* shared, int t, const float (&v)[V]) {
+  if constexpr (V == 4) {
+    float4 a;
+    a.x = v[0], a.y = v[1], a.z = v[2], a.w = v[3];
+    reinterpret_cast<float4*>(shared)[t] = a;
+  } else {
+    static_assert(V == 1);
+    shared[t] = v[0];
+  }
+}
+
+template <int V>
+__device__ __forceinline__ void get_vector(const float* shared, int t, bool there, float (&v)[V]) {
+  SDAN_UNROLL
+  for (int e = 0; e < V; ++e) v[e] = 0;
+  if (!there) return;
+  if constexpr (V == 4) {
+    const float4 a = reinterpret_cast<const float4*>(shared)[t];
+    v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w;
+  } else {
+    v[0] = shared[t];
+  }
+}
+
 // ---- cp.async
 
 // Copies Bytes (4, 8 or 16) from global to shared memory, of which only source_bytes are read and

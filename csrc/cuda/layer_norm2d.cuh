@@ -373,12 +373,9 @@ __global__ void __launch_bounds__(kNormThreads, 1)
   SDAN_UNROLL
   for (int i = 0; i < R; ++i) {
     if (lane + i * lanes >= vectors) continue;
-    SDAN_UNROLL
-    for (int e = 0; e < V; ++e) {
-      const int to = group * 2 * p.channels + (lane + i * lanes) * V + e;
-      sums[to] = with_x[i][e];
-      sums[to + p.channels] = alone[i][e];
-    }
+    float* to = sums + group * 2 * p.channels;
+    put_vector<V>(to, lane + i * lanes, with_x[i]);
+    put_vector<V>(to + p.channels, lane + i * lanes, alone[i]);
   }
   __syncthreads();
   for (int c = static_cast<int>(threadIdx.x); c < 2 * p.channels; c += kNormThreads) {

@@ -137,7 +137,8 @@ void star_conv_backward(DType dtype, const void* grad, const void* p, const void
     const int v = wide ? kGradVector : 1;
     const BackwardPlan plan = plan_backward(s, v, outer);
     const auto run = [&](auto kernel) {
-      const size_t shared = s.channels_last ? kStarConvSums * v * kStarConvThreads * 4 : 0;
+      const size_t shared =
+          s.channels_last ? kStarConvSums * v * (kStarConvThreads + plan.p.vectors) * 4 : 0;
       launch("star_conv_backward", kernel, star_conv_config(plan.grid, shared, stream),
              static_cast<const T*>(grad), static_cast<const T*>(p), static_cast<const T*>(b),
              static_cast<const T*>(weight), static_cast<const T*>(bias), static_cast<T*>(grad_p),

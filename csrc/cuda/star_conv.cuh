@@ -326,36 +326,10 @@ __global__ void __launch_bounds__(kStarConvThreads, 1)
   }
 }
 
-// V floats between registers and shared memory, of which thread t has the t-th V.
-template <int V>
-__device__ __forceinline__ void put_vector(float* shared, int t, const float (&v)[V]) {
-  if constexpr (V == 4) {
-    float4 a;
-    a.x = v[0], a.y = v[1], a.z = v[2], a.w = v[3];
-    reinterpret_cast<float4*>(shared)[t] = a;
-  } else {
-    static_assert(V == 1);
-    shared[t] = v[0];
-  }
-}
-
-template <int V>
-__device__ __forceinline__ void get_vector(const float* shared, int t, bool there, float (&v)[V]) {
-  SDAN_UNROLL
-  for (int e = 0; e < V; ++e) v[e] = 0;
-  if (!there) return;
-  if constexpr (V == 4) {
-    const float4 a = reinterpret_cast<const float4*>(shared)[t];
-    v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w;
-  } else {
-    v[0] = shared[t];
-  }
-}
-
 // A block is s.columns neighbouring columns, the outer two of which only help, by s.vectors vectors
 // of channels (blockIdx.y counts these); blockIdx.x goes over the tiles. The other arguments are
 // those of star_conv_backward_kernel; partial is [blockIdx.x][channel][10]. Dynamic shared memory:
-// kStarConvSums * V floats for each thread.
+// kStarConvSums * V * (kStarConvThreads + s.vectors) floats.
 template <typename T, int V>
 __global__ void __launch_bounds__(kStarConvThreads, 1)
     star_conv_backward_last_kernel(const T* __restrict__ grad, const T* __restrict__ p,
@@ -452,10 +426,12 @@ __global__ void __launch_bounds__(kStarConvThreads, 1)
     __syncthreads();  // the next tile begins with the first buffer again
   }
   if (!partial) return;
+  const int pitch =
+      threads + s.vectors;  // the sums of one tap follow those of another in the banks
   SDAN_UNROLL
   for (int k = 0; k < kStarConvSums; ++k) {
     SDAN_UNROLL
-    for (int e = 0; e < V; ++e) shared[(k * V + e) * threads + t] = acc[k][e];
+    for (int e = 0; e < V; ++e) shared[(k * V + e) * pitch + t] = acc[k][e];
   }
   __syncthreads();
   const int sums = kStarConvSums * V * s.vectors;
@@ -464,7 +440,7 @@ __global__ void __launch_bounds__(kStarConvThreads, 1)
     const int to = (static_cast<int>(blockIdx.y) * s.vectors + v) * V + e;
     if (to >= s.channels) continue;
     float total = 0;
-    for (int l = 1; l < s.columns - 1; ++l) total += shared[ke * threads + l * s.vectors + v];
+    for (int l = 1; l < s.columns - 1; ++l) total += shared[ke * pitch + l * s.vectors + v];
     partial[(static_cast<int64_t>(blockIdx.x) * s.channels + to) * kStarConvSums + ke / V] = total;
   }
 }

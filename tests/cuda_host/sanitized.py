@@ -99,6 +99,41 @@ def layer_norm2d() -> None:
 
 CALLS["layer_norm2d"] = layer_norm2d
 
+
+def star_conv() -> None:
+    import torch
+
+    for shape, layout in (
+        ((2, 3, 5, 7), "contiguous"),
+        ((1, 4, 5, 8), "contiguous"),
+        ((1, 8, 6, 5), "channels_last"),
+        ((1, 3, 1, 2), "channels_last"),
+    ):
+        for dtype in (torch.float32, torch.bfloat16):
+            c = shape[1]
+            x, g = (laid_out(random(*shape, dtype=dtype, seed=s), layout) for s in (0, 1))
+            nw, nb, db = (random(c, dtype=dtype, seed=s) for s in (2, 3, 4))
+            pw1, pw2 = (random(c, c, 1, 1, dtype=dtype, seed=s, scale=0.5) for s in (5, 6))
+            args = (x, nw, nb, pw1, random(c, 1, 3, 3, dtype=dtype, seed=7), db, pw2)
+            check(_op.OPS["star_conv"], args, {"outer": "gelu"}, grad=g, orders=("shuffled",))
+
+
+CALLS["star_conv"] = star_conv
+
+
+def pointwise_gate() -> None:
+    import torch
+
+    for shape, layout in (((2, 3, 5, 7), "contiguous"), ((1, 8, 4, 8), "channels_last")):
+        for dtype in (torch.float32, torch.bfloat16):
+            c = shape[1]
+            u, x, g = (laid_out(random(*shape, dtype=dtype, seed=s), layout) for s in range(3))
+            args = (u, x, random(c, c, 1, 1, dtype=dtype, seed=3, scale=0.5), random(c, dtype=dtype, seed=4))
+            check(_op.OPS["pointwise_gate"], args, grad=g, orders=("shuffled",))
+
+
+CALLS["pointwise_gate"] = pointwise_gate
+
 if __name__ == "__main__":
     library(sanitize=True)
     host_harness.library = lambda sanitize=True: library(True)

@@ -148,3 +148,23 @@ def test_wrong_tensors_are_refused(change, message):
         STAR_CONV.overloads["cuda_host"](*args)
     with pytest.raises(RuntimeError, match=message):
         STAR_CONV.backward_overloads["cuda_host"](g, *args, output_mask=ALL)
+
+
+def test_autograd_and_autocast_leave_the_products_alone():
+    """The op reached by itself, as torch.ops: its products take out=, which autograd forbids and autocast ignores."""
+    args, g = tensors((1, 4, 6, 8), 4)
+    library()
+    op, mask = STAR_CONV.overloads["cuda_host"], ALL
+    y = op(*args)
+    leaves = [t.clone().requires_grad_() for t in args]
+    out = op(*leaves)
+    assert torch.equal(out, y)
+    found = torch.autograd.grad(out, leaves, g)
+    grads = STAR_CONV.backward_overloads["cuda_host"](g, *args, output_mask=mask)
+    assert all(torch.equal(a, b) for a, b in zip(found, grads, strict=True))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(torch.ops.sdan_fast.star_conv.cuda_host(*args), y)
+        again = STAR_CONV.backward_overloads["cuda_host"](g, *args, output_mask=mask)
+    assert all(torch.equal(a, b) for a, b in zip(again, grads, strict=True))
+    with torch.inference_mode():
+        assert torch.equal(op(*args), y)

@@ -31,6 +31,10 @@ def text():
             )
         instances.append(f"void norm_last_kernel<{t}, {wide}, 4>({p}, {p}, {p}, {t}*, const NormParams, int)")
         instances.append(f"void norm_last_kernel<{t}, 1, 0>({p}, {p}, {p}, {t}*, const NormParams, int)")
+        for v, r in ((4, 4), (1, 16)):
+            instances.append(
+                f"void norm_backward_last_kernel<{t}, {v}, {r}>({p}, {p}, {p}, {t}*, float*, const NormParams, int)"
+            )
     return ptx("layer_norm2d.cuh", tuple(instances))
 
 
@@ -110,3 +114,31 @@ def test_channels_last(text, dtype, shape, wide, r):
     st = run(text, name, 3, 256, [x, weight, bias, y, params(shape), lanes])
     check_forward(y, x, weight, bias)
     assert st.store_efficiency >= 0.85 or not wide
+
+
+@pytest.mark.parametrize(("shape", "v", "r"), [((2, 56, 5, 8), 4, 4), ((1, 70, 3, 5), 1, 16)])
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_backward_channels_last(text, dtype, shape, v, r):
+    x, weight, bias, g = inputs(shape, dtype)
+    x, g = (t.contiguous(memory_format=torch.channels_last) for t in (x + 100, g))
+    lanes = 1
+    while lanes < 32 and lanes * v < shape[1]:
+        lanes *= 2
+    blocks, c = 2, shape[1]
+    gx = torch.full_like(x, float("nan"))
+    partial = torch.full((blocks, c, 2), float("nan"))
+    name = instance(text, "norm_backward_last", dtype, v, r)
+    args = [g, x, weight, gx, partial, params(shape), lanes]
+    shared = 256 // lanes * c * 8
+    st = run(text, name, blocks, 256, args, shared_bytes=shared)
+    assert st.bank_conflicts <= 0.10 * st.shared_wavefronts
+    wide = [s for s in st.sites if s.space == "global" and s.size == v * x.element_size() and s.kind == "st"]
+    images = max(wide, key=lambda s: s.requests)
+    assert images.efficiency >= 0.85 or v == 1
+    eager = NORM.reference_backward(g, x, weight, bias, output_mask=[True] * 3)
+    exact = [t.double() for t in (g, x, weight, bias)]
+    want = NORM.reference_backward(*exact, output_mask=[True] * 3)
+    sums = partial.double().sum(0)
+    assert_bound(gx, eager[0], want[0])
+    assert_bound(sums[:, 0].to(dtype), eager[1], want[1])
+    assert_bound(sums[:, 1].to(dtype), eager[2], want[2])
