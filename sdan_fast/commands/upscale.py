@@ -341,28 +341,40 @@ def upscale(
         ),
     ],
     weights: Annotated[
-        Path, typer.Option("--weights", "-w", help="A safetensors checkpoint of SDAN.", show_default=False)
+        Path,
+        typer.Option(
+            "--weights", "-w", metavar="FILE", help="A safetensors checkpoint of SDAN.", show_default=False
+        ),
     ],
     tile: Annotated[
         int,
         typer.Option(
-            "--tile", min=0, help="Side of a tile in input pixels, which bounds the memory; 0: no tiles."
+            "--tile",
+            metavar="N",
+            min=0,
+            help="Side of a tile in input pixels, which bounds the memory; 0: no tiles.",
         ),
     ] = DEFAULT_TILE,
     overlap: Annotated[
         str,
         typer.Option(
             "--overlap",
+            metavar="PIXELS",
             help="How far the model sees beyond a tile, in input pixels; `exact` is its whole receptive field.",
         ),
     ] = str(DEFAULT_OVERLAP),
     backend: Annotated[
         str,
-        typer.Option("--backend", "-b", help="reference, cpu, triton, cuda, or auto: the first that can."),
+        typer.Option(
+            "--backend",
+            "-b",
+            metavar="NAME",
+            help="reference, cpu, triton, cuda, or auto: the first that can.",
+        ),
     ] = "auto",
-    dtype: Annotated[str, typer.Option("--dtype", help=f"{', '.join(DTYPES)}.")] = "float32",
+    dtype: Annotated[str, typer.Option("--dtype", metavar="DTYPE", help=f"{', '.join(DTYPES)}.")] = "float32",
     device: Annotated[
-        str, typer.Option("--device", help="cpu, cuda, or auto: cuda where there is one.")
+        str, typer.Option("--device", metavar="DEVICE", help="cpu, cuda, or auto: cuda where there is one.")
     ] = "auto",
     skip_existing: Annotated[
         bool, typer.Option("--skip-existing", help="Leave results alone that are already there.")
