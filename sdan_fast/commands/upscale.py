@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -96,7 +98,8 @@ def read_picture(path: Path) -> Picture:
             no meaning here (32-bit values).
     """
     try:
-        with Image.open(path) as image:
+        with warnings.catch_warnings(record=True) as said, Image.open(path) as image:
+            warnings.simplefilter("always")
             frames = getattr(image, "n_frames", 1)
             deep_colour = _deeper_than_read(image)
             image.load()
@@ -121,6 +124,8 @@ def read_picture(path: Path) -> Picture:
         picture.notes.append(
             f"{path}: the colour profile is that of {upright.mode} and does not fit the RGB result"
         )
+    # What Pillow has to say (a very large picture, damaged metadata), as a line like every other.
+    picture.notes += dict.fromkeys(f"{path}: {warning.message}" for warning in said)
     if frames > 1:
         picture.notes.append(f"{path} has {frames} frames, and only the first was enlarged")
     if deep_colour:
@@ -300,6 +305,8 @@ def plan(source: Path, target: Path) -> list[tuple[Path, Path]]:
         format_of(path)
         if not path.parent.is_dir():
             raise PictureError(f"there is no folder {path.parent}")
+        if not os.access(path.parent, os.W_OK):
+            raise PictureError(f"the folder {path.parent} cannot be written to")
         pairs = [(source, path)]
     else:
         if target.exists() and not target.is_dir():
@@ -406,6 +413,8 @@ def upscale(
             target.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             terminal.fail(f"cannot make the folder {target}: {error.strerror}")
+        if not os.access(target, os.W_OK):
+            terminal.fail(f"the folder {target} cannot be written to")
     if skip_existing:
         pairs = [(origin, path) for origin, path in pairs if not path.exists()]
 
