@@ -118,8 +118,8 @@ def work(case: Case, passes: str) -> Work:
     """Counted on fake tensors: nothing is computed.
 
     Forward reads the inputs and writes the output; backward reads the inputs and the output's gradient and writes the
-    inputs' gradients. A convolution's backward takes twice its forward's multiply-adds, for both gradients (PyTorch's own
-    count is not used there: it takes the weight gradient of a depth-wise convolution for that of a dense one).
+    inputs' gradients. A convolution's backward takes twice its forward's multiply-adds, for both gradients. PyTorch's
+    own count is not used there: it takes the weight gradient of a depth-wise convolution for that of a dense one.
     """
     training = passes != "forward"
     with FakeTensorMode() as mode:

@@ -237,6 +237,7 @@ def demo(
             "multiply_adds": macs,
             "clone_bandwidth_bytes_per_second": roofline.clone_bandwidth,
             "gemm_operations_per_second": roofline.gemm_rate,
+            "fma_operations_per_second": roofline.fma_rate,
             "floor_seconds": floor,
             "auto_chooses": {op: e.backend for op, e in choices.items()},
             "not_run": refused,
@@ -327,8 +328,9 @@ def _print_times(screen: Any, runners: list[Runner], floor: float, macs: int, ro
     grid.add_row("floor of this machine", *columns(floor), "", "")
     screen.print(grid)
     screen.print(
-        f"Floor: {macs / 1e9:.1f} G multiply-adds at the {roofline.gemm_rate / 1e9:.0f} GFLOP/s of torch.mm, "
-        f"measured just now (torch.clone moves {roofline.clone_bandwidth / 1e9:.1f} GB/s)."
+        f"Floor: {macs / 1e9:.1f} G multiply-adds at {roofline.arithmetic_rate / 1e9:.0f} GFLOP/s, the rate of "
+        f"{'multiply-adds on registers' if roofline.fma_rate > roofline.gemm_rate else 'torch.mm'} measured just now "
+        f"(torch.mm {roofline.gemm_rate / 1e9:.0f} GFLOP/s, torch.clone {roofline.clone_bandwidth / 1e9:.1f} GB/s)."
     )
     screen.print(
         "Error / bound: max|error| over 2 max|eager's error in that layout| + 2 eps max|reference|, against float64."
