@@ -32,8 +32,8 @@ test-slow: build  ## the tests that make test leaves out (ARGS: for pytest)
 	@echo "==> slow tests"
 	$(PY) -m pytest -m slow --durations=8 $(ARGS)
 
-bench: build  ## every benchmarks/bench_<op>.py on this machine (ARGS: for each of them)
-	@set -e; for script in benchmarks/bench_*.py; do echo "==> $$script"; $(PY) $$script $(ARGS); done
+bench: build  ## every benchmark under pytest-benchmark: benchmarks/bench_*.py (ARGS: for pytest)
+	$(PY) -m pytest benchmarks/bench_*.py --benchmark-columns=median,iqr,rounds --benchmark-sort=name $(ARGS)
 
 lint: $(VENV)/.installed  ## ruff, clang-format and mypy, changing nothing
 	@echo "==> lint"

@@ -3,26 +3,25 @@
     python benchmarks/gpu_check.py                # all of it; exit status 1 if anything fails or there is no GPU
     python benchmarks/gpu_check.py --only bench   # one of tests, sanitizer, bench; writes nothing
 
-The benchmarks are those of every bench_<op>.py in this folder.
+The benchmarks are the cases of `sdan_fast.bench.cases` and the whole network: every op, forward and backward, on each
+of our GPU backends, against eager PyTorch in both layouts, cuDNN in channels_last and Inductor, without TF32.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
-import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import sdan_fast
-from measuring import BACKENDS, DTYPES, LAYOUTS, ROUNDS, Subject, arguments, benchmark, describe, gradients
+from sdan_fast.bench import cases, measuring, model, peers, report, roofline
 from sdan_fast.commands import machine
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,10 +29,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 SANITIZER_TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 
 
-def subjects() -> list[Subject]:
-    """What every bench_<op>.py beside this file measures."""
-    names = sorted(path.stem for path in Path(__file__).parent.glob("bench_*.py"))
-    return [importlib.import_module(name).SUBJECT for name in names]
+ROUNDS = 50
 
 
 # --- tests and sanitizer -------------------------------------------------------------------------------------
@@ -90,34 +86,115 @@ def run_sanitizer() -> dict[str, Any]:
     return {"ok": all(tools.values()), "tools": tools}
 
 
+def small_cases(dtype: str) -> list[cases.Case]:
+    """Every op with every usual setting: odd sizes, SDAN's channels in a thin picture, no picture at all."""
+    return [
+        cases.Case(subject, variant, size, dtype, batch)
+        for subject in cases.SUBJECTS.values()
+        for variant in subject.variants
+        if variant.usual
+        for batch, size in ((2, (17, 31)), (1, (8, 64)), (0, (4, 4)))
+    ]
+
+
+def run_small(device: str, dtypes: Sequence[str] = tuple(cases.DTYPES)) -> int:
+    """Forward and backward of every small case on each of our backends that can; how many calls that were."""
+    calls = 0
+    for dtype in dtypes:
+        for case in small_cases(dtype):
+            for who in peers.names(device, list(cases.LAYOUTS), inductor="none"):
+                if who[0] not in peers.backends_of(device):
+                    continue
+                for contender in peers.build(case, "forward+backward", device, [who]):
+                    if contender.refused is None:
+                        with contender.context():
+                            contender.call()
+                        calls += 1
+    return calls
+
+
 def workload() -> None:
-    """What runs under the sanitizer: every subject, dtype and layout, small, on every GPU backend that can."""
-    for subject in subjects():
-        for shape in ((2, 5, 17, 31), (1, 56, 8, 64), (0, 4, 4, 4)):
-            for dtype in DTYPES:
-                for layout in LAYOUTS:
-                    args = arguments(subject, shape, dtype, layout, "cuda")
-                    for backend in BACKENDS["cuda"]:
-                        refusal = sdan_fast.explain(subject.name, *args).reasons.get(backend)
-                        if refusal is None or "comes first" in refusal:
-                            with sdan_fast.use_backend(backend):
-                                gradients(subject.run, args, torch.randn_like(args[0]))
+    """What runs under the sanitizer."""
+    calls = run_small("cuda")
     torch.cuda.synchronize()
+    print(f"{calls} calls of small cases")
+
+
+# --- benchmarks ----------------------------------------------------------------------------------------------
+
+
+def run_benchmarks(
+    device: str,
+    *,
+    rounds: int = ROUNDS,
+    chosen: Sequence[cases.Case] | None = None,
+    configuration: str = "180x320",
+    competing: Sequence[str] = ("eager", "Inductor"),
+) -> dict[str, Any]:
+    """Every op and the network, printed as they come; `ok` if all of ours that ran are right, and each backend ran."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    inductor = "first" if "Inductor" in competing else "none"
+    who = peers.names(device, list(cases.LAYOUTS), inductor=inductor)
+    if chosen is None:
+        chosen = [
+            case
+            for size, batch in zip(cases.GPU_SIZES, cases.GPU_BATCHES, strict=True)
+            for case in cases.cases(sizes=[size], dtypes=cases.DTYPES, batch=batch)
+        ]
+    clock = measuring.Clock(device)
+    limits = {
+        dtype: roofline.measure(device, dtype=cases.DTYPES[dtype])
+        for dtype in dict.fromkeys(case.dtype for case in chosen)
+    }
+    rows: list[measuring.Row] = []
+    for case in chosen:
+        for passes in cases.PASSES:
+            rows += measuring.measure(
+                case,
+                passes,
+                who,
+                device=device,
+                clock=clock,
+                limits=limits[case.dtype],
+                rounds=rounds,
+                budget=60,
+            )
+            for row in rows[-len(who) :]:
+                print(line(row), flush=True)
+    network = model.measure(
+        model.CONFIGURATIONS[configuration], device=device, peers=competing, everywhere=True, rounds=rounds
+    )
+    for cells in report.model_lines(network):
+        print("  ".join(f"{cell:>12}" for cell in cells), flush=True)
+    ours = [row for row in rows if row.ours] + [run for run in network.runs if run.ours]
+    ran = {entry.contender for entry in ours if entry.seconds}
+    return {
+        "ok": not any(entry.wrong for entry in ours) and ran.issuperset(peers.backends_of(device)),
+        "rounds": rounds,
+        "limits": {dtype: report.limits_record(found) for dtype, found in limits.items()},
+        "rows": [row.record() for row in rows],
+        "network": network.record(),
+    }
+
+
+def line(row: measuring.Row) -> str:
+    """One contender of one case: p20, p50 and p80 in milliseconds, share of torch.clone, the best peer over it."""
+    head = f"{row.case.name}, {row.passes}, {row.contender} {row.layout}: "
+    if row.wrong:
+        return f"{head}WRONG, not timed: {row.share} times the error bound {row.refused}".rstrip()
+    if row.refused:
+        return f"{head}refused: {row.refused}"
+    ms = {name: 1e3 * seconds for name, seconds in measuring.percentiles(row.seconds).items()}
+    times = "  ".join(f"{name} {value:.4f}" for name, value in ms.items())
+    found = row.figures or {}
+    return (
+        f"{head}{times} ms  {found['share_of_clone_bandwidth']:.0%} of clone  "
+        f"best peer over it {found['best_peer_over_this']:.2f}"
+    )
 
 
 # --- all of it -----------------------------------------------------------------------------------------------
-
-
-def commit() -> str | None:
-    """The commit of this checkout, with a plus if files differ from it; None outside of git."""
-    git = ["git", "-C", str(ROOT)]
-    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-    if head.returncode:
-        return None
-    dirty = subprocess.run(
-        [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True
-    ).stdout.strip()
-    return head.stdout.strip() + ("+" if dirty else "")
 
 
 def results_file(gpu: str) -> Path:
@@ -132,7 +209,7 @@ def main() -> int:
         "--only", choices=("tests", "sanitizer", "bench"), help="run one stage, write nothing"
     )
     parser.add_argument(
-        "--rounds", type=int, default=ROUNDS["cuda"], help="timed calls of each (default: %(default)s)"
+        "--rounds", type=int, default=ROUNDS, help="timed calls of each (default: %(default)s)"
     )
     parser.add_argument("--workload", action="store_true", help="only the calls that the sanitizer watches")
     options = parser.parse_args()
@@ -152,8 +229,9 @@ def main() -> int:
     stages = [options.only] if options.only else ["tests", "sanitizer", "bench"]
     found: dict[str, Any] = {
         "gpu": gpu,
-        "commit": commit(),
-        **describe(),
+        **report.header("cuda", " ".join(["gpu_check.py", *sys.argv[1:]])),
+        "cuda": torch.version.cuda,
+        "build": machine.build_record(),
     }
     failed = []
     for stage in stages:
@@ -163,16 +241,12 @@ def main() -> int:
         elif stage == "sanitizer":
             found[stage] = run_sanitizer()
         else:
-            rows = benchmark(subjects(), "cuda", options.rounds)
-            ran = {row["backend"] for row in rows if "ms" in row}
-            ok = not any("wrong" in row for row in rows) and ran.issuperset(BACKENDS["cuda"])
-            found[stage] = {"ok": ok, "rounds": options.rounds, "rows": rows}
+            found[stage] = run_benchmarks("cuda", rounds=options.rounds)
         if found[stage]["ok"] is False:
             failed.append(stage)
     if not options.only:
         target = results_file(gpu)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        report.write(target, found)
         print(f"written: {target.relative_to(ROOT)}")
     print(f"gpu-check: {', '.join(failed)} failed" if failed else "gpu-check: every stage that ran passed")
     return 1 if failed else 0

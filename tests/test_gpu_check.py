@@ -1,4 +1,4 @@
-"""The benchmarks' own code is sound, and the GPU check says so and fails where there is no GPU."""
+"""The GPU check covers every op and the network, and says so and fails where there is no GPU."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import torch
 SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "gpu_check.py"
 sys.path.insert(0, str(SCRIPT.parent))
 
-import bench_star  # noqa: E402
 import gpu_check  # noqa: E402
-import measuring  # noqa: E402
+from sdan_fast import functional  # noqa: E402
+from sdan_fast.bench import cases, measuring, peers, report  # noqa: E402
 
 
 def test_without_a_gpu_it_says_so_and_fails() -> None:
@@ -27,41 +27,14 @@ def test_without_a_gpu_it_says_so_and_fails() -> None:
     assert done.stdout == ""
 
 
-def rehearse(subject: measuring.Subject) -> list[dict]:
-    return measuring.measure(
-        subject, (1, 4, 7, 9), torch.float32, "channels_last",
-        device="cpu", backends=("cpu", "reference", "cuda"), clock=measuring.Clock("cpu"), rounds=3,
-    )  # fmt: skip
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the cuda backend would not refuse here")
-def test_every_case_is_timed_or_refused() -> None:
-    rows = rehearse(bench_star.SUBJECT)
-    json.dumps(rows)
-    refused = [row for row in rows if "refused" in row]
-    assert [row["backend"] for row in refused] == ["cuda"]
-    timed = {(row["direction"], row["backend"]): row for row in rows if "ms" in row}
-    for direction, tensors in (("forward", 3), ("backward", 5)):
-        for backend in ("eager", "reference"):
-            row = timed[direction, backend]
-            assert 0 < row["ms"]["p20"] <= row["ms"]["p50"] <= row["ms"]["p80"]
-            assert row["compulsory_bytes"] == tensors * 4 * 4 * 7 * 9
-            share = tensors / 2 * row["clone_ms"]["p50"] / row["ms"]["p50"]
-            assert row["share_of_clone_bandwidth"] == pytest.approx(share)
-    for row in rows:
-        assert measuring.line(row).startswith("star")
-
-
-def test_a_wrong_kernel_gets_no_time() -> None:
-    star = bench_star.SUBJECT
-
-    def off(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return star.run(a, b) * (1 + 1e-5)
-
-    rows = rehearse(measuring.Subject("star", star.make, off, star.plain, 3, 5))
-    assert [row["backend"] for row in rows if row.get("wrong")] == ["cpu", "reference"] or not has_cpu()
-    assert {row["backend"] for row in rows if "ms" in row} == {"eager"}
-    assert any("WRONG, not timed" in measuring.line(row) for row in rows)
+def test_the_sanitizer_sees_every_op_in_every_layout() -> None:
+    """The same calls on this machine's own backend: nothing refuses them."""
+    assert {case.subject.op for case in gpu_check.small_cases("float32")} == set(cases.SUBJECTS)
+    ours = [who for who in peers.names("cpu", list(cases.LAYOUTS), inductor="none") if who[0] == "cpu"]
+    expected = len(gpu_check.small_cases("float32")) * len(ours)
+    if not has_cpu():
+        expected = 0
+    assert gpu_check.run_small("cpu", ["float32"]) == expected
 
 
 def has_cpu() -> bool:
@@ -70,14 +43,46 @@ def has_cpu() -> bool:
     return any(line.name == "cpu" and line.available for line in sdan_fast.status())
 
 
-def test_every_benchmark_is_part_of_the_check() -> None:
-    assert bench_star.SUBJECT in gpu_check.subjects()
-    assert len(gpu_check.subjects()) == len(list(SCRIPT.parent.glob("bench_*.py")))
+def test_on_a_gpu_everything_competes() -> None:
+    who = peers.names("cuda", list(cases.LAYOUTS))
+    assert {name for name, _ in who} == {"triton", "cuda", "eager", "cuDNN", "Inductor"}
+    assert {layout for name, layout in who if name == "eager"} == set(cases.LAYOUTS)
+    assert ("cuDNN", "channels_last") in who
+    covered = set(cases.SUBJECTS) | {"separable_conv2d"}  # the chain of one stage, and the same op
+    assert covered == set(functional.__all__)
 
 
-def test_percentiles_are_runs_that_took_place() -> None:
-    assert measuring.percentiles([5.0, 1.0, 2.0, 4.0, 3.0]) == {"p20": 2.0, "p50": 3.0, "p80": 4.0}
-    assert measuring.percentiles([7.0]) == {"p20": 7.0, "p50": 7.0, "p80": 7.0}
+def test_a_rehearsal_of_the_benchmarks(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """All of the stage, on a CPU: every op small, the network small, each row timed with percentiles."""
+    from sdan_fast.bench import model, roofline
+
+    monkeypatch.setattr(roofline, "measure", lambda *_, **__: roofline.Roofline(1e10, 1e11))
+    tiny = model.Configuration("tiny", 9, 11, channels=8, blocks=1, scale=2)
+    monkeypatch.setitem(model.CONFIGURATIONS, "tiny", tiny)
+    chosen = [cases.Case(subject, subject.variants[0], (7, 9)) for subject in cases.SUBJECTS.values()]
+    found = gpu_check.run_benchmarks(
+        "cpu", rounds=3, chosen=chosen, configuration="tiny", competing=["eager"]
+    )
+    report.write(tmp_path / "out.json", found)
+    found = json.loads((tmp_path / "out.json").read_text())
+    printed = capsys.readouterr().out
+    assert found["ok"] == has_cpu()
+    rows = found["rows"]
+    assert {(row["op"], row["pass"]) for row in rows} == {
+        (op, passes) for op in cases.SUBJECTS for passes in cases.PASSES
+    }
+    for row in rows:
+        if "refused" in row:
+            assert row["refused"] in printed
+            continue
+        assert row["share_of_error_bound"] <= 1 or not row["ours"]
+        assert 0 < row["seconds"]["p20"] <= row["seconds"]["p50"] <= row["seconds"]["p80"]
+        assert row["share_of_clone_bandwidth"] > 0
+        assert row["best_peer_over_this"] > 0
+    assert {run["contender"] for run in found["network"]["runs"]} == {"cpu", "eager"}
+    assert "WRONG" not in printed
 
 
 def test_results_are_named_after_the_gpu() -> None:
@@ -85,3 +90,17 @@ def test_results_are_named_after_the_gpu() -> None:
     assert (
         gpu_check.results_file("NVIDIA GeForce RTX 4090 (48 GB)").name == "nvidia-geforce-rtx-4090-48-gb.json"
     )
+
+
+def test_a_line_for_each_outcome() -> None:
+    case = cases.cases(ops=["star"], sizes=[(4, 4)])[0]
+    row = measuring.Row(case, "forward", "cuda", "NCHW", True, share=2.5, wrong=True)
+    assert "WRONG, not timed: 2.5 times the error bound" in gpu_check.line(row)
+    row = measuring.Row(case, "forward", "cuda", "NCHW", True, refused="no kernel")
+    assert gpu_check.line(row).endswith("refused: no kernel")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_clock_of_a_gpu() -> None:
+    x = torch.ones(2**20, device="cuda")
+    assert 0 < measuring.Clock("cuda").seconds(x.clone) < 1

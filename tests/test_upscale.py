@@ -435,6 +435,82 @@ def test_an_older_result_survives_a_failure(
     assert sorted(os.listdir(tmp_path)) == ["in.png", "out.png"]
 
 
+def test_a_folder_that_cannot_be_written_to_is_refused_before_the_work(
+    tmp_path: Path, weights: Path, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "in").mkdir()
+    picture.rename(tmp_path / "in" / "a.png")
+    (tmp_path / "locked").mkdir()
+    access = os.access
+    monkeypatch.setattr(
+        os,
+        "access",
+        lambda path, mode: access(path, mode) and (mode != os.W_OK or Path(path).name != "locked"),
+    )
+    sentence = "locked cannot be written to"
+    refused(upscale(tmp_path / "in" / "a.png", tmp_path / "locked" / "b.png", "-w", weights), 2, sentence)
+    refused(upscale(tmp_path / "in", tmp_path / "locked", "-w", weights), 2, sentence)
+    assert not os.listdir(tmp_path / "locked")
+
+
+def test_a_very_large_picture_is_a_warning_and_a_bomb_an_error(
+    tmp_path: Path, weights: Path, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 600)  # the photograph has 26 x 34 = 884
+    result = upscale(picture, tmp_path / "out.png", "-w", weights)
+    assert result.exit_code == 0
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"warning: {picture}: Image size (884 pixels) exceeds limit of 600 pixels")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)
+    refused(upscale(picture, tmp_path / "bomb.png", "-w", weights), 1, "cannot be read: Image size")
+    assert not (tmp_path / "bomb.png").exists()
+
+
+def test_links_to_the_picture_are_the_picture(tmp_path: Path, weights: Path, picture: Path) -> None:
+    (tmp_path / "soft.png").symlink_to(picture)
+    os.link(picture, tmp_path / "hard.png")
+    before = picture.read_bytes()
+    for name in ("soft.png", "hard.png"):
+        refused(upscale(picture, tmp_path / name, "-w", weights), 2, "would overwrite")
+        refused(upscale(tmp_path / name, picture, "-w", weights), 2, "would overwrite")
+    assert picture.read_bytes() == before
+
+
+def test_a_name_that_is_too_long_for_the_system(tmp_path: Path, weights: Path, picture: Path) -> None:
+    refused(upscale(picture, tmp_path / f"{'n' * 251}.png", "-w", weights), 1, "cannot be written: ")
+    assert os.listdir(tmp_path) == ["in.png"]
+
+
+def test_an_interruption_leaves_nothing_behind(
+    tmp_path: Path, weights: Path, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save(self: object, fp: Path, **kwargs: object) -> None:
+        Path(fp).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Image.Image, "save", save)
+    assert upscale(picture, tmp_path / "out.png", "-w", weights).exit_code == 130
+    assert os.listdir(tmp_path) == ["in.png"]
+
+
+def test_16_bits_in_either_byte_order_and_turned(tmp_path: Path, weights: Path) -> None:
+    values = (np.arange(30).reshape(6, 5) * 2000).astype(np.uint16)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(values).save(tmp_path / "turned.png", exif=exif)
+    Image.fromarray(np.rot90(values, -1).copy()).save(tmp_path / "upright.png")
+    big = Image.frombytes("I;16B", (5, 6), values.astype(">u2").tobytes())
+    big.save(tmp_path / "big.tif")
+    assert Image.open(tmp_path / "big.tif").mode == "I;16B"
+    Image.fromarray(values).save(tmp_path / "little.png")
+    for one, other in (("turned.png", "upright.png"), ("big.tif", "little.png")):
+        results = []
+        for name in (one, other):
+            assert upscale(tmp_path / name, tmp_path / f"out_{name}", "-w", weights).exit_code == 0
+            results.append(array(Image.open(tmp_path / f"out_{name}")))
+        assert np.array_equal(*results)
+
+
 def test_the_result_has_ordinary_rights(tmp_path: Path, weights: Path, picture: Path) -> None:
     old = os.umask(0o022)
     try:

@@ -32,6 +32,7 @@ CHUNK = CHANNELS // 2  # what one branch of its attention sees
 SIZES: tuple[Size, ...] = ((64, 64), (180, 320))
 FULL_SIZES: tuple[Size, ...] = ((16, 16), (64, 64), (180, 320), (341, 511), (1080, 1920))
 GPU_SIZES: tuple[Size, ...] = ((180, 320), (720, 1280), (341, 511))
+GPU_BATCHES = (8, 1, 4)  # of these sizes: SDAN's own, a large image, one whose rows start at odd addresses
 
 
 @dataclass(frozen=True)

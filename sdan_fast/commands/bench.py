@@ -98,7 +98,9 @@ def _command() -> str:
     return " ".join(["sdan-fast", *sys.argv[1:]])
 
 
-DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, or auto: cuda where there is one.")]
+DeviceOption = Annotated[
+    str, typer.Option("--device", metavar="DEVICE", help="cpu, cuda, or auto: cuda where there is one.")
+]
 JsonOption = Annotated[
     Path | None,
     typer.Option(
@@ -110,22 +112,30 @@ JsonOption = Annotated[
 @app.command("ops", short_help="Every op: kernels, dilations, sizes, both layouts.")
 def ops(
     op: Annotated[
-        list[str] | None, typer.Option("--op", help="Only this op; may be given several times.")
+        list[str] | None, typer.Option("--op", metavar="OP", help="Only this op; may be given several times.")
     ] = None,
     size: Annotated[
         list[str] | None,
-        typer.Option("--size", help="Picture size, HEIGHTxWIDTH; may be given several times."),
+        typer.Option(
+            "--size", metavar="HEIGHTxWIDTH", help="Picture size, HEIGHTxWIDTH; may be given several times."
+        ),
     ] = None,
     dtype: Annotated[
         list[str] | None,
-        typer.Option("--dtype", help=f"{', '.join(cases.DTYPES)}; may be given several times."),
+        typer.Option(
+            "--dtype", metavar="DTYPE", help=f"{', '.join(cases.DTYPES)}; may be given several times."
+        ),
     ] = None,
     layout: Annotated[
-        str, typer.Option("--layout", help="Of our input: NCHW, channels_last, or both.")
+        str, typer.Option("--layout", metavar="LAYOUT", help="Of our input: NCHW, channels_last, or both.")
     ] = "both",
     direction: Annotated[
         str,
-        typer.Option("--pass", help="forward, forward+backward, or both (backward at the smallest size)."),
+        typer.Option(
+            "--pass",
+            metavar="PASS",
+            help="forward, forward+backward, or both (backward at the smallest size).",
+        ),
     ] = "both",
     full: Annotated[
         bool,
@@ -138,7 +148,10 @@ def ops(
         bool, typer.Option("--inductor/--no-inductor", help="Let Inductor compete; it compiles each case.")
     ] = True,
     seconds: Annotated[
-        float, typer.Option("--seconds", min=0, help="About how long the timing may take, compiling apart.")
+        float,
+        typer.Option(
+            "--seconds", metavar="SECONDS", min=0, help="About how long the timing may take, compiling apart."
+        ),
     ] = 60.0,
     device: DeviceOption = "auto",
     json_file: JsonOption = None,
@@ -241,18 +254,23 @@ def network(
         list[str] | None,
         typer.Option(
             "--config",
+            metavar="NAME",
             help=f"Which network and input: {', '.join(model.CONFIGURATIONS)}; may be given several times.",
         ),
     ] = None,
     every: Annotated[bool, typer.Option("--all", help="All of them, one after the other: an hour.")] = False,
     dtype: Annotated[
         list[str] | None,
-        typer.Option("--dtype", help="float32 and bfloat16 by default; may be given several times."),
+        typer.Option(
+            "--dtype", metavar="DTYPE", help="float32 and bfloat16 by default; may be given several times."
+        ),
     ] = None,
     peer: Annotated[
         list[str] | None,
         typer.Option(
-            "--peer", help=f"Only these peers besides eager PyTorch: {'; '.join(model.PEERS[1:])}; or none."
+            "--peer",
+            metavar="NAME",
+            help=f"Only these peers besides eager PyTorch: {'; '.join(model.PEERS[1:])}; or none.",
         ),
     ] = None,
     quick: Annotated[
@@ -260,7 +278,12 @@ def network(
     ] = False,
     seconds: Annotated[
         float,
-        typer.Option("--seconds", min=0, help="About how long the timing of a network in a dtype may take."),
+        typer.Option(
+            "--seconds",
+            metavar="SECONDS",
+            min=0,
+            help="About how long the timing of a network in a dtype may take.",
+        ),
     ] = 40.0,
     device: DeviceOption = "auto",
     json_file: JsonOption = None,

@@ -130,24 +130,40 @@ def _check(runners: list[Runner], y64: Tensor, refused: dict[str, str], bar: Any
 
 
 def demo(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the pictures and demo.json.")] = Path(
-        "demo_output"
-    ),
-    size: Annotated[str, typer.Option("--size", help="Input size, HEIGHTxWIDTH.")] = "180x320",
-    blocks: Annotated[int, typer.Option("--blocks", min=1, help="Blocks of the model; SDAN has 8.")] = 8,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="FOLDER", help="Folder for the pictures and demo.json.")
+    ] = Path("demo_output"),
+    size: Annotated[
+        str, typer.Option("--size", metavar="HEIGHTxWIDTH", help="Input size, HEIGHTxWIDTH.")
+    ] = "180x320",
+    blocks: Annotated[
+        int, typer.Option("--blocks", metavar="N", min=1, help="Blocks of the model; SDAN has 8.")
+    ] = 8,
     photograph: Annotated[
         str,
-        typer.Option("--photograph", help=f"One that scikit-image ships: {', '.join(pictures.PHOTOGRAPHS)}."),
+        typer.Option(
+            "--photograph",
+            metavar="NAME",
+            help=f"One that scikit-image ships: {', '.join(pictures.PHOTOGRAPHS)}.",
+        ),
     ] = "chelsea",
     weights: Annotated[
         Path | None,
-        typer.Option("--weights", "-w", help="A safetensors checkpoint; random weights without one."),
+        typer.Option(
+            "--weights", "-w", metavar="FILE", help="A safetensors checkpoint; random weights without one."
+        ),
     ] = None,
     budget: Annotated[
-        float, typer.Option("--seconds", min=0, help="About how long the timing may take; at least 3 rounds.")
+        float,
+        typer.Option(
+            "--seconds",
+            metavar="SECONDS",
+            min=0,
+            help="About how long the timing may take; at least 3 rounds.",
+        ),
     ] = 45.0,
     device: Annotated[
-        str, typer.Option("--device", help="cpu, cuda, or auto: cuda where there is one.")
+        str, typer.Option("--device", metavar="DEVICE", help="cpu, cuda, or auto: cuda where there is one.")
     ] = "auto",
 ) -> None:
     """Run SDAN on a real photograph through eager PyTorch and every fused backend, check and time them.
@@ -221,6 +237,7 @@ def demo(
             "multiply_adds": macs,
             "clone_bandwidth_bytes_per_second": roofline.clone_bandwidth,
             "gemm_operations_per_second": roofline.gemm_rate,
+            "fma_operations_per_second": roofline.fma_rate,
             "floor_seconds": floor,
             "auto_chooses": {op: e.backend for op, e in choices.items()},
             "not_run": refused,
@@ -311,8 +328,9 @@ def _print_times(screen: Any, runners: list[Runner], floor: float, macs: int, ro
     grid.add_row("floor of this machine", *columns(floor), "", "")
     screen.print(grid)
     screen.print(
-        f"Floor: {macs / 1e9:.1f} G multiply-adds at the {roofline.gemm_rate / 1e9:.0f} GFLOP/s of torch.mm, "
-        f"measured just now (torch.clone moves {roofline.clone_bandwidth / 1e9:.1f} GB/s)."
+        f"Floor: {macs / 1e9:.1f} G multiply-adds at {roofline.arithmetic_rate / 1e9:.0f} GFLOP/s, the rate of "
+        f"{'multiply-adds on registers' if roofline.fma_rate > roofline.gemm_rate else 'torch.mm'} measured just now "
+        f"(torch.mm {roofline.gemm_rate / 1e9:.0f} GFLOP/s, torch.clone {roofline.clone_bandwidth / 1e9:.1f} GB/s)."
     )
     screen.print(
         "Error / bound: max|error| over 2 max|eager's error in that layout| + 2 eps max|reference|, against float64."

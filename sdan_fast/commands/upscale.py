@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -96,7 +98,8 @@ def read_picture(path: Path) -> Picture:
             no meaning here (32-bit values).
     """
     try:
-        with Image.open(path) as image:
+        with warnings.catch_warnings(record=True) as said, Image.open(path) as image:
+            warnings.simplefilter("always")
             frames = getattr(image, "n_frames", 1)
             deep_colour = _deeper_than_read(image)
             image.load()
@@ -121,6 +124,8 @@ def read_picture(path: Path) -> Picture:
         picture.notes.append(
             f"{path}: the colour profile is that of {upright.mode} and does not fit the RGB result"
         )
+    # What Pillow has to say (a very large picture, damaged metadata), as a line like every other.
+    picture.notes += dict.fromkeys(f"{path}: {warning.message}" for warning in said)
     if frames > 1:
         picture.notes.append(f"{path} has {frames} frames, and only the first was enlarged")
     if deep_colour:
@@ -300,6 +305,8 @@ def plan(source: Path, target: Path) -> list[tuple[Path, Path]]:
         format_of(path)
         if not path.parent.is_dir():
             raise PictureError(f"there is no folder {path.parent}")
+        if not os.access(path.parent, os.W_OK):
+            raise PictureError(f"the folder {path.parent} cannot be written to")
         pairs = [(source, path)]
     else:
         if target.exists() and not target.is_dir():
@@ -341,28 +348,40 @@ def upscale(
         ),
     ],
     weights: Annotated[
-        Path, typer.Option("--weights", "-w", help="A safetensors checkpoint of SDAN.", show_default=False)
+        Path,
+        typer.Option(
+            "--weights", "-w", metavar="FILE", help="A safetensors checkpoint of SDAN.", show_default=False
+        ),
     ],
     tile: Annotated[
         int,
         typer.Option(
-            "--tile", min=0, help="Side of a tile in input pixels, which bounds the memory; 0: no tiles."
+            "--tile",
+            metavar="N",
+            min=0,
+            help="Side of a tile in input pixels, which bounds the memory; 0: no tiles.",
         ),
     ] = DEFAULT_TILE,
     overlap: Annotated[
         str,
         typer.Option(
             "--overlap",
+            metavar="PIXELS",
             help="How far the model sees beyond a tile, in input pixels; `exact` is its whole receptive field.",
         ),
     ] = str(DEFAULT_OVERLAP),
     backend: Annotated[
         str,
-        typer.Option("--backend", "-b", help="reference, cpu, triton, cuda, or auto: the first that can."),
+        typer.Option(
+            "--backend",
+            "-b",
+            metavar="NAME",
+            help="reference, cpu, triton, cuda, or auto: the first that can.",
+        ),
     ] = "auto",
-    dtype: Annotated[str, typer.Option("--dtype", help=f"{', '.join(DTYPES)}.")] = "float32",
+    dtype: Annotated[str, typer.Option("--dtype", metavar="DTYPE", help=f"{', '.join(DTYPES)}.")] = "float32",
     device: Annotated[
-        str, typer.Option("--device", help="cpu, cuda, or auto: cuda where there is one.")
+        str, typer.Option("--device", metavar="DEVICE", help="cpu, cuda, or auto: cuda where there is one.")
     ] = "auto",
     skip_existing: Annotated[
         bool, typer.Option("--skip-existing", help="Leave results alone that are already there.")
@@ -394,6 +413,8 @@ def upscale(
             target.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             terminal.fail(f"cannot make the folder {target}: {error.strerror}")
+        if not os.access(target, os.W_OK):
+            terminal.fail(f"the folder {target} cannot be written to")
     if skip_existing:
         pairs = [(origin, path) for origin, path in pairs if not path.exists()]
 

@@ -281,12 +281,17 @@ def _share(a: Agreement | None) -> str:
 def verify(
     backend: Annotated[
         str,
-        typer.Option("--backend", "-b", help="Check this backend only; auto checks all that can run here."),
+        typer.Option(
+            "--backend",
+            "-b",
+            metavar="NAME",
+            help="Check this backend only; auto checks all that can run here.",
+        ),
     ] = "auto",
     dtype: Annotated[
-        str, typer.Option("--dtype", help="float32, bfloat16, float16, or all of them.")
+        str, typer.Option("--dtype", metavar="DTYPE", help="float32, bfloat16, float16, or all of them.")
     ] = "all",
-    op: Annotated[str, typer.Option("--op", help="Check this op only, or `model`.")] = "all",
+    op: Annotated[str, typer.Option("--op", metavar="OP", help="Check this op only, or `model`.")] = "all",
     as_json: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
 ) -> None:
     """Check every op and the model, forward and gradients, on each backend here against float64.

@@ -1,0 +1,200 @@
+"""Write the tables of README.md's "How fast" from the committed results of `sdan-fast bench`.
+
+python scripts/readme_numbers.py             # from benchmarks/results/cpu-model.json and cpu-ops.json
+python scripts/readme_numbers.py --check     # exit status 1 if README.md says something else
+python scripts/readme_numbers.py --measure   # measure both first: about five minutes on two quiet cores
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import generated
+
+README = generated.ROOT / "README.md"
+RESULTS = generated.ROOT / "benchmarks" / "results"
+COMMAND = "python scripts/readme_numbers.py"
+# What --measure runs; the files are the source of every number in README.md.
+MEASURED: dict[str, tuple[str, ...]] = {
+    "cpu-model.json": ("bench", "model", "--device", "cpu", "--seconds", "30"),
+    "cpu-ops.json": (
+        "bench",
+        "ops",
+        "--device",
+        "cpu",
+        "--size",
+        "180x320",
+        "--pass",
+        "forward",
+        "--seconds",
+        "40",
+    ),
+}
+
+
+def where(result: dict[str, Any]) -> str:
+    """Machine, versions and commit in one sentence."""
+    machine, versions = result["machine"], result["versions"]
+    packages = {"torch": "PyTorch", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+    words = ", ".join(f"{name} {versions[key]}" for key, name in packages.items() if versions.get(key))
+    commit = (result["commit"] or "unknown")[:10]
+    processor = f"{machine['cpu']}, {machine['threads']} threads, {machine['kernel_instruction_set']}"
+    return f"{processor}; {words}; {result['when'][:10]}, commit {commit}"
+
+
+def milliseconds(seconds: float) -> str:
+    """Three digits."""
+    value = 1e3 * seconds
+    return f"{value:.0f}" if value >= 100 else f"{value:.{2 if value < 10 else 1}f}"
+
+
+def who(run: dict[str, Any]) -> str:
+    """A contender's name in a table."""
+    name = f"sdan_fast, {run['contender']}" if run["ours"] else run["contender"]
+    name = "eager PyTorch" if name == "eager" else name
+    return f"{name}, {run['layout']}" if run["layout"] else name
+
+
+def model_tables(result: dict[str, Any]) -> str:
+    """One table for each network and dtype."""
+    parts = [f"`{result['command']}` ({where(result)}):"]
+    for report in result["reports"]:
+        n, _, height, width = report["input"]
+        model = report["model"]
+        parts.append(
+            f"SDAN x{model['scale']}, {model['channels']} channels, {model['blocks']} blocks, "
+            f"groups={model['groups']}, on {f'{n} x ' if n > 1 else ''}{height} x {width}:"
+        )
+        lines = [
+            "| run | dtype | median ms | best peer / this | x the floor | peak MiB |",
+            "|---|---|---|---|---|---|",
+        ]
+        for dtype, floor in report["floor_seconds"].items():
+            for run in report["runs"]:
+                if run["dtype"] == dtype:
+                    lines.append(_model_line(run))
+            lines.append(
+                f"| floor: multiply-adds at the FMA rate | {dtype} | {milliseconds(floor)} | | 1.00 | |"
+            )
+        parts.append("\n".join(lines))
+        parts += _psnr(report)
+    return "\n\n".join(parts)
+
+
+def _model_line(run: dict[str, Any]) -> str:
+    head = f"| {who(run)} | {run['dtype']} |"
+    if "seconds" not in run:
+        return f"{head} {_why(run)} | | | |"
+    peak = run.get("peak_bytes_of_a_forward")
+    cells = [
+        milliseconds(run["seconds"]["median"]),
+        f"{run['best_peer_over_this']:.2f}",
+        f"{run['times_the_floor']:.2f}",
+        "" if peak is None else f"{peak / 2**20:.0f}",
+    ]
+    return f"{head} {' | '.join(cells)} |".replace("|  |", "| |")
+
+
+def _why(run: dict[str, Any]) -> str:
+    if run.get("wrong"):
+        return f"not within the error bound ({run.get('share_of_error_bound', float('nan')):.2f} of it), not timed"
+    return f"not run: {run.get('refused', 'for an unknown reason')}"
+
+
+def _psnr(report: dict[str, Any]) -> list[str]:
+    found = [(who(run), run["psnr_to_float32_db"]) for run in report["runs"] if "psnr_to_float32_db" in run]
+    if not found:
+        return []
+    values = "; ".join(f"{name} {value:.1f} dB" for name, value in found)
+    return [f"bfloat16 against float32 on three photographs (peak 1): {values}."]
+
+
+def ops_table(result: dict[str, Any]) -> str:
+    """One line for each case, direction and layout of ours."""
+    columns = ("op", "input", "pass", "ours", "median ms", "best peer", "its median", "best peer / ours")
+    columns += ("of clone", "of FMA", "x the floor")
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    rows = result["rows"]
+    slower = total = 0
+    for row in rows:
+        if not row["ours"]:
+            continue
+        peers = [r for r in rows if not r["ours"] and _case(r) == _case(row) and "seconds" in r]
+        best = min(peers, key=lambda r: r["seconds"]["median"], default=None)
+        shape = "x".join(map(str, row["shape"]))
+        words = f"{row['op']} {row['variant']}".rstrip(), f"{shape} {row['dtype']}", row["pass"]
+        head = f"| {' | '.join(words)} | {row['contender']} {row['layout']} |"
+        if "seconds" not in row or best is None:
+            lines.append(f"{head} {_why(row)} | | | | | | |")
+            continue
+        total += 1
+        slower += row["best_peer_over_this"] < 1
+        cells = [
+            milliseconds(row["seconds"]["median"]),
+            f"{best['contender']} {best['layout']}",
+            milliseconds(best["seconds"]["median"]),
+            f"{row['best_peer_over_this']:.2f}",
+            f"{row['share_of_clone_bandwidth']:.0%}",
+            f"{row['share_of_fma_rate']:.0%}",
+            f"{row['times_the_floor']:.2f}",
+        ]
+        lines.append(f"{head} {' | '.join(cells)} |")
+    table = "\n".join(lines)
+    return (
+        f"`{result['command']}` ({where(result)}): {total - slower} of {total} runs at least as fast as their best "
+        f"peer (eager PyTorch in both layouts, Inductor).\n\n{table}"
+    )
+
+
+def _case(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["op"], row["variant"], tuple(row["shape"]), row["dtype"], row["pass"]
+
+
+def load(name: str) -> dict[str, Any]:
+    """A committed result."""
+    found: dict[str, Any] = json.loads((RESULTS / name).read_text(encoding="utf-8"))
+    return found
+
+
+def page(text: str, model: dict[str, Any], ops: dict[str, Any]) -> str:
+    """README.md with its numbers."""
+    text = generated.replace(text, "model numbers", model_tables(model), COMMAND)
+    return generated.replace(text, "op numbers", ops_table(ops), COMMAND)
+
+
+def measure(command: Sequence[str], target: Path) -> int:
+    """Run one benchmark into its file; its exit status."""
+    print(f"==> sdan-fast {' '.join(command)} --json {target.relative_to(generated.ROOT)}", flush=True)
+    arguments = [*command, "--json", str(target.relative_to(generated.ROOT))]
+    return subprocess.run([sys.executable, "-m", "sdan_fast", *arguments], cwd=generated.ROOT).returncode
+
+
+def main() -> int:
+    """0 if README.md is, or now is, what the results say."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing; exit status 1 if README.md differs"
+    )
+    parser.add_argument("--measure", action="store_true", help="measure again before writing")
+    options = parser.parse_args()
+    status = 0
+    if options.measure:
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        for name, command in MEASURED.items():
+            status |= measure(command, RESULTS / name)
+    try:
+        new = page(README.read_text(encoding="utf-8"), load("cpu-model.json"), load("cpu-ops.json"))
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    return status | generated.update(README, new, check=options.check, command=COMMAND)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
