@@ -116,6 +116,14 @@ def own_cases(
         )  # fmt: skip
 
 
+def small_cases() -> Iterator[Case]:
+    """SDAN's own calls on a tiny picture, whose PTX can be executed whole."""
+    for dtype, layout in (
+        (torch.float32, "nchw"), (torch.bfloat16, "nchw"), (torch.bfloat16, "nhwc"), (torch.float32, "nhwc"),
+    ):  # fmt: skip
+        yield from own_cases(dtype, layout, (1, 9, 24), 8)
+
+
 def other_cases(dtype: torch.dtype, layout: str) -> Iterator[Case]:
     """SDAN's other numbers of branches and channels, and other models' filters, at the size of a picture."""
     fmt, (n, h, w) = FORMATS[layout], PICTURE
