@@ -27,8 +27,8 @@ from .launch import (
     unavailable,
     wide_plane,
 )
-from .phases import load_phases, load_row, put, reach, store_phases
-from .reduce import finish, join_all
+from .phases import first_tap, last_tap, load_phases, load_row, needed, put, reach, store_phases
+from .reduce import finish, join_all, total
 from .star import activate, activate_grad
 
 MAX_TAPS = 63  # along one axis
@@ -62,18 +62,52 @@ def first_row(group, R: tl.constexpr, DH: tl.constexpr):
 
 
 @jit
+def strip_row(
+    acc, x_ptr, at, weights, q, ok, W, QW, FIRST: tl.constexpr, K: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
+    M: tl.constexpr, S: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Add one row's 1xk convolution at vectors q, q + S, ... (M of them) to acc[FIRST], acc[FIRST + 1], ...
+
+    A vector is loaded once and added to all outputs that it is a tap of before the next one is loaded.
+    """
+    REACH: tl.constexpr = reach(K, D, V)
+    for delta in tl.static_range(-REACH, REACH + S * (M - 1) + 1):
+        if needed(delta, K, D, V, M, S):
+            x = load_phases(x_ptr, at, q, ok, W, QW, delta, V, VECTOR)
+            for m in tl.static_range(M):
+                for v in tl.static_range(V):
+                    for k in tl.static_range(
+                        first_tap(delta - m * S, v, K, D, V), last_tap(delta - m * S, v, K, D, V)
+                    ):
+                        product = weights[k] * x[(m * S - delta) * V + v + (k - K // 2) * D]
+                        acc = put(acc, FIRST + m * V + v, acc[FIRST + m * V + v] + product)
+    return acc
+
+
+@jit
 def accumulate(
     x_ptr, w_ptr, h, q, ok, H, W, QW,
     KH: tl.constexpr, KW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr, R: tl.constexpr, V: tl.constexpr,
-    FLIP: tl.constexpr, VECTOR: tl.constexpr, WIDE: tl.constexpr,
+    FLIP: tl.constexpr, VECTOR: tl.constexpr, WIDE: tl.constexpr, M: tl.constexpr = 1, S: tl.constexpr = 1, start=0.0,
 ):  # fmt: skip
-    """The convolution of one plane at rows h, h + DH, ... (R of them) and pixels V q ...: R V tensors [BLOCK],
-    float32.
+    """start + the convolution of one plane at rows h, h + DH, ... (R of them) and vectors q, q + S, ... (M of them,
+    which is 1 unless the filter is 1xk) of V pixels: R M V tensors [BLOCK], float32.
     """
     BLOCK: tl.constexpr = h.shape[0]
     REACH: tl.constexpr = reach(KW, DW, V)
-    acc = (tl.zeros((BLOCK,), tl.float32),) * (R * V)
-    if R == 1:
+    acc = (tl.zeros((BLOCK,), tl.float32) + start,) * (R * M * V)
+    if KH == 1 or R > 1:
+        weights = ()
+        for tap in tl.static_range(KH * KW):
+            weights = weights + (tl.load(w_ptr + (KH * KW - 1 - tap if FLIP else tap)).to(tl.float32),)
+    if KH == 1:
+        for r in tl.static_range(R):
+            row = h + r * DH
+            at = row.to(tl.int64) * W if WIDE else row * W
+            acc = strip_row(
+                acc, x_ptr, at, weights, q, ok & (row < H), W, QW, r * M * V, KW, DW, V, M, S, VECTOR
+            )
+    elif R == 1:
         # A loop over the filter's rows keeps large squares small in code; their columns are unrolled.
         for kh in range(KH):
             row = h + (kh - KH // 2) * DH
@@ -87,9 +121,6 @@ def accumulate(
                     acc = put(acc, v, acc[v] + weight * x[REACH * V + v + (kw - KW // 2) * DW])
     else:
         # Every input row is read once and serves all of the R rows that it is a tap of.
-        weights = ()
-        for tap in tl.static_range(KH * KW):
-            weights = weights + (tl.load(w_ptr + (KH * KW - 1 - tap if FLIP else tap)).to(tl.float32),)
         for j in tl.static_range(R + KH - 1):
             row = h + (j - KH // 2) * DH
             good = ok & (row.to(tl.uint32, bitcast=True) < H)
@@ -111,7 +142,7 @@ def conv_nchw_program(
     KH: tl.constexpr, KW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
     R: tl.constexpr, V: tl.constexpr, BG: tl.constexpr, BQ: tl.constexpr, FLAT: tl.constexpr,
     FLIP: tl.constexpr, BIAS: tl.constexpr, STAR: tl.constexpr, OUTER: tl.constexpr,
-    VECTOR: tl.constexpr, WIDE: tl.constexpr,
+    VECTOR: tl.constexpr, WIDE: tl.constexpr, M: tl.constexpr = 1, S: tl.constexpr = 1,
 ):  # fmt: skip
     """y = conv(x) + bias for planes of H x W, channel c of image n at n x_batch + c H W (so x may be a channel
     slice).
@@ -127,27 +158,33 @@ def conv_nchw_program(
     out = n.to(tl.int64) * y_batch + offset
     y_ptr += out
     w_ptr += c * (KH * KW)
-    group, q, ok = tile_index(pid % blocks, QW, GROUPS, FLAT, BG, BQ)
+    QG = QW if M == 1 else tl.cdiv(QW, M * S) * S  # threads per row
+    group, q, ok = tile_index(pid % blocks, QG, GROUPS, FLAT, BG, BQ)
     h = first_row(group, R, DH)
-    acc = accumulate(x_ptr, w_ptr, h, q, ok, H, W, QW, KH, KW, DH, DW, R, V, FLIP, VECTOR, WIDE)
+    if M > 1:
+        q = first_row(q, M, S)
+        ok = ok & (q < QW)
+    start = 0.0
     if BIAS:
-        bias = tl.load(bias_ptr + c).to(tl.float32)
-    for r in tl.static_range(R):
-        row = h + r * DH
+        start = tl.load(bias_ptr + c).to(tl.float32)
+    acc = accumulate(x_ptr, w_ptr, h, q, ok, H, W, QW, KH, KW, DH, DW, R, V, FLIP, VECTOR, WIDE, M, S, start)
+    for i in tl.static_range(R * M):
+        row = h + (i // M) * DH
         good = ok & (row < H)
+        qm = q + (i % M) * S
+        if i % M > 0:
+            good = good & (qm < QW)
         at = row.to(tl.int64) * W if WIDE else row * W
-        y = ()
-        for v in tl.static_range(V):
-            y = y + (acc[r * V + v] + bias if BIAS else acc[r * V + v],)
+        y = acc[i * V : i * V + V]
         if STAR != "none":
-            gate = load_phases(gate_ptr + out, at, q, good, W, QW, 0, V, VECTOR)
+            gate = load_phases(gate_ptr + out, at, qm, good, W, QW, 0, V, VECTOR)
             if STAR == "forward":
                 z = ()
                 for v in tl.static_range(V):
                     z = z + (activate(activate(y[v], "gelu") * gate[v], OUTER),)
                 y = z
             else:
-                grad = load_phases(grad_ptr + out, at, q, good, W, QW, 0, V, VECTOR)
+                grad = load_phases(grad_ptr + out, at, qm, good, W, QW, 0, V, VECTOR)
                 z = ()
                 gate_grad = ()
                 for v in tl.static_range(V):
@@ -156,8 +193,8 @@ def conv_nchw_program(
                     gate_grad = gate_grad + (g * a,)
                     z = z + (activate_grad(y[v], g * gate[v], "gelu"),)
                 y = z
-                store_phases(gate_grad_ptr + out, at, q, good, W, gate_grad, V, VECTOR)
-        store_phases(y_ptr, at, q, good, W, y, V, VECTOR)
+                store_phases(gate_grad_ptr + out, at, qm, good, W, gate_grad, V, VECTOR)
+        store_phases(y_ptr, at, qm, good, W, y, V, VECTOR)
 
 
 @jit
@@ -166,14 +203,30 @@ def conv_nchw(
     KH: tl.constexpr, KW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
     R: tl.constexpr, V: tl.constexpr, BG: tl.constexpr, BQ: tl.constexpr, FLAT: tl.constexpr,
     FLIP: tl.constexpr, BIAS: tl.constexpr, STAR: tl.constexpr, OUTER: tl.constexpr,
-    VECTOR: tl.constexpr, WIDE: tl.constexpr,
+    VECTOR: tl.constexpr, WIDE: tl.constexpr, M: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
     """One launch of conv_nchw_program, a program for each plane and block."""
     conv_nchw_program(
         tl.program_id(0),
         x_ptr, w_ptr, bias_ptr, y_ptr, gate_ptr, grad_ptr, gate_grad_ptr, C, H, W, QW, GROUPS, x_batch,
-        y_batch, blocks, KH, KW, DH, DW, R, V, BG, BQ, FLAT, FLIP, BIAS, STAR, OUTER, VECTOR, WIDE,
+        y_batch, blocks, KH, KW, DH, DW, R, V, BG, BQ, FLAT, FLIP, BIAS, STAR, OUTER, VECTOR, WIDE, M, S,
     )  # fmt: skip
+
+
+@jit
+def strip_row_grad(
+    acc, g, x, TAP: tl.constexpr, FIRST: tl.constexpr, DELTA: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
+    V: tl.constexpr, M: tl.constexpr, S: tl.constexpr,
+):  # fmt: skip
+    """Add to acc[TAP], acc[TAP + 1], ... (K taps) what vector `DELTA` of a row, x, gives with g[FIRST] ... (M V)."""
+    for m in tl.static_range(M):
+        for v in tl.static_range(V):
+            for k in tl.static_range(
+                first_tap(DELTA - m * S, v, K, D, V), last_tap(DELTA - m * S, v, K, D, V)
+            ):
+                product = g[FIRST + m * V + v] * x[(m * S - DELTA) * V + v + (k - K // 2) * D]
+                acc = put(acc, TAP + k, acc[TAP + k] + product)
+    return acc
 
 
 @jit
@@ -181,7 +234,7 @@ def wgrad_nchw(
     g_ptr, x_ptr, partial_ptr, N, C, H, W, QW, GROUPS, g_batch, x_batch, chunks, splits,
     KH: tl.constexpr, KW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr, TH: tl.constexpr, COLUMNS: tl.constexpr,
     R: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
-    VECTOR: tl.constexpr, WIDE: tl.constexpr,
+    VECTOR: tl.constexpr, WIDE: tl.constexpr, M: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
     """First stage of the weight gradient: sums of g * (shifted x) over CHUNKS chunks of BLOCK row-group vectors.
 
@@ -194,33 +247,38 @@ def wgrad_nchw(
     c = (pid // splits) % C
     tile = pid // splits // C
     REACH: tl.constexpr = reach(KW, DW, V)
-    acc = (tl.zeros((BLOCK,), tl.float32),) * (TH * KW + 1)
+    QG = QW if M == 1 else tl.cdiv(QW, M * S) * S
+    acc = (tl.zeros((BLOCK,), tl.float32),) * (TH * KW)
+    bias = tl.zeros((BLOCK,), tl.float32)
     for chunk in range(split * CHUNKS, min(split * CHUNKS + CHUNKS, N * chunks)):
         n = chunk // chunks
         offset = c.to(tl.int64) * H * W
         g_plane = g_ptr + (n.to(tl.int64) * g_batch + offset)
         x_plane = x_ptr + (n.to(tl.int64) * x_batch + offset)
-        group, q, ok = tile_index(chunk % chunks, QW, GROUPS, True, BLOCK, 1)
+        group, q, ok = tile_index(chunk % chunks, QG, GROUPS, True, BLOCK, 1)
         h = first_row(group, R, DH)
+        if M > 1:
+            q = first_row(q, M, S)
+            ok = ok & (q < QW)
         g = ()
         for r in tl.static_range(R):
             row = h + r * DH
             at = row.to(tl.int64) * W if WIDE else row * W
-            g = g + load_phases(g_plane, at, q, ok & (row < H), W, QW, 0, V, VECTOR)
-        for i in tl.static_range(R * V):
-            acc = put(acc, TH * KW, acc[TH * KW] + g[i])
+            for m in tl.static_range(M):
+                g = g + load_phases(g_plane, at, q, ok & (row < H), W, QW, m * S, V, VECTOR)
+        if tile == 0:
+            bias += total(g)
         for j in tl.static_range(R + TH - 1):
             row = h + (tile * TH + j - KH // 2) * DH
             good = ok & (row.to(tl.uint32, bitcast=True) < H)
             at = row.to(tl.int64) * W if WIDE else row * W
-            x = load_row(x_plane, at, q, good, W, QW, KW, DW, V, VECTOR)
-            for r in tl.static_range(R):
-                if j - r >= 0 and j - r < TH:
-                    for kw in tl.static_range(KW):
-                        s = acc[(j - r) * KW + kw]
-                        for v in tl.static_range(V):
-                            s += g[r * V + v] * x[REACH * V + v + (kw - KW // 2) * DW]
-                        acc = put(acc, (j - r) * KW + kw, s)
+            for delta in tl.static_range(-REACH, REACH + S * (M - 1) + 1):
+                if needed(delta, KW, DW, V, M, S):
+                    x = load_phases(x_plane, at, q, good, W, QW, delta, V, VECTOR)
+                    for r in tl.static_range(R):
+                        if j - r >= 0 and j - r < TH:
+                            acc = strip_row_grad(acc, g, x, (j - r) * KW, r * M * V, delta, KW, DW, V, M, S)
+    acc = acc + (bias,)
     sums = tl.sum(join_all(acc, COLUMNS), 0)
     row = partial_ptr + split.to(tl.int64) * (C * (KH * KW + 1))
     column = tl.arange(0, COLUMNS)
@@ -248,20 +306,28 @@ def pixel_groups(block, S, F, P: tl.constexpr, DA: tl.constexpr, BP: tl.constexp
 
 
 @jit
-def load_pixel(ptr, a, b, ok, c, c_ok, LA, LB, SA, SB, PS, VEC: tl.constexpr, WIDE: tl.constexpr):
-    """Channels c of the pixels at (a, b): [BP, BC] in float32, zero outside the image; PS VEC elements per pixel."""
-    good = ok & (a >= 0) & (a < LA) & (b >= 0) & (b < LB)
-    pixel = a.to(tl.int64) * SA + b * SB if WIDE else a * SA + b * SB
-    at = (pixel * PS * VEC)[:, None] + c[None, :]
-    return tl.load(ptr + at, good[:, None] & c_ok[None, :], other=0.0).to(tl.float32)
+def inside(a, L):
+    """Whether 0 <= a < L: negative numbers are large without their sign."""
+    return a.to(tl.uint32, bitcast=True) < L
 
 
 @jit
-def store_pixel(ptr, a, b, ok, c, c_ok, LA, SA, SB, PS, x, VEC: tl.constexpr, WIDE: tl.constexpr):
-    """Store x [BP, BC] as channels c of the pixels at (a, b)."""
+def pixel_offsets(a, b, c, SA, SB, PS, VEC: tl.constexpr, WIDE: tl.constexpr):
+    """Offsets [BP, BC] of channels c of the pixels at (a, b); PS VEC elements per pixel."""
     pixel = a.to(tl.int64) * SA + b * SB if WIDE else a * SA + b * SB
-    at = (pixel * PS * VEC)[:, None] + c[None, :]
-    tl.store(ptr + at, x.to(ptr.dtype.element_ty), (ok & (a < LA))[:, None] & c_ok[None, :])
+    return (pixel * PS * VEC)[:, None] + c[None, :]
+
+
+@jit
+def load_pixel(ptr, mask, ok):
+    """The channels at ptr [BP, BC] as float32; zero where mask [BP, BC] or ok [BP] is false."""
+    return tl.load(ptr, mask & ok[:, None], other=0.0).to(tl.float32)
+
+
+@jit
+def store_pixel(ptr, mask, ok, x):
+    """Store x [BP, BC] at ptr where mask [BP, BC] and ok [BP] are true."""
+    tl.store(ptr, x.to(ptr.dtype.element_ty), mask & ok[:, None])
 
 
 @jit
@@ -289,7 +355,11 @@ def conv_nhwc(
         LA, LB, SA, SB = H, W, W, 1
     a0, b, ok = pixel_groups((pid // tiles) % blocks, S, F, P, DA, BP, ALONG_H)
     x_ptr += n * x_batch
-    acc = (tl.zeros((BP, BC), tl.float32),) * P
+    hop = DA * SA * x_pixel  # from one of a thread's positions to the next
+    start = tl.zeros((BP, BC), tl.float32)
+    if BIAS:
+        start += tl.load(bias_ptr + c, c_ok).to(tl.float32)[None, :]
+    acc = (start,) * P
     for step in range(KB * NT):
         kb = step // NT
         first = (step % NT) * KT
@@ -299,45 +369,49 @@ def conv_nhwc(
             tap = kb * KA + first + t
             if FLIP:
                 tap = KA * KB - 1 - tap
-            weight = tl.load(w_ptr + (tap * C + c), c_ok & (first + t < KA), other=0.0).to(tl.float32)
-            weights = weights + (weight[None, :],)
+            if KA % KT == 0:  # what a channel out of range gets is stored nowhere
+                weight = tl.load(w_ptr + (tap * C + c), c_ok)
+            else:
+                weight = tl.load(w_ptr + (tap * C + c), c_ok & (first + t < KA), other=0.0)
+            weights = weights + (weight.to(tl.float32)[None, :],)
+        mask = (ok & inside(bb, LB))[:, None] & c_ok[None, :]
+        a = a0 + (first - KA // 2) * DA
+        at = x_ptr + pixel_offsets(a, bb, c, SA, SB, x_pixel, VEC, WIDE)
         for e in tl.static_range(P + KT - 1):
-            a = a0 + (first + e - KA // 2) * DA
-            x = load_pixel(x_ptr, a, bb, ok, c, c_ok, LA, LB, SA, SB, x_pixel, VEC, WIDE)
+            x = load_pixel(at, mask, inside(a + e * DA, LA))
             for p in tl.static_range(P):
                 if e - p >= 0 and e - p < KT:
                     acc = put(acc, p, acc[p] + weights[e - p] * x)
+            at += hop * VEC
     y_ptr += n * y_batch
-    if BIAS:
-        bias = tl.load(bias_ptr + c, c_ok, other=0.0).to(tl.float32)[None, :]
+    at = pixel_offsets(a0, b, c, SA, SB, y_pixel, VEC, WIDE)
+    hop = DA * SA * y_pixel
+    mask = ok[:, None] & c_ok[None, :]
     for p in tl.static_range(P):
-        a = a0 + p * DA
+        good = a0 + p * DA < LA
         y = acc[p]
-        if BIAS:
-            y += bias
         if STAR != "none":
-            gate = load_pixel(gate_ptr + n * y_batch, a, b, ok, c, c_ok, LA, LB, SA, SB, y_pixel, VEC, WIDE)
+            gate = load_pixel(gate_ptr + n * y_batch + at, mask, good)
             if STAR == "forward":
                 y = activate(activate(y, "gelu") * gate, OUTER)
             else:
-                g = load_pixel(grad_ptr + n * y_batch, a, b, ok, c, c_ok, LA, LB, SA, SB, y_pixel, VEC, WIDE)
+                g = load_pixel(grad_ptr + n * y_batch + at, mask, good)
                 act = activate(y, "gelu")
                 g = activate_grad(act * gate, g, OUTER)
-                store_pixel(
-                    gate_grad_ptr + n * y_batch, a, b, ok, c, c_ok, LA, SA, SB, y_pixel, g * act, VEC, WIDE
-                )
+                store_pixel(gate_grad_ptr + n * y_batch + at, mask, good, g * act)
                 y = activate_grad(y, g * gate, "gelu")
-        store_pixel(y_ptr, a, b, ok, c, c_ok, LA, SA, SB, y_pixel, y, VEC, WIDE)
+        store_pixel(y_ptr + at, mask, good, y)
+        at += hop * VEC
 
 
 @jit
 def wgrad_nhwc(
     g_ptr, x_ptr, partial_ptr, N, CV, H, W, S, F, g_batch, g_pixel, x_batch, x_pixel, chunks, splits, tiles,
     KA: tl.constexpr, KB: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr, ALONG_H: tl.constexpr,
-    KT: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr, VEC: tl.constexpr,
+    KT: tl.constexpr, TB: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr, VEC: tl.constexpr,
     CHUNKS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """wgrad_nchw for channels_last: program (split, channel tile, KT taps) sums CHUNKS chunks of BP groups of P
+    """wgrad_nchw for channels_last: program (split, channel tile, TB x KT taps) sums CHUNKS chunks of BP groups of P
     pixels.
     """
     NT: tl.constexpr = (KA + KT - 1) // KT
@@ -345,7 +419,7 @@ def wgrad_nhwc(
     tile = pid % tiles
     split = (pid // tiles) % splits
     step = pid // tiles // splits
-    kb = step // NT
+    kb = (step // NT) * TB
     first = (step % NT) * KT
     c = tile * BC + tl.arange(0, BC)
     C = CV * VEC
@@ -353,31 +427,38 @@ def wgrad_nhwc(
     LA, LB, SA, SB = W, H, 1, W
     if ALONG_H:
         LA, LB, SA, SB = H, W, W, 1
-    acc = (tl.zeros((BP, BC), tl.float32),) * (KT + 1)
+    acc = (tl.zeros((BP, BC), tl.float32),) * (TB * KT)
+    bias = tl.zeros((BP, BC), tl.float32)
+    g_hop, x_hop = DA * SA * g_pixel, DA * SA * x_pixel
     for chunk in range(split * CHUNKS, min(split * CHUNKS + CHUNKS, N * chunks)):
         n = (chunk // chunks).to(tl.int64)
         a0, b, ok = pixel_groups(chunk % chunks, S, F, P, DA, BP, ALONG_H)
+        at = g_ptr + n * g_batch + pixel_offsets(a0, b, c, SA, SB, g_pixel, VEC, WIDE)
+        mask = ok[:, None] & c_ok[None, :]
         g = ()
         for p in tl.static_range(P):
-            v = load_pixel(
-                g_ptr + n * g_batch, a0 + p * DA, b, ok, c, c_ok, LA, LB, SA, SB, g_pixel, VEC, WIDE
-            )
-            g = g + (v,)
-            acc = put(acc, KT, acc[KT] + v)
-        for e in tl.static_range(P + KT - 1):
-            a = a0 + (first + e - KA // 2) * DA
-            bb = b + (kb - KB // 2) * DB
-            x = load_pixel(x_ptr + n * x_batch, a, bb, ok, c, c_ok, LA, LB, SA, SB, x_pixel, VEC, WIDE)
-            for p in tl.static_range(P):
-                if e - p >= 0 and e - p < KT:
-                    acc = put(acc, e - p, acc[e - p] + g[p] * x)
+            g = g + (load_pixel(at, mask, a0 + p * DA < LA),)
+            at += g_hop * VEC
+        if step == 0:
+            bias += total(g)
+        a = a0 + (first - KA // 2) * DA
+        for row in tl.static_range(TB):
+            bb = b + (kb + row - KB // 2) * DB
+            at = x_ptr + n * x_batch + pixel_offsets(a, bb, c, SA, SB, x_pixel, VEC, WIDE)
+            mask = (ok & inside(bb, LB))[:, None] & c_ok[None, :]
+            for e in tl.static_range(P + KT - 1):
+                x = load_pixel(at, mask, inside(a + e * DA, LA))
+                for p in tl.static_range(P):
+                    if e - p >= 0 and e - p < KT:
+                        acc = put(acc, row * KT + e - p, acc[row * KT + e - p] + g[p] * x)
+                at += x_hop * VEC
     # As wgrad_nchw's: row `split` of [splits, C taps + C], the weight's layout first, then the bias's.
-    row = partial_ptr + split.to(tl.int64) * (C * (KA * KB + 1))
-    for t in tl.static_range(KT):
-        at = c * (KA * KB) + kb * KA + first + t
-        tl.store(row + at, tl.sum(acc[t], 0), c_ok & (first + t < KA))
+    out = partial_ptr + split.to(tl.int64) * (C * (KA * KB + 1))
+    for t in tl.static_range(TB * KT):
+        at = c * (KA * KB) + (kb + t // KT) * KA + first + t % KT
+        tl.store(out + at, tl.sum(acc[t], 0), c_ok & (first + t % KT < KA))
     if step == 0:
-        tl.store(row + C * (KA * KB) + c, tl.sum(acc[KT], 0), c_ok)
+        tl.store(out + C * (KA * KB) + c, tl.sum(bias, 0), c_ok)
 
 
 # -- launches ---------------------------------------------------------------------------------------------------------
@@ -404,16 +485,17 @@ def convolve(
         s = heuristics.conv_nchw(KH, KW, DH, W, H, x.element_size(), is_aligned(x, y, *extra))
         QW = ceil_div(W, s.V)
         groups = H if s.R == 1 else ceil_div(H, s.R * DH) * DH
-        blocks = ceil_div(groups * QW, s.BG * s.BQ) if s.FLAT else ceil_div(groups, s.BG) * ceil_div(QW, s.BQ)
+        QG = QW if s.M == 1 else ceil_div(QW, s.M * s.S) * s.S
+        blocks = ceil_div(groups * QG, s.BG * s.BQ) if s.FLAT else ceil_div(groups, s.BG) * ceil_div(QW, s.BQ)
         launch(conv_nchw, (N * C * blocks,), x, weight.contiguous(), weight if bias is None else bias.contiguous(), y,
                *extra, C, H, W, QW, groups, x.stride(0), y.stride(0), blocks, KH=KH, KW=KW, DH=DH, DW=DW, R=s.R, V=s.V,
-               BG=s.BG, BQ=s.BQ, FLAT=s.FLAT, VECTOR=s.VECTOR, **flags, num_warps=s.warps)  # fmt: skip
+               BG=s.BG, BQ=s.BQ, FLAT=s.FLAT, VECTOR=s.VECTOR, M=s.M, S=s.S, **flags, num_warps=s.warps)  # fmt: skip
         return
     along_h = KW == 1 and KH > 1
     KA, KB, DA, DB = (KH, 1, DH, 1) if along_h else (KW, KH, DW, DH)
-    s = heuristics.conv_nhwc(KA, C, x.element_size(), channel_vector(x, y, *extra))
-    taps = weight.reshape(C, KH * KW).t().contiguous()
     length = H if along_h else W
+    s = heuristics.conv_nhwc(KA, length, DA, C, channel_vector(x, y, *extra))
+    taps = weight.reshape(C, KH * KW).t().contiguous()
     groups = ceil_div(length, s.P * DA) * DA if s.P > 1 else length
     slow, fast = (groups, W) if along_h else (H, groups)
     blocks, tiles = ceil_div(slow * fast, s.BP), ceil_div(C, s.BC)
@@ -442,26 +524,28 @@ def weight_grad(
     if rows_are_dense(x):
         s = heuristics.wgrad_nchw(KH, KW, W, x.element_size(), is_aligned(x, g))
         QW = ceil_div(W, s.V)
+        QG = QW if s.M == 1 else ceil_div(QW, s.M * s.S) * s.S
         groups = H if s.R == 1 else ceil_div(H, s.R * DH) * DH
-        chunks = ceil_div(groups * QW, s.BLOCK)
+        chunks = ceil_div(groups * QG, s.BLOCK)
         splits = ceil_div(N * chunks, s.CHUNKS)
         partial = x.new_empty((splits, C * (taps + 1)), dtype=torch.float32)
         launch(wgrad_nchw, (splits * C * ceil_div(KH, s.TH),), g, x, partial, N, C, H, W, QW, groups, g.stride(0),
                x.stride(0), chunks, splits, KH=KH, KW=KW, DH=DH, DW=DW, TH=s.TH, COLUMNS=s.COLUMNS, R=s.R, V=s.V,
-               BLOCK=s.BLOCK, CHUNKS=s.CHUNKS, VECTOR=s.VECTOR, WIDE=wide, num_warps=s.warps)  # fmt: skip
+               BLOCK=s.BLOCK, CHUNKS=s.CHUNKS, VECTOR=s.VECTOR, M=s.M, S=s.S, WIDE=wide, num_warps=s.warps)  # fmt: skip
     else:
         along_h = KW == 1 and KH > 1
         KA, KB, DA, DB = (KH, 1, DH, 1) if along_h else (KW, KH, DW, DH)
-        s = heuristics.wgrad_nhwc(KA, C, x.element_size(), channel_vector(x, g))
         length = H if along_h else W
+        s = heuristics.wgrad_nhwc(KA, KB, length, DA, C, channel_vector(x, g))
         groups = ceil_div(length, s.P * DA) * DA if s.P > 1 else length
         slow, fast = (groups, W) if along_h else (H, groups)
         chunks, tiles = ceil_div(slow * fast, s.BP), ceil_div(C, s.BC)
         splits = ceil_div(N * chunks, s.CHUNKS)
         partial = x.new_empty((splits, C * (taps + 1)), dtype=torch.float32)
-        launch(wgrad_nhwc, (splits * tiles * KB * ceil_div(KA, s.KT),), g, x, partial, N, C // s.VEC, H, W, slow, fast,
-               g.stride(0), pixel_stride(g) // s.VEC, x.stride(0), pixel_stride(x) // s.VEC, chunks, splits, tiles,
-               KA=KA, KB=KB, DA=DA, DB=DB, ALONG_H=along_h, KT=s.KT, P=s.P, BP=s.BP, BC=s.BC, VEC=s.VEC,
+        steps = (KB // s.TB) * ceil_div(KA, s.KT)
+        launch(wgrad_nhwc, (splits * tiles * steps,), g, x, partial, N, C // s.VEC, H, W, slow, fast, g.stride(0),
+               pixel_stride(g) // s.VEC, x.stride(0), pixel_stride(x) // s.VEC, chunks, splits, tiles,
+               KA=KA, KB=KB, DA=DA, DB=DB, ALONG_H=along_h, KT=s.KT, TB=s.TB, P=s.P, BP=s.BP, BC=s.BC, VEC=s.VEC,
                CHUNKS=s.CHUNKS, WIDE=wide, num_warps=s.warps)  # fmt: skip
     finish(partial, gw, gb)
     return (gw if need_weight else None), (gb if need_bias else None)

@@ -1,15 +1,18 @@
 """Block sizes and warps of every kernel, from channel counts and filter sizes alone.
 
 Image sizes enter only through a few coarse steps: a compiled function with dynamic sizes then guards on a threshold,
-and does not recompile for each size.
+and does not recompile for each size. What `tuned` is asked for, a device's settings file may replace.
 """
 
 from __future__ import annotations
 
+from .device_settings import tuned
+
 
 def elementwise_block() -> tuple[int, int]:
     """(elements per program, warps) of an element-wise kernel: 8 per thread, 128 bits of a 16-bit type."""
-    return 1024, 4
+    t = tuned("star", "all", BLOCK=1024, warps=4)
+    return t["BLOCK"], t["warps"]
 
 
 class Settings(dict):
@@ -35,35 +38,67 @@ def row_vector(width: int, itemsize: int, aligned: bool) -> tuple[int, bool]:
     return 4, False
 
 
+def row_vectors(kw: int, width: int, v: int, itemsize: int) -> tuple[int, int]:
+    """(vectors M of a thread along a row, S apart) of a 1xk filter: each loaded vector then serves more outputs.
+
+    S vectors are a sector of 32 bytes, so that the threads of a warp still read whole sectors.
+    """
+    s = max(1, 32 // (v * itemsize))
+    m = 16 // v
+    return (m, s) if width >= 2 * m * s * v else (1, 1)
+
+
 def conv_nchw(kh: int, kw: int, dh: int, width: int, height: int, itemsize: int, aligned: bool) -> Settings:
     """A depth-wise convolution in NCHW.
 
-    1xk and squares: 128 consecutive vectors of a plane, one row each. kx1: R rows a thread, and programs of whole
-    columns (up to 256 R rows) of four vectors, so that no column is read by two programs.
+    1xk: M vectors of one row a thread. Squares: R rows of one vector. 128 threads for consecutive places of a plane.
+    kx1: R rows a thread, and programs of whole columns (up to 256 R rows) of four vectors, so that no column is read
+    by two programs.
     """
     v, vector = row_vector(width, itemsize, aligned)
-    if kw > 1 or kh == 1:
-        if kh == 1:
-            r = 1 if height == 1 else itemsize
+    calls = f"{kh}x{kw} d{dh}, {itemsize} bytes"
+    if kh == 1:
+        m, s = row_vectors(kw, width, v, itemsize)
+        r = 1 if height == 1 else (4 if kw <= 5 else itemsize if m == 1 else 1)
+        if m > 1:  # in rows that are wide enough for M vectors
+            t = tuned("conv_nchw_rows", calls, R=r, M=m, warps=4)
+            r, m, warps = t["R"], t["M"], t["warps"]
         else:
-            r = 1 if kh * kw > 49 else (4 if kh * kw <= 25 else 2)
-        return Settings(V=v, VECTOR=vector, R=r, BG=128, BQ=1, FLAT=True, warps=4)
-    r = 4
+            warps = 4
+        return Settings(V=v, VECTOR=vector, R=r, M=m, S=s, BG=32 * warps, BQ=1, FLAT=True, warps=warps)
+    if kw > 1:
+        t = tuned("conv_nchw_squares", calls, R=1 if kh * kw > 49 else (4 if kh * kw <= 25 else 2), warps=4)
+        return Settings(
+            V=v, VECTOR=vector, R=t["R"], M=1, S=1, BG=32 * t["warps"], BQ=1, FLAT=True, warps=t["warps"]
+        )
+    r = tuned("conv_nchw_columns", calls, R=8 if kh <= 5 and height >= 16 * dh else 4)["R"]
     groups = power_of_two(-(-height // (r * dh)) * dh, 8, 64)
     if groups * r < height:  # tall images
         r = 8
         groups = power_of_two(-(-height // (r * dh)) * dh, 64, 256)
     bq = 4 if groups <= 64 else 2
-    return Settings(V=v, VECTOR=vector, R=r, BG=groups, BQ=bq, FLAT=False, warps=max(1, groups * bq // 32))
+    return Settings(
+        V=v, VECTOR=vector, R=r, M=1, S=1, BG=groups, BQ=bq, FLAT=False, warps=max(1, groups * bq // 32)
+    )
 
 
 def wgrad_nchw(kh: int, kw: int, width: int, itemsize: int, aligned: bool) -> Settings:
-    """First stage of a weight gradient in NCHW: up to 81 taps in registers, four chunks of 128 vectors a program."""
+    """First stage of a weight gradient in NCHW: up to 81 taps in registers, CHUNKS chunks of 128 threads a program."""
     v, vector = row_vector(width, itemsize, aligned)
     th = kh if kh * kw <= 81 else max(1, 63 // kw)
-    r = 4 if kw == 1 and kh > 1 else (2 if kh * kw <= 31 else 1)
+    m, s = row_vectors(kw, width, v, itemsize) if kh == 1 else (1, 1)
+    if kh == 1:
+        r = 2 if kw <= 5 or m == 1 else 1
+    elif kw == 1:
+        r = 8 if kh <= 5 else 4
+    else:
+        r = 4 if kh * kw <= 9 else 2 if kh * kw <= 49 else 1
     columns = power_of_two(th * kw + 1, 2, 128)
-    return Settings(V=v, VECTOR=vector, R=r, TH=th, COLUMNS=columns, BLOCK=128, CHUNKS=4, warps=4)
+    chunks = min(8, 128 // (r * m * v)) if itemsize == 4 else 8  # at most 128 roundings of float32 in a row
+    chunks = tuned("wgrad_nchw", f"{kh}x{kw}, {itemsize} bytes", CHUNKS=chunks)["CHUNKS"]
+    return Settings(
+        V=v, VECTOR=vector, R=r, M=m, S=s, TH=th, COLUMNS=columns, BLOCK=128, CHUNKS=chunks, warps=4
+    )
 
 
 def channel_tile(channels: int) -> int:
@@ -71,24 +106,49 @@ def channel_tile(channels: int) -> int:
     return min((64, 32, 16), key=lambda b: (-(-channels // b) * b, -b))
 
 
-def conv_nhwc(taps: int, channels: int, itemsize: int, vector: int) -> Settings:
-    """A depth-wise convolution in channels_last: four positions and 16 bytes of channels a thread."""
-    bc = channel_tile(channels)
-    per_thread = 16 // itemsize
-    kt = taps if taps <= 11 else 8
-    return Settings(P=4, KT=kt, BC=bc, BP=128 * per_thread // bc, VEC=vector, warps=4)
+def taps_at_a_time(taps: int, most: int) -> int:
+    """How many taps to hold in registers: all of them up to `most`, else the number that pads them least."""
+    if taps <= most:
+        return taps
+    return min(range(max(most // 2, 1), most + 1), key=lambda t: (-(-taps // t) * t, -t))
 
 
-def wgrad_nhwc(taps: int, channels: int, itemsize: int, vector: int) -> Settings:
-    """First stage of a weight gradient in channels_last: up to 7 taps in registers."""
-    bc = channel_tile(channels)
-    per_thread = 16 // itemsize
-    kt = taps if taps <= 7 else (5 if taps in (9, 19, 25) else 6)
-    return Settings(P=4, KT=kt, BC=bc, BP=128 * per_thread // bc, VEC=vector, CHUNKS=4, warps=4)
+def positions(length: int, dilation: int, most: int) -> int:
+    """Outputs of a thread along the filter's main axis, `dilation` apart: fewer where they would overreach."""
+    return next((p for p in (16, 8) if p <= most and length >= 2 * p * dilation), 4)
+
+
+def conv_nhwc(taps: int, length: int, dilation: int, channels: int, vector: int) -> Settings:
+    """A depth-wise convolution in channels_last: a thread owns `vector` channels of its positions."""
+    bc = max(channel_tile(channels), vector)
+    kt = taps_at_a_time(taps, 6 if vector == 8 else 11)
+    p = positions(length, dilation, 16 if taps <= 5 and vector <= 4 else 8)
+    t = tuned("conv_nhwc", f"{taps} taps d{dilation}, {channels} channels by {vector}", P=p, warps=4)
+    warps = max(t["warps"], -(-bc // (32 * vector)))  # at least one position
+    return Settings(P=t["P"], KT=kt, BC=bc, BP=32 * warps * vector // bc, VEC=vector, warps=warps)
+
+
+def wgrad_nhwc(taps: int, rows: int, length: int, dilation: int, channels: int, vector: int) -> Settings:
+    """First stage of a weight gradient in channels_last: all of a 3x3's taps, else one of the filter's rows."""
+    bc = max(channel_tile(channels), vector)
+    kt = taps_at_a_time(taps, 5 if vector == 8 else 11)
+    tb = rows if rows * kt <= 9 else 1
+    most = 8
+    if vector == 8 and tb > 1:
+        most = 4
+    elif vector <= 4 and rows * kt <= 5:
+        most = 16
+    p = positions(length, dilation, most)
+    t = tuned("wgrad_nhwc", f"{rows}x{taps} d{dilation}, {channels} channels by {vector}", P=p, CHUNKS=8)
+    return Settings(
+        P=t["P"], KT=kt, TB=tb, BC=bc, BP=128 * vector // bc, VEC=vector, CHUNKS=t["CHUNKS"], warps=4
+    )
 
 
 def pixels(channels: int, elements: int, warps: int = 4) -> Settings:
-    """A kernel that holds all channels of BP pixels: about `elements` values a program."""
+    """LayerNorm, which holds all channels of BP pixels: about `elements` values a program."""
+    kernel = "layer_norm2d" if warps == 4 else "layer_norm2d_backward"
+    elements = tuned(kernel, f"{channels} channels", elements=elements)["elements"]
     bc = power_of_two(channels, 1, 1024)
     bp = power_of_two(elements // bc, 16, 256)
     return Settings(BC=bc, BP=bp, TILES=4, warps=warps if bc * bp <= 4096 else 8)
@@ -103,9 +163,11 @@ def dot_tile(n: int, largest: int) -> int:
 def pointwise(out_channels: int, in_channels: int, itemsize: int) -> Settings:
     """A 1x1 convolution as a product: 40 and 48 channels become tiles of 16, 28 one of 32, 56 one of 64."""
     bo, bi = dot_tile(out_channels, 64), dot_tile(in_channels, 64)
+    bp = 128 if bo <= 32 else 64
     if itemsize == 4:  # plain FMAs with both operands in registers
-        return Settings(BO=min(bo, 32), BI=min(bi, 16), BP=64, warps=4)
-    return Settings(BO=bo, BI=bi, BP=128 if bo <= 32 else 64, warps=4)
+        bo, bi, bp = min(bo, 32), min(bi, 16), 64
+    calls = f"{in_channels} to {out_channels} channels, {itemsize} bytes"
+    return Settings(tuned("pointwise", calls, BO=bo, BI=bi, BP=bp, warps=4))
 
 
 def pointwise_wgrad(out_channels: int, in_channels: int, itemsize: int, all_inputs: bool) -> Settings:
@@ -113,9 +175,11 @@ def pointwise_wgrad(out_channels: int, in_channels: int, itemsize: int, all_inpu
     bo, bi = dot_tile(out_channels, 64), dot_tile(in_channels, 64)
     if all_inputs:
         bi = power_of_two(in_channels, 16, 256)
+    bp, tiles = 64, 4
     if itemsize == 4:
-        return Settings(BO=min(bo, 32), BI=bi if all_inputs else min(bi, 32), BP=32, TILES=8, warps=4)
-    return Settings(BO=bo, BI=bi, BP=64, TILES=4, warps=4)
+        bo, bi, bp, tiles = min(bo, 32), bi if all_inputs else min(bi, 32), 32, 8
+    calls = f"{in_channels} to {out_channels} channels, {itemsize} bytes" + (", normed" if all_inputs else "")
+    return Settings(tuned("pointwise_wgrad", calls, BP=bp, TILES=tiles), BO=bo, BI=bi, warps=4)
 
 
 def strip_chain(itemsize: int, width: int, height: int, d1: int, d2: int, aligned: bool) -> Settings | None:
@@ -123,7 +187,7 @@ def strip_chain(itemsize: int, width: int, height: int, d1: int, d2: int, aligne
     v, vector = row_vector(width, itemsize, aligned)
     if -(-width // v) > 256 or height > 2048:
         return None
-    s = conv_nchw(3, 1, max(d1, d2), width, height, itemsize, aligned)
+    s = conv_nchw(11, 1, max(d1, d2), width, height, itemsize, aligned)
     groups = max(-(-height // (s.R * d)) * d for d in (d1, d2))
     bg = power_of_two(groups, 8, 1024)
     if bg > 256:
@@ -137,7 +201,9 @@ def norm_pointwise(channels: int, out1: int, out2: int, itemsize: int, backward:
     bc = power_of_two(channels, 16, 256)
     bo = dot_tile(max(out1, out2), 64)
     if itemsize == 4:
-        return Settings(BC=bc, BO=min(bo, 32), BP=16 if bc > 64 else 32, TILES=4, warps=4)
-    return Settings(
-        BC=bc, BO=min(bo, 32) if bc > 64 else bo, BP=32 if bc > 64 or backward else 64, TILES=4, warps=4
-    )
+        bo, bp = min(bo, 32), 16 if bc > 64 else 32
+    else:
+        bo, bp = min(bo, 32) if bc > 64 else bo, 32 if bc > 64 or backward else 64
+    kernel = "norm_pointwise_grad" if backward else "norm_pointwise"
+    calls = f"{channels} to {out1} and {out2} channels, {itemsize} bytes"
+    return Settings(tuned(kernel, calls, BO=bo, BP=bp), BC=bc, TILES=4, warps=4)

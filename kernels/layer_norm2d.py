@@ -1,7 +1,8 @@
 """Triton kernels of the LayerNorm over channels at each pixel, forward and backward, in either memory layout.
 
 A program holds all channels of BP pixels, as [BC, BP], with the strides that they have in memory: nothing is
-permuted. The statistics are two passes over registers. Backward recomputes them from x.
+permuted. The statistics are three passes over registers: the mean, what its rounding missed, the variance. Backward
+recomputes them from x.
 """
 
 from __future__ import annotations
@@ -42,8 +43,12 @@ def pixel_tile(tile, CV, PV, stride, BC: tl.constexpr, BP: tl.constexpr, VC: tl.
 def normalize(x, c_ok, C, eps):
     """(x - mean) / sqrt(var + eps) over axis 0 of x [BC, BP], of which C rows count, and 1 / sqrt(var + eps) [BP]."""
     count = C * 1.0
+    # The sum of the channels is rounded in units of the mean. Where that is large against their spread, x - mean is
+    # exact, and its own mean is what the first one missed.
     mean = tl.div_rn(tl.sum(x, 0), count)
     centred = tl.where(c_ok[:, None], x - mean[None, :], 0.0)
+    missed = tl.div_rn(tl.sum(centred, 0), count)
+    centred = tl.where(c_ok[:, None], centred - missed[None, :], 0.0)
     variance = tl.div_rn(tl.sum(centred * centred, 0), count)
     rstd = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
     return centred * rstd[None, :], rstd

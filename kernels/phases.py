@@ -27,9 +27,25 @@ def reach(k, d, v):
 
 
 @compile_time
-def needed(delta, k, d, v):
-    """Whether any tap of any phase falls into the vector `delta` vectors away."""
-    return any(delta * v - v < (t - k // 2) * d < delta * v + v for t in range(k))
+def first_tap(delta, v, k, d, v_count):
+    """The first tap of phase v that falls into the vector `delta` vectors away; see last_tap."""
+    return min(max(-((v - delta * v_count) // d) + k // 2, 0), k)
+
+
+@compile_time
+def last_tap(delta, v, k, d, v_count):
+    """One past the last such tap; not above first_tap where there is none."""
+    return min(max(-((v - (delta + 1) * v_count) // d) + k // 2, 0), k)
+
+
+@compile_time
+def needed(delta, k, d, v, m=1, s=1):
+    """Whether any tap of any phase of m vectors, s apart, falls into the vector `delta` vectors away from the first."""
+    return any(
+        (delta - i * s) * v - v < (t - k // 2) * d < (delta - i * s) * v + v
+        for t in range(k)
+        for i in range(m)
+    )
 
 
 @jit

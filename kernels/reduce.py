@@ -33,6 +33,18 @@ def join_all(x, N: tl.constexpr):
 
 
 @jit
+def total(x):
+    """The sum of a tuple of a power of two tensors, in pairs: fewer roundings in a row than one after the other."""
+    LEVELS: tl.constexpr = log2(len(x))
+    for _ in tl.static_range(LEVELS):
+        y = ()
+        for i in tl.static_range(len(x) // 2):
+            y = y + (x[2 * i] + x[2 * i + 1],)
+        x = y
+    return x[0]
+
+
+@jit
 def reduce_rows(
     partial_ptr, first_ptr, second_ptr, rows, columns, first,
     STEP: tl.constexpr, BLOCK: tl.constexpr, SECOND: tl.constexpr,

@@ -20,10 +20,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from . import preferences
+
 if TYPE_CHECKING:
     from .ops._op import Op
 
-# Triton before CUDA C++: its launches are visible to Inductor, and it needs no kernel image for the GPU at hand.
+# "auto" asks them in this order; which of Triton and CUDA C++ comes first where both can is up to `preferences`.
 ORDER = ("cpu", "triton", "cuda", "reference")
 NAMES = ("auto", *ORDER)
 
@@ -155,7 +157,7 @@ def choose(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     if name == "auto":
         for candidate in ORDER[:-1]:
             if BACKENDS[candidate].refuses(op, args, kwargs) is None:
-                return candidate
+                return _first_of_two(op, args, kwargs) if candidate == "triton" else candidate
         return "reference"
     if name == "reference":
         return name
@@ -167,6 +169,13 @@ def choose(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     if reason is not None:
         raise RuntimeError(f"{op.name} cannot run on the backend {name!r}: {reason}")
     return name
+
+
+def _first_of_two(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """Triton, which can run the call, or CUDA C++, if that can as well and is preferred."""
+    if BACKENDS["cuda"].refuses(op, args, kwargs) is not None:
+        return "triton"
+    return preferences.preferred(op.name, args).backend
 
 
 class Status(NamedTuple):
@@ -237,12 +246,21 @@ def explain(fn_name: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Exp
 
     reasons: dict[str, str] = {}
     chosen: str | None = None
-    for name in ORDER:
+    order, why = list(ORDER), ""
+    if named == "auto" and all(
+        BACKENDS[name].refuses(op, op_args, op_kwargs) is None for name in ("triton", "cuda")
+    ):
+        first, why = preferences.preferred(op.name, op_args)
+        order.remove(first)
+        order.insert(order.index("cpu") + 1, first)
+    for name in order:
         reason = None if name == "reference" else BACKENDS[name].refuses(op, op_args, op_kwargs)
         if reason is None and named not in ("auto", name):
             reason = f"use_backend names {named!r}"
         elif reason is None and chosen is not None:
             reason = f"{chosen!r} comes first"
+            if why and {chosen, name} == {"triton", "cuda"}:
+                reason += f": {why}"
         if reason is None:
             chosen = name
         else:

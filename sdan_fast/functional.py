@@ -23,6 +23,7 @@ from .reference import BranchConv, Dilation, Pointwise, SDMParameters, StarParam
 
 __all__ = [
     "depthwise_conv2d",
+    "gated_strip_conv_chain",
     "layer_norm2d",
     "mm_lka",
     "pointwise_gate",
@@ -85,6 +86,33 @@ def strip_conv_chain(x: Tensor, stages: Sequence[StripStage]) -> Tensor:
     Raises:
         TypeError, ValueError: see the module's documentation; an empty `stages` is refused.
     """
+    weights, biases, layout = _flat_stages(stages)
+    return ops.strip_conv_chain(x, weights, biases, **layout)
+
+
+def gated_strip_conv_chain(u: Tensor, x: Tensor, stages: Sequence[StripStage]) -> Tensor:
+    """u * strip_conv_chain(x, stages): an attention whose strips come last, after the 1x1 convolution that makes `x`.
+
+    In inference a kernel multiplies while it writes the chain's result, where there is one; else, and where a gradient
+    is needed, the chain and the product run one after the other.
+
+    Args:
+        u: (N, C, H, W), what is gated.
+        x: (N, C, H, W), the input of the chain.
+        stages: as `strip_conv_chain` takes them.
+
+    Returns:
+        (N, C, H, W), the dtype of `u`.
+
+    Raises:
+        TypeError, ValueError: see the module's documentation; an empty `stages` is refused.
+    """
+    weights, biases, layout = _flat_stages(stages)
+    return ops.gated_strip_conv_chain(u, x, weights, biases, **layout)
+
+
+def _flat_stages(stages: Sequence[StripStage]) -> tuple[list[Tensor], list[Tensor], dict[str, Any]]:
+    """Stages as the ops' schemas take them: weights, present biases, and how they are laid out."""
     weights: list[Tensor] = []
     biases: list[Tensor] = []
     bias_mask: list[bool] = []
@@ -100,7 +128,7 @@ def strip_conv_chain(x: Tensor, stages: Sequence[StripStage]) -> Tensor:
         biases += [bias for bias in (bias_h, bias_v) if bias is not None]
         bias_mask += [bias_h is not None, bias_v is not None]
         dilations += [dw, dh]
-    return ops.strip_conv_chain(x, weights, biases, bias_mask=bias_mask, dilations=dilations)
+    return weights, biases, {"bias_mask": bias_mask, "dilations": dilations}
 
 
 def separable_conv2d(

@@ -64,6 +64,11 @@ def strip_conv_chain(x: Tensor, stages: Sequence[StripStage]) -> Tensor:
     return x
 
 
+def gated_strip_conv_chain(u: Tensor, x: Tensor, stages: Sequence[StripStage]) -> Tensor:
+    """u * the strip chain of x; see `sdan_fast.functional.gated_strip_conv_chain`."""
+    return u * strip_conv_chain(x, stages)
+
+
 def separable_conv2d(
     x: Tensor,
     weight_h: Tensor,

@@ -9,6 +9,7 @@
 #include <new>
 
 #include "dispatch.h"
+#include "fma_rate.h"
 
 namespace sdan_fast {
 namespace {
@@ -121,6 +122,8 @@ PyMethodDef methods[] = {
     {"isa", isa, METH_NOARGS,
      "isa() -> str: the instruction set that the kernels of this process use."},
     {"isas", isas, METH_NOARGS, "isas() -> list[str]: the instruction sets compiled in."},
+    {"fma_loop", sdan_fast::fma_loop, METH_O,
+     "fma_loop(rounds) -> float: multiply-adds on registers; how many operations they were."},
     {nullptr, nullptr, 0, nullptr},
 };
 

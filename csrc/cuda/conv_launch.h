@@ -25,16 +25,6 @@ void with_taps(int taps, F&& f) {
   }
 }
 
-// Strip lengths that have a kernel of their own; every other size takes conv_square or conv_last
-// with K = 1.
-inline bool is_strip_length(int taps) {
-  for (const int k : {3, 5, 7, 9, 11, 13, 17, 19, 21, 23, 31, 35})
-    if (taps == k) return true;
-  return false;
-}
-
-void launch_conv_row(const ConvArguments& a, const ConvPlan& plan);
-void launch_conv_column(const ConvArguments& a, const ConvPlan& plan);
 void launch_conv_square(const ConvArguments& a, const ConvPlan& plan);
 void launch_conv_last(DType dtype, const ConvArguments& a, const ConvShape& shape, bool flip,
                       Stream stream);

@@ -30,23 +30,23 @@ inline unsigned whole_warps(int64_t threads, int64_t most) {
   return static_cast<unsigned>(std::clamp<int64_t>(round_up64(threads, 32), 32, most));
 }
 
-// 1 x K through conv_row: 8 rows, the whole width if it is not too wide.
+// The weight gradient of 1 x K: 8 rows, the whole width if it is not too wide.
 inline void plan_row_tile(ConvParams& p) {
-  const int unit = kRowOutputs * p.dw, halo = (p.kw - 1) / 2 * p.dw;
+  const int unit = kGradOutputs * p.dw, halo = (p.kw - 1) / 2 * p.dw;
   p.tile_w = static_cast<int32_t>(round_up64(p.width, unit));
   if (p.tile_w > 512) {
     const int aligned_unit = std::lcm(unit, 8);
     p.tile_w = aligned_unit * std::max(1, 448 / aligned_unit);
   }
-  p.tile_h = kRowRows;
-  p.rows = kRowRows + (p.kh - 1) * p.dh;
+  p.tile_h = kGradRows;
+  p.rows = kGradRows + (p.kh - 1) * p.dh;
   p.pitch = static_cast<int32_t>(round_up64(p.tile_w + 2 * halo + 7 + 7, 32) +
                                  4);  // 4 modulo 32, for the banks
 }
 
-// K x 1, and the weight gradient of all but 1 x K: narrow tiles, as tall as fits beside
-// `copies_of_outputs` tiles without a halo.
-inline void plan_column_tile(ConvParams& p, int copies_of_outputs) {
+// The weight gradient of all but 1 x K: narrow tiles with their halo, as tall as fits beside the
+// gradient's tiles without one.
+inline void plan_column_tile(ConvParams& p) {
   const int64_t unit = int64_t{kColumnOutputs} * p.dh, halo = (p.kh - 1) / 2 * p.dh,
                 halo_x = (p.kw - 1) / 2 * p.dw;
   for (int64_t w = std::min<int64_t>(32, round_up64(p.width, 4)); w >= 4;
@@ -54,7 +54,7 @@ inline void plan_column_tile(ConvParams& p, int copies_of_outputs) {
     p.tile_w = static_cast<int32_t>(w);
     p.pitch = static_cast<int32_t>(round_up64(w + 2 * halo_x + (halo_x || w % 8 ? 7 : 0), 8));
     const int64_t room = kSharedGoal / 4 / p.pitch;  // rows
-    const int64_t most = (room - 2 * halo) / (1 + copies_of_outputs) / unit * unit;
+    const int64_t most = (room - 2 * halo) / 2 / unit * unit;
     p.tile_h = static_cast<int32_t>(unit);
     if (most >= unit) {
       p.tile_h =
@@ -101,7 +101,7 @@ inline ConvParams conv_params(const ConvShape& s) {
         1;  // a dilation along an axis with one tap means nothing, and would only widen the tiles
   if (p.kw == 1) p.dw = 1;
   p.splits = 1;
-  p.vertical = p.kw == 1 && p.kh > 1;
+  p.vertical = p.kh > 1;
   return p;
 }
 
@@ -115,31 +115,18 @@ inline bool too_long(const ConvShape& s) {  // indices within an image and halos
          int64_t{s.kw} * s.dw > (1 << 24) || int64_t{s.kh} * s.kw > (1 << 20);
 }
 
-enum class ConvKind { kRow, kColumn, kSquare };
-
-inline ConvPlan plan_contiguous(const ConvShape& s, ConvKind kind) {
+inline ConvPlan plan_square(const ConvShape& s) {
   ConvPlan plan;
   if (too_long(s)) return plan;
   ConvParams& p = plan.p = conv_params(s);
-  int64_t items, staged;
-  if (kind == ConvKind::kRow) {
-    plan_row_tile(p);
-    items = int64_t{p.tile_w} / kRowOutputs * kRowRows, staged = 2;
-  } else if (kind == ConvKind::kColumn) {
-    plan_column_tile(p, 0);
-    items = int64_t{p.tile_h} / kColumnOutputs * (p.tile_w / 4), staged = 1;
-  } else {
-    plan_square_tile(p);
-    items = int64_t{p.tile_h} / kColumnOutputs * p.tile_w, staged = 1;
-  }
+  plan_square_tile(p);
   finish_tiles(p);
-  const int64_t bytes = (round_up64(int64_t{p.kh} * p.kw + 1, 4) + staged * p.rows * p.pitch) * 4;
+  const int64_t items = int64_t{p.tile_h} / kColumnOutputs * p.tile_w;
+  const int64_t bytes = (round_up64(int64_t{p.kh} * p.kw + 1, 4) + int64_t{p.rows} * p.pitch) * 4;
   plan.fits = bytes <= kSharedMost;
   plan.config.shared_bytes = static_cast<size_t>(bytes);
   // As few rounds as possible, and no larger a block than that takes.
-  const int64_t most = conv_threads(kind == ConvKind::kRow      ? p.kw
-                                    : kind == ConvKind::kColumn ? p.kh
-                                                                : 1);
+  const int64_t most = conv_threads(1);
   plan.config.block = dim3(whole_warps(ceil_div(items, ceil_div(items, most)), most));
   plan.config.grid =
       dim3(static_cast<unsigned>(std::min(p.planes * p.tiles_y * p.tiles_x, kMostBlocks)));
@@ -205,7 +192,7 @@ inline GradPlan plan_weight_gradient(const ConvShape& s) {
   const int64_t units = outer * ceil_div(inner, kGradTaps);
   p.vertical = vertical;
   if (vertical)
-    plan_column_tile(p, 1);
+    plan_column_tile(p);
   else
     plan_row_tile(p);
   finish_tiles(p);

@@ -1,5 +1,5 @@
 // The depth-wise convolution's torch side: checks, layouts, registration.
-#include "torch_side.h"
+#include "conv_ops.h"
 
 namespace sdan_fast::cuda {
 namespace {
@@ -40,14 +40,16 @@ MemoryFormat computing_format(const Tensor& x, const Tensor& weight,
                               const char* op) {
   const MemoryFormat format = format_of(x);
   for (const MemoryFormat f : {format, MemoryFormat::ChannelsLast})
-    if (conv_fits(shape_for(x, weight, dilation, f), weight_gradient)) return f;
+    if (conv_fits(dtype_of(x, op, "x"), shape_for(x, weight, dilation, f), weight_gradient))
+      return f;
   STD_TORCH_CHECK(false, op, ": the CUDA C++ kernel has no room for a kernel of ", weight.size(2),
                   " x ", weight.size(3), " taps with dilation (", dilation[0], ", ", dilation[1],
                   ") on an image of ", x.size(2), " x ", x.size(3));
   return format;
 }
 
-// One pass of the forward kernels, into a tensor of x's format. `flip` makes it the input gradient.
+}  // namespace
+
 Tensor convolve(const Tensor& x, const Tensor& weight, const Optional& bias,
                 const std::vector<int64_t>& dilation, bool flip, MemoryFormat result,
                 const char* op) {
@@ -64,6 +66,36 @@ Tensor convolve(const Tensor& x, const Tensor& weight, const Optional& bias,
   return in_format(y, result);
 }
 
+std::vector<Tensor> weight_gradients(const Tensor& grad, const Tensor& x, const Tensor& weight,
+                                     const Optional& bias, const std::vector<int64_t>& dilation,
+                                     std::array<bool, 2> mask, const char* op) {
+  std::vector<Tensor> grads;
+  if (!mask[0] && !mask[1]) return grads;
+  const OnDevice on(x);
+  Tensor grad_weight, grad_bias;
+  if (mask[0]) grad_weight = empty_like_in(weight, MemoryFormat::Contiguous);
+  if (mask[1]) grad_bias = empty_like_in(*bias, MemoryFormat::Contiguous);
+  if (x.numel() == 0) {
+    if (mask[0]) torch::stable::zero_(grad_weight);
+    if (mask[1]) torch::stable::zero_(grad_bias);
+  } else {
+    const MemoryFormat format = computing_format(x, weight, dilation, true, op);
+    const ConvShape shape = shape_for(x, weight, dilation, format);
+    const Tensor g = in_format(grad, format), dense = in_format(x, format);
+    const int64_t floats[1] = {conv_partial_floats(shape)};
+    Tensor partial = empty_in(x, {floats, 1}, MemoryFormat::Contiguous, ScalarType::Float);
+    conv_weight_gradient(dtype_of(x, op, "x"), g.data_ptr(), dense.data_ptr(),
+                         static_cast<float*>(partial.data_ptr()),
+                         mask[0] ? grad_weight.data_ptr() : nullptr,
+                         mask[1] ? grad_bias.data_ptr() : nullptr, shape, on.stream());
+  }
+  if (mask[0]) grads.push_back(in_format(grad_weight, format_of(weight)));
+  if (mask[1]) grads.push_back(grad_bias);
+  return grads;
+}
+
+namespace {
+
 Tensor depthwise_conv2d_op(Tensor x, Tensor weight, Optional bias, std::vector<int64_t> dilation) {
   const char* op = "depthwise_conv2d";
   check_weight(x, weight, bias, dilation, op);
@@ -74,7 +106,7 @@ std::vector<Tensor> depthwise_conv2d_backward_op(Tensor grad_output, Tensor x, T
                                                  Optional bias, std::vector<int64_t> dilation,
                                                  std::vector<bool> output_mask) {
   const char* op = "depthwise_conv2d_backward";
-  const DType dtype = dtype_of(x, op, "x");
+  dtype_of(x, op, "x");
   check_weight(x, weight, bias, dilation, op);
   check_like(grad_output, x, op, "grad_output", "x");
   check_mask(output_mask, 3, op);
@@ -88,28 +120,9 @@ std::vector<Tensor> depthwise_conv2d_backward_op(Tensor grad_output, Tensor x, T
     grads.push_back(
         convolve(in_format(grad_output, format), weight, std::nullopt, dilation, true, format, op));
   }
-  if (!output_mask[1] && !output_mask[2]) return grads;
-  const OnDevice on(x);
-  const MemoryFormat weight_format = format_of(weight);
-  Tensor grad_weight, grad_bias;
-  if (output_mask[1]) grad_weight = empty_like_in(weight, MemoryFormat::Contiguous);
-  if (output_mask[2]) grad_bias = empty_like_in(*bias, MemoryFormat::Contiguous);
-  if (x.numel() == 0) {
-    if (output_mask[1]) torch::stable::zero_(grad_weight);
-    if (output_mask[2]) torch::stable::zero_(grad_bias);
-  } else {
-    const MemoryFormat format = computing_format(x, weight, dilation, true, op);
-    const ConvShape shape = shape_for(x, weight, dilation, format);
-    const Tensor g = in_format(grad_output, format), dense = in_format(x, format);
-    const int64_t floats[1] = {conv_partial_floats(shape)};
-    Tensor partial = empty_in(x, {floats, 1}, MemoryFormat::Contiguous, ScalarType::Float);
-    conv_weight_gradient(dtype, g.data_ptr(), dense.data_ptr(),
-                         static_cast<float*>(partial.data_ptr()),
-                         output_mask[1] ? grad_weight.data_ptr() : nullptr,
-                         output_mask[2] ? grad_bias.data_ptr() : nullptr, shape, on.stream());
-  }
-  if (output_mask[1]) grads.push_back(in_format(grad_weight, weight_format));
-  if (output_mask[2]) grads.push_back(grad_bias);
+  for (Tensor& g : weight_gradients(grad_output, x, weight, bias, dilation,
+                                    {output_mask[1], output_mask[2]}, op))
+    grads.push_back(std::move(g));
   return grads;
 }
 

@@ -4,10 +4,18 @@
 namespace sdan_fast::cuda {
 namespace {
 
-ConvKind kind_of(const ConvShape& s) {
-  if (s.kh == 1 && is_strip_length(s.kw)) return ConvKind::kRow;
-  if (s.kw == 1 && is_strip_length(s.kh)) return ConvKind::kColumn;
-  return ConvKind::kSquare;
+// A strip as a pass of one convolution; `vertical` also for a single tap.
+StripPass strip_of(const ConvShape& s) {
+  StripPass pass;
+  pass.n = s.n, pass.c = s.c, pass.h = s.h, pass.w = s.w;
+  pass.channels_last = s.channels_last, pass.vertical = s.kw == 1;
+  pass.strip[0].taps = pass.vertical ? s.kh : s.kw;
+  pass.strip[0].dilation = pass.vertical ? s.dh : s.dw;
+  return pass;
+}
+
+bool takes_strips(DType dtype, const ConvShape& s) {
+  return (s.kh == 1 || s.kw == 1) && strips_fit(dtype, strip_of(s));
 }
 
 // Wide accesses: every row of every tensor begins at a multiple of 16 bytes.
@@ -18,27 +26,29 @@ bool wide_rows(DType dtype, const ConvShape& s, const void* a, const void* b) {
 
 }  // namespace
 
-bool conv_fits(const ConvShape& shape, bool weight_gradient) {
+bool conv_fits(DType dtype, const ConvShape& shape, bool weight_gradient) {
   if (weight_gradient) return plan_weight_gradient(shape).fits;
-  return shape.channels_last ? plan_last(shape, 1).fits
-                             : plan_contiguous(shape, kind_of(shape)).fits;
+  return takes_strips(dtype, shape) ||
+         (shape.channels_last ? plan_last(shape, 1).fits : plan_square(shape).fits);
 }
 
 void conv_forward(DType dtype, const void* x, const void* weight, const void* bias, void* y,
                   const ConvShape& shape, bool flip, Stream stream) {
   if (shape.n * shape.c * shape.h * shape.w == 0) return;
+  if (takes_strips(dtype, shape)) {
+    StripPass pass = strip_of(shape);
+    pass.x = x, pass.y = y, pass.flip = flip;
+    pass.strip[0].weight = weight, pass.strip[0].bias = bias;
+    return convolve_strips(dtype, pass, stream);
+  }
   const ConvArguments a{x, weight, bias, y};
   if (shape.channels_last) return launch_conv_last(dtype, a, shape, flip, stream);
-  const ConvKind kind = kind_of(shape);
-  ConvPlan plan = plan_contiguous(shape, kind);
+  ConvPlan plan = plan_square(shape);
   plan.p.flip = flip;
   plan.p.wide = wide_rows(dtype, shape, x, y);
   plan.config.stream = stream;
-  const auto run = kind == ConvKind::kRow      ? launch_conv_row
-                   : kind == ConvKind::kColumn ? launch_conv_column
-                                               : launch_conv_square;
   plan.p.dtype = dtype;
-  run(a, plan);
+  launch_conv_square(a, plan);
 }
 
 int64_t conv_partial_floats(const ConvShape& shape) {

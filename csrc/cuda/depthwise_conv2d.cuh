@@ -1,22 +1,19 @@
 // Depth-wise convolution with "same" zero padding, its input gradient (the same kernels with the
 // taps flipped) and its weight gradient.
 //
-// Contiguous tensors: a block stages a tile of one (n, c) plane with its halo in shared memory as
-// float32, so that every global access is a wide one whatever the tap offsets, and each thread
-// computes P outputs that lie `dilation` apart: one value read from shared memory then serves up to
-// P of them. Strips and squares differ in how a tile is cut into threads:
-//   conv_row     1 x K    8 rows fastest, then columns; results go back through shared memory, for
-//   wide stores conv_column  K x 1    4 neighbouring columns a thread, 8 rows conv_square  KH x KW
-//   1 column a thread, 8 rows, KH unrolled and KW a loop; with KH = 1 also the kernel for every
-//   other size
-// channels_last tensors: conv_last; lanes are channels, so that nothing needs staging: the taps of
-// a channel stay in shared memory, the inputs come through L1. The weight gradient is a sum over
-// all pixels: wgrad_tile and wgrad_last leave one partial sum per block, wgrad_finish adds them in
-// a fixed order.
+// Strips, 1 x K and K x 1, are passes of one convolution of strip_conv_chain.cuh. Here is the rest.
+//   conv_square  contiguous tensors. A block stages a tile of one (n, c) plane with its halo in
+//                shared memory as float32, so that every global access is a wide one whatever the
+//                tap offsets; a thread computes 8 outputs of a column, `dilation` apart: one value
+//                read from shared memory then serves up to 8 of them. KH is unrolled and KW a loop;
+//                with KH = 1 it is also the kernel for every other size.
+//   conv_last    channels_last tensors: lanes are channels, so that nothing needs staging: the taps
+//                of a channel stay in shared memory, the inputs come through L1.
+// The weight gradient is a sum over all pixels: wgrad_tile and wgrad_last leave one partial sum per
+// block, wgrad_finish adds them in a fixed order.
 #pragma once
 
-#include "device.cuh"
-#include "launches.h"
+#include "conv_tile.cuh"
 
 namespace sdan_fast::cuda {
 
@@ -35,11 +32,11 @@ struct ConvParams {
   int32_t vertical;          // channels_last: the inner axis is H, not W
 };
 
-constexpr int kRowOutputs = 7;     // per thread of conv_row; odd, for the banks
-constexpr int kRowRows = 8;        // rows of a conv_row tile
-constexpr int kColumnOutputs = 8;  // rows per thread of conv_column and conv_square
+constexpr int kColumnOutputs = 8;  // rows per thread of conv_square
 constexpr int kLastOutputs = 8;    // pixels per thread of conv_last
 constexpr int kGradTaps = 8;       // taps per thread of the weight gradient
+constexpr int kGradOutputs = 7;    // columns per thread of a 1 x K strip's; odd, for the banks
+constexpr int kGradRows = 8;       // rows of its tile
 
 // Threads of a block, at most: what leaves every kernel its registers.
 constexpr int kConvThreads = 512, kFewThreads = 256;
@@ -48,108 +45,6 @@ constexpr int conv_threads(int taps) {
 }
 
 // ---- staging
-
-// N floats between registers and shared memory, in pieces of 4. Of 8, every other group of 4 lanes
-// starts with the second half, which keeps lanes that are 8 floats apart off each other's banks.
-template <int N>
-__device__ __forceinline__ void put_shared(float* p, const float (&v)[N]) {
-  if constexpr (N == 8) {
-    const int first = (threadIdx.x >> 2 & 1) * 4;
-    float4 a, b;
-    a.x = first ? v[4] : v[0], a.y = first ? v[5] : v[1], a.z = first ? v[6] : v[2],
-    a.w = first ? v[7] : v[3];
-    b.x = first ? v[0] : v[4], b.y = first ? v[1] : v[5], b.z = first ? v[2] : v[6],
-    b.w = first ? v[3] : v[7];
-    *reinterpret_cast<float4*>(p + first) = a;
-    *reinterpret_cast<float4*>(p + (first ^ 4)) = b;
-  } else {
-    static_assert(N == 4);
-    float4 a;
-    a.x = v[0], a.y = v[1], a.z = v[2], a.w = v[3];
-    *reinterpret_cast<float4*>(p) = a;
-  }
-}
-
-template <int N>
-__device__ __forceinline__ void get_shared(const float* p, float (&v)[N]) {
-  if constexpr (N == 8) {
-    const int first = (threadIdx.x >> 2 & 1) * 4;
-    const float4 a = *reinterpret_cast<const float4*>(p + first);
-    const float4 b = *reinterpret_cast<const float4*>(p + (first ^ 4));
-    v[0] = first ? b.x : a.x, v[1] = first ? b.y : a.y, v[2] = first ? b.z : a.z,
-    v[3] = first ? b.w : a.w;
-    v[4] = first ? a.x : b.x, v[5] = first ? a.y : b.y, v[6] = first ? a.z : b.z,
-    v[7] = first ? a.w : b.w;
-  } else {
-    static_assert(N == 4);
-    const float4 a = *reinterpret_cast<const float4*>(p);
-    v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w;
-  }
-}
-
-template <typename T>
-constexpr int kWide = 16 / static_cast<int>(sizeof(T));  // elements of a 128-bit access
-constexpr int kGroup = 8;                                // the most that it can be
-
-// The large kernels are compiled once for all types, which differ only where memory is read and
-// written: these branches are uniform, and few beside the arithmetic. Indices in elements.
-__device__ __forceinline__ float load_any(DType dtype, const void* p, int64_t i) {
-  if (dtype == DType::kFloat32) return load_one(static_cast<const float*>(p) + i);
-  if (dtype == DType::kBFloat16) return load_one(static_cast<const bfloat16*>(p) + i);
-  return load_one(static_cast<const float16*>(p) + i);
-}
-
-__device__ __forceinline__ uint16_t to_16bit(DType dtype, float v) {
-  return dtype == DType::kBFloat16 ? float_to_bfloat_bits(v) : float_to_half_bits(v);
-}
-
-__device__ __forceinline__ void store_any(DType dtype, void* p, int64_t i, float v) {
-  if (dtype == DType::kFloat32)
-    static_cast<float*>(p)[i] = v;
-  else
-    static_cast<uint16_t*>(p)[i] = to_16bit(dtype, v);
-}
-
-// 8 elements of one of the two 16-bit types.
-__device__ __forceinline__ void load8_any(DType dtype, const void* p, int64_t i, float (&v)[8]) {
-  const Words<16> r = load_words<16>(static_cast<const uint16_t*>(p) + i);
-  SDAN_UNROLL
-  for (int j = 0; j < 4; ++j) {
-    if (dtype == DType::kBFloat16)
-      unpack2<bfloat16>(r.w[j], v[2 * j], v[2 * j + 1]);
-    else
-      unpack2<float16>(r.w[j], v[2 * j], v[2 * j + 1]);
-  }
-}
-
-__device__ __forceinline__ void store8_any(DType dtype, void* p, int64_t i, const float (&v)[8]) {
-  Words<16> r;
-  SDAN_UNROLL
-  for (int j = 0; j < 4; ++j)
-    r.w[j] = dtype == DType::kBFloat16 ? pack2<bfloat16>(v[2 * j], v[2 * j + 1])
-                                       : pack2<float16>(v[2 * j], v[2 * j + 1]);
-  store_words<16>(static_cast<uint16_t*>(p) + i, r);
-}
-
-// x rounded down to a multiple of the power of two n, also below zero.
-__device__ __forceinline__ int round_down(int x, int n) {
-  return x & -n;
-}
-
-// Thread t of a block visits elements t, t + threads, ... of a grid of `columns` columns, without a
-// division for each.
-struct Walk {
-  int row, column, row_step, column_step, columns;
-  __device__ __forceinline__ explicit Walk(int columns_) : columns(columns_) {
-    const int t = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
-    row = t / columns, column = t % columns;
-    row_step = threads / columns, column_step = threads % columns;
-  }
-  __device__ __forceinline__ void advance() {
-    row += row_step, column += column_step;
-    if (column >= columns) ++row, column -= columns;
-  }
-};
 
 // Reads rows [y, y + rows) and columns [x, x + columns) of a plane into `tile`, with zeros outside
 // the image. x and `columns` are multiples of kGroup.
@@ -212,164 +107,7 @@ __device__ __forceinline__ Tile tile_at(const ConvParams& p, int64_t index) {
   return t;
 }
 
-__device__ __forceinline__ int round_up(int x, int n) {
-  return (x + n - 1) / n * n;
-}
-
 // ---- contiguous
-
-// Dynamic shared memory: taps and bias (rounded up to 4), the tile (rows x pitch), the outputs
-// (rows x pitch). tile_w is a multiple of P * dw, and of 8 if there are several tiles in a row, so
-// that a wide store never crosses two tiles.
-template <int K>
-__global__ void __launch_bounds__(conv_threads(K), 1)
-    conv_row_kernel(const void* __restrict__ x, const void* __restrict__ weight,
-                    const void* __restrict__ bias, void* __restrict__ y, const ConvParams p) {
-  constexpr int P = kRowOutputs;
-  SDAN_DYNAMIC_SHARED(raw);
-  auto* taps = reinterpret_cast<float*>(raw);
-  float* tile = taps + round_up(K + 1, 4);
-  float* out = tile + p.rows * p.pitch;
-  const int64_t tiles = p.planes * p.tiles_y * p.tiles_x;
-  const int d = p.dw, halo = (K - 1) / 2 * d;
-  for (int64_t index = blockIdx.x; index < tiles; index += gridDim.x) {
-    const Tile t = tile_at(p, index);
-    const int c = static_cast<int>(t.plane % p.channels);
-    const int64_t base = t.plane * p.height * p.width;
-    const int first = round_down(t.x - halo, kGroup), shift = t.x - halo - first;
-    __syncthreads();
-    stage_taps<false>(weight, bias, taps, p, c);
-    stage(x, base, tile, p, t.y, first, p.rows, round_up(p.tile_w + 2 * halo + shift, kGroup));
-    __syncthreads();
-    float w[K];
-    SDAN_UNROLL
-    for (int k = 0; k < K; ++k) w[k] = taps[k];
-    const float b = taps[p.kh * p.kw];
-    const int items = p.tile_w / P * kRowRows;
-    for (int i = static_cast<int>(threadIdx.x); i < items; i += static_cast<int>(blockDim.x)) {
-      const int r = i % kRowRows, g = i / kRowRows, column = g / d * (P * d) + g % d;
-      const float* in = tile + r * p.pitch + shift + column;
-      float acc[P];
-      SDAN_UNROLL
-      for (int j = 0; j < P; ++j) acc[j] = b;
-      SDAN_UNROLL
-      for (int q = 0; q < P + K - 1; ++q) {
-        const float v = in[q * d];
-        SDAN_UNROLL
-        for (int j = 0; j < P; ++j)
-          if (q - j >= 0 && q - j < K) acc[j] = fmaf(w[q - j], v, acc[j]);
-      }
-      SDAN_UNROLL
-      for (int j = 0; j < P; ++j) out[r * p.pitch + column + j * d] = acc[j];
-    }
-    __syncthreads();
-    const int rows = p.height - t.y < kRowRows ? p.height - t.y : kRowRows;
-    const int columns = p.width - t.x < p.tile_w ? p.width - t.x : p.tile_w;
-    const int64_t to = base + static_cast<int64_t>(t.y) * p.width + t.x;
-    if (!p.wide) {
-      for (Walk at(columns); at.row < rows; at.advance())
-        store_any(p.dtype, y, to + static_cast<int64_t>(at.row) * p.width + at.column,
-                  out[at.row * p.pitch + at.column]);
-    } else if (p.dtype == DType::kFloat32) {
-      for (Walk at(columns / 4); at.row < rows; at.advance()) {
-        float v[4];
-        get_shared<4>(out + at.row * p.pitch + at.column * 4, v);
-        store<4>(
-            static_cast<float*>(y) + to + static_cast<int64_t>(at.row) * p.width + at.column * 4,
-            v);
-      }
-    } else {
-      for (Walk at(columns / 8); at.row < rows; at.advance()) {
-        float v[8];
-        get_shared<8>(out + at.row * p.pitch + at.column * 8, v);
-        store8_any(p.dtype, y, to + static_cast<int64_t>(at.row) * p.width + at.column * 8, v);
-      }
-    }
-  }
-}
-
-// Dynamic shared memory: taps and bias (rounded up to 4), the tile. tile_w is a multiple of 4,
-// tile_h of kColumnOutputs * dh.
-template <int K>
-__global__ void __launch_bounds__(conv_threads(K), 1)
-    conv_column_kernel(const void* __restrict__ x, const void* __restrict__ weight,
-                       const void* __restrict__ bias, void* __restrict__ y, const ConvParams p) {
-  constexpr int P = kColumnOutputs;
-  SDAN_DYNAMIC_SHARED(raw);
-  auto* taps = reinterpret_cast<float*>(raw);
-  float* tile = taps + round_up(K + 1, 4);
-  const int64_t tiles = p.planes * p.tiles_y * p.tiles_x;
-  const int d = p.dh, halo = (K - 1) / 2 * d, step = d * p.pitch;
-  for (int64_t index = blockIdx.x; index < tiles; index += gridDim.x) {
-    const Tile t = tile_at(p, index);
-    const int c = static_cast<int>(t.plane % p.channels);
-    const int64_t base = t.plane * p.height * p.width;
-    const int first = round_down(t.x, kGroup), shift = t.x - first;
-    __syncthreads();
-    stage_taps<false>(weight, bias, taps, p, c);
-    stage(x, base, tile, p, t.y - halo, first, p.rows, round_up(p.tile_w + shift, kGroup));
-    __syncthreads();
-    float w[K];
-    SDAN_UNROLL
-    for (int k = 0; k < K; ++k) w[k] = taps[k];
-    const float b = taps[p.kh * p.kw];
-    const int across = p.tile_w / 4, items = p.tile_h / P * across;
-    for (int i = static_cast<int>(threadIdx.x); i < items; i += static_cast<int>(blockDim.x)) {
-      const int column = i % across * 4, g = i / across, row = g / d * (P * d) + g % d;
-      if (t.y + row >= p.height || t.x + column >= p.width) continue;
-      const float* in = tile + row * p.pitch + shift + column;
-      float acc[P][4];
-      SDAN_UNROLL
-      for (int j = 0; j < P; ++j) {
-        SDAN_UNROLL
-        for (int e = 0; e < 4; ++e) acc[j][e] = b;
-      }
-      SDAN_UNROLL
-      for (int q = 0; q < P + K - 1; ++q) {
-        const float4 v = *reinterpret_cast<const float4*>(in + q * step);
-        SDAN_UNROLL
-        for (int j = 0; j < P; ++j) {
-          if (q - j >= 0 && q - j < K) {
-            acc[j][0] = fmaf(w[q - j], v.x, acc[j][0]);
-            acc[j][1] = fmaf(w[q - j], v.y, acc[j][1]);
-            acc[j][2] = fmaf(w[q - j], v.z, acc[j][2]);
-            acc[j][3] = fmaf(w[q - j], v.w, acc[j][3]);
-          }
-        }
-      }
-      const int64_t to = base + static_cast<int64_t>(t.y + row) * p.width + (t.x + column);
-      const auto each_row = [&](auto&& store_row) {
-        SDAN_UNROLL
-        for (int j = 0; j < P; ++j)
-          if (t.y + row + j * d < p.height)
-            store_row(to + static_cast<int64_t>(j * d) * p.width, acc[j]);
-      };
-      const int columns = p.width - t.x - column;
-      if (p.wide && p.dtype == DType::kFloat32) {
-        each_row([&](int64_t at, float (&v)[4]) { store<4>(static_cast<float*>(y) + at, v); });
-      } else if (p.wide) {
-        each_row([&](int64_t at, float (&v)[4]) {
-          const bool bf16 = p.dtype == DType::kBFloat16;
-          const uint32_t a = bf16 ? pack2<bfloat16>(v[0], v[1]) : pack2<float16>(v[0], v[1]);
-          const uint32_t b = bf16 ? pack2<bfloat16>(v[2], v[3]) : pack2<float16>(v[2], v[3]);
-          store_words<8>(static_cast<uint16_t*>(y) + at, Words<8>{{a, b}});
-        });
-      } else if (p.dtype == DType::kFloat32) {
-        each_row([&](int64_t at, float (&v)[4]) {
-          SDAN_UNROLL
-          for (int e = 0; e < 4; ++e)
-            if (e < columns) static_cast<float*>(y)[at + e] = v[e];
-        });
-      } else {
-        each_row([&](int64_t at, float (&v)[4]) {
-          SDAN_UNROLL
-          for (int e = 0; e < 4; ++e)
-            if (e < columns) static_cast<uint16_t*>(y)[at + e] = to_16bit(p.dtype, v[e]);
-        });
-      }
-    }
-  }
-}
 
 // KH taps down are unrolled, the p.kw taps across are a loop; KH = 1 stands for any kh, then a loop
 // as well. Dynamic shared memory: taps (rounded up to 4), the tile. tile_h is a multiple of
@@ -555,13 +293,13 @@ __device__ __forceinline__ Unit unit_at(int unit, int inner_taps) {
 // Contiguous tensors. A warp belongs to one unit of taps: unit = blockIdx.y * (warps / warps per
 // unit) + ...; blocks (x) are (plane, split) pairs, and block x writes partial[x][tap] for its
 // units' taps and, from unit 0, partial[x][taps] = sum of the gradient. Inner axis: W (then a tile
-// has kRowRows rows, pitch is 4 modulo 32) or, if Vertical, H. Dynamic shared memory: the tile
+// has kGradRows rows, pitch is 4 modulo 32) or, if Vertical, H. Dynamic shared memory: the tile
 // (rows x pitch), the gradient (tile_h x pitch), 32 * (kGradTaps + 1) floats.
 template <bool Vertical>
 __global__ void __launch_bounds__(kFewThreads, 1)
     wgrad_tile_kernel(const void* __restrict__ grad, const void* __restrict__ x,
                       float* __restrict__ partial, const ConvParams p, int warps_per_unit) {
-  constexpr int P = Vertical ? kColumnOutputs : kRowOutputs, K = kGradTaps;
+  constexpr int P = Vertical ? kColumnOutputs : kGradOutputs, K = kGradTaps;
   SDAN_DYNAMIC_SHARED(raw);
   auto* tile = reinterpret_cast<float*>(raw);
   float* g = tile + p.rows * p.pitch;
@@ -580,7 +318,8 @@ __global__ void __launch_bounds__(kFewThreads, 1)
   const int64_t plane = blockIdx.x / p.splits;
   const int split = static_cast<int>(blockIdx.x % p.splits);
   const int64_t base = plane * p.height * p.width;
-  float acc[K], total = 0;
+  float acc[K];
+  CarefulSum total;
   SDAN_UNROLL
   for (int k = 0; k < K; ++k) acc[k] = 0;
   for (int index = split; index < tiles; index += p.splits) {
@@ -608,13 +347,12 @@ __global__ void __launch_bounds__(kFewThreads, 1)
       // here.
       const int stride_g = Vertical ? step : d;
       const float* from_g = g + row * p.pitch + shift_g + column;
-      float gv[P], part = 0;
+      float gv[P];
       SDAN_UNROLL
       for (int j = 0; j < P; ++j) {
         gv[j] = from_g[j * stride_g];
-        part += gv[j];
+        if (unit == 0) total.add(gv[j]);
       }
-      total += part;
       const int ro = Vertical ? u.first * d : u.outer * p.dh,
                 co = Vertical ? u.outer * p.dw : u.first * d;
       const float* from = tile + (row + ro) * p.pitch + shift_x + column + co;
@@ -632,8 +370,8 @@ __global__ void __launch_bounds__(kFewThreads, 1)
     const float s = warp_sum(acc[k]);
     if (threadIdx.x % 32 == 0) sums[warp * (K + 1) + k] = s;
   }
-  total = warp_sum(total);
-  if (threadIdx.x % 32 == 0) sums[warp * (K + 1) + K] = total;
+  const float all = warp_sum(total.sum);
+  if (threadIdx.x % 32 == 0) sums[warp * (K + 1) + K] = all;
   __syncthreads();
   if (unit < units && lane <= K) {  // the first lanes of the unit's first warp
     CarefulSum s;
@@ -665,7 +403,8 @@ __global__ void __launch_bounds__(kFewThreads, 1)
   const int groups = out.length * groups_in;
   const int halo = (in.taps - 1) / 2 * in.dilation, halo_out = (out.taps - 1) / 2 * out.dilation;
   const int64_t tap_step = in.dilation * in.stride;
-  float acc[K], total = 0;
+  float acc[K];
+  CarefulSum total;
   SDAN_UNROLL
   for (int k = 0; k < K; ++k) acc[k] = 0;
   const int64_t first_g = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
@@ -683,13 +422,12 @@ __global__ void __launch_bounds__(kFewThreads, 1)
     if (i0 >= in.length) continue;
     const int64_t plane = image * p.height * p.width * p.channels + c;
     const T* from_g = grad + plane + o * out.stride + i0 * in.stride;
-    float gv[P], part = 0;
+    float gv[P];
     SDAN_UNROLL
     for (int j = 0; j < P; ++j) {
       gv[j] = i0 + j * in.dilation < in.length ? load_one(from_g + j * tap_step) : 0.0f;
-      part += gv[j];
+      if (blockIdx.z == 0) total.add(gv[j]);
     }
-    total += part;
     const int at = o - halo_out + u.outer * out.dilation;
     if (at < 0 || at >= out.length) continue;
     int i = i0 - halo + u.first * in.dilation;
@@ -708,7 +446,7 @@ __global__ void __launch_bounds__(kFewThreads, 1)
   const int thread = static_cast<int>(threadIdx.y * blockDim.x + threadIdx.x);
   SDAN_UNROLL
   for (int k = 0; k < K; ++k) sums[k * threads + thread] = acc[k];
-  sums[K * threads + thread] = total;
+  sums[K * threads + thread] = total.sum;
   __syncthreads();
   if (c >= p.channels) return;
   for (int k = static_cast<int>(threadIdx.y); k <= K; k += static_cast<int>(blockDim.y)) {

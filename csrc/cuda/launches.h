@@ -37,7 +37,7 @@ struct ConvShape {
 
 // Whether the kernels have room for the shape in its layout. Where they have none for contiguous
 // tensors (far dilations), they may for channels_last ones.
-bool conv_fits(const ConvShape& shape, bool weight_gradient);
+bool conv_fits(DType dtype, const ConvShape& shape, bool weight_gradient);
 
 // flip: with the taps reversed, which is the gradient of the input.
 void conv_forward(DType dtype, const void* x, const void* weight, const void* bias, void* y,
@@ -50,6 +50,31 @@ void conv_weight_gradient(DType dtype, const void* grad, const void* x, float* p
                           void* grad_weight, void* grad_bias, const ConvShape& shape,
                           Stream stream);
 
+// strip_conv_chain*.cu. One or two 1-D depth-wise convolutions along one axis, 1 x k or k x 1, in
+// one pass: see strip_conv_chain.cuh.
+struct Strip {
+  const void *weight = nullptr, *bias = nullptr;  // c x taps; c or null
+  int taps = 1, dilation = 1;
+  // A bias from before a horizontal convolution that is done already: it is spread over the row by
+  // that convolution's taps.
+  const void *edge_bias = nullptr, *edge_weight = nullptr;
+  int edge_taps = 1, edge_dilation = 1;
+};
+struct StripPass {
+  const void* x = nullptr;
+  void* y = nullptr;
+  const void* gate =
+      nullptr;  // null, or a tensor like y that multiplies the result of a vertical pass
+  int64_t n = 0, c = 0, h = 0, w = 0;
+  bool channels_last = false, vertical = false, flip = false;
+  int steps = 1;
+  Strip strip[2];
+};
+
+// Whether the kernels have room for it: not for the farthest dilations.
+bool strips_fit(DType dtype, const StripPass& pass);
+void convolve_strips(DType dtype, const StripPass& pass, Stream stream);
+
 // layer_norm2d.cu. weight, bias: C; bias may be null. `pixels` is H * W. At most 4096 channels.
 struct NormShape {
   int64_t n, pixels;
@@ -58,11 +83,51 @@ struct NormShape {
 };
 void norm_forward(DType dtype, const void* x, const void* weight, const void* bias, void* y,
                   const NormShape& shape, float eps, Stream stream);
-// Contiguous tensors only. A null gradient is not wanted; `partial`, null if neither of weight and
-// bias is, holds norm_partial_floats(shape) floats.
+// A null gradient is not wanted; `partial`, null if neither of weight and bias is, holds
+// norm_partial_floats(shape) floats. The shape has to fit: channels_last tensors of many channels
+// do not.
+bool norm_backward_fits(const NormShape& shape);
 int64_t norm_partial_floats(const NormShape& shape);
 void norm_backward(DType dtype, const void* grad, const void* x, const void* weight, void* grad_x,
                    float* partial, void* grad_weight, void* grad_bias, const NormShape& shape,
                    float eps, Stream stream);
+
+// star_conv.cu: outer(GELU(DW3x3(p) + bias) * b). y and its gradient are dense; p, b and their
+// gradients may be slices: `step` elements from one image (contiguous) or pixel (channels_last) to
+// the next. weight C x 3 x 3, bias C or null. H * W < 2^31.
+struct StarConvShape {
+  int64_t n, step;
+  int channels, height, width;
+  bool channels_last;
+};
+void star_conv_forward(DType dtype, const void* p, const void* b, const void* weight,
+                       const void* bias, void* y, const StarConvShape& shape, int outer,
+                       Stream stream);
+// grad_p and grad_b are null, or neither is; `partial`, null if neither of weight and bias is
+// wanted, holds star_conv_partial_floats(shape) floats. A null gradient is not wanted.
+int64_t star_conv_partial_floats(const StarConvShape& shape);
+void star_conv_backward(DType dtype, const void* grad, const void* p, const void* b,
+                        const void* weight, const void* bias, void* grad_p, void* grad_b,
+                        float* partial, void* grad_weight, void* grad_bias,
+                        const StarConvShape& shape, int outer, Stream stream);
+
+// pointwise_gate.cu: y = a * (t + bias), if y is not null; h = a * b, if b is not null (h may be),
+// and grad_bias = the sums of h by channel, if `partial` is not null, which then holds
+// gate_partial_floats(shape) floats. All dense; bias may be null.
+struct GateShape {
+  int64_t n, pixels;
+  int channels;
+  bool channels_last;
+};
+int64_t gate_partial_floats(const GateShape& shape);
+void gate(DType dtype, const void* a, const void* t, const void* b, const void* bias, void* y,
+          void* h, float* partial, void* grad_bias, const GateShape& shape, Stream stream);
+
+// out[i] = the sum over images n and splits s of parts[n * image + i * out + s * split].
+struct PartStrides {
+  int64_t image, out, split;
+};
+void sum_parts(DType dtype, const float* parts, void* out, int64_t count, int64_t images,
+               int splits, const PartStrides& strides, Stream stream);
 
 }  // namespace sdan_fast::cuda

@@ -37,7 +37,7 @@ Tensor layer_norm2d_op(Tensor x, Tensor weight, Optional bias, double eps) {
   return y;
 }
 
-// Computed on contiguous tensors; channels_last ones are copied.
+// In the layout of x, unless that is channels_last with too many channels: then on copies.
 std::vector<Tensor> layer_norm2d_backward_op(Tensor grad_output, Tensor x, Tensor weight,
                                              Optional bias, double eps,
                                              std::vector<bool> output_mask) {
@@ -49,20 +49,22 @@ std::vector<Tensor> layer_norm2d_backward_op(Tensor grad_output, Tensor x, Tenso
   STD_TORCH_CHECK(bias || !output_mask[2], op,
                   ": output_mask asks for the gradient of a bias that is not there");
   const MemoryFormat format = format_of(x), contiguous = MemoryFormat::Contiguous;
+  const MemoryFormat computed = norm_backward_fits(shape_for(x, format)) ? format : contiguous;
   std::vector<Tensor> grads;
   void* target[3] = {nullptr, nullptr, nullptr};
   for (size_t i = 0; i < 3; ++i) {
     if (!output_mask[i]) continue;
-    grads.push_back(empty_like_in(i == 0 ? x : i == 1 ? weight : *bias, contiguous));
+    grads.push_back(i == 0 ? empty_like_in(x, computed)
+                           : empty_like_in(i == 1 ? weight : *bias, contiguous));
     if (x.numel() == 0 && i > 0) torch::stable::zero_(grads.back());
     target[i] = grads.back().data_ptr();
   }
   if (x.numel() > 0 && !grads.empty()) {
     const OnDevice on(x);
-    grad_output = in_format(grad_output, contiguous);
-    x = in_format(x, contiguous);
+    grad_output = in_format(grad_output, computed);
+    x = in_format(x, computed);
     weight = in_format(weight, contiguous);
-    const NormShape shape = shape_for(x, contiguous);
+    const NormShape shape = shape_for(x, computed);
     Optional partial;
     if (output_mask[1] || output_mask[2]) {
       const int64_t floats[1] = {norm_partial_floats(shape)};

@@ -39,6 +39,13 @@ Config norm_config(int64_t tiles, int64_t most, size_t shared_bytes, Stream stre
   return c;
 }
 
+// Lanes of a warp that share a pixel of a channels_last tensor, V channels each.
+int norm_lanes(int channels, int v) {
+  int lanes = 1;
+  while (lanes < 32 && lanes * v < channels) lanes *= 2;
+  return lanes;
+}
+
 NormParams norm_params(const NormShape& s, float eps) {
   return NormParams{s.n, s.pixels, s.channels, eps};
 }
@@ -66,8 +73,7 @@ void norm_forward(DType dtype, const void* x, const void* weight, const void* bi
     }
     const auto run = [&](auto v, auto r) {
       constexpr int V = decltype(v)::value;
-      int lanes = 1;
-      while (lanes < 32 && lanes * V < s.channels) lanes *= 2;
+      const int lanes = norm_lanes(s.channels, V);
       const int64_t blocks = ceil_div(s.n * s.pixels, kNormThreads / lanes);
       launch("norm_last", norm_last_kernel<T, V, decltype(r)::value>,
              norm_config(blocks, 0x7fffffff, 0, stream), tx, tw, tb, ty, norm_params(s, eps),
@@ -83,6 +89,10 @@ void norm_forward(DType dtype, const void* x, const void* weight, const void* bi
   });
 }
 
+bool norm_backward_fits(const NormShape& s) {
+  return !s.channels_last || s.channels <= kNormLastMost;
+}
+
 int64_t norm_partial_floats(const NormShape& s) {
   return 2 * kNormBlocks * s.channels;
 }
@@ -94,16 +104,31 @@ void norm_backward(DType dtype, const void* grad, const void* x, const void* wei
     using T = decltype(element);
     const auto *tg = static_cast<const T*>(grad), *tx = static_cast<const T*>(x),
                *tw = static_cast<const T*>(weight);
-    const bool wide =
-        aligned(grad, 16) && aligned(x, 16) && aligned(grad_x, 16) && s.pixels % 4 == 0;
+    auto* gx = static_cast<T*>(grad_x);
+    const bool apart = aligned(grad, 16) && aligned(x, 16) && aligned(grad_x, 16);
     Config config;
-    with_norm<4>(wide, s.channels, [&](auto v, auto r) {
-      constexpr int V = decltype(v)::value;
-      config =
-          norm_config(norm_tiles(s, V), kNormBlocks, static_cast<size_t>(s.channels) * 8, stream);
-      launch("norm_backward", norm_backward_kernel<T, V, decltype(r)::value>, config, tg, tx, tw,
-             static_cast<T*>(grad_x), partial, norm_params(s, eps));
-    });
+    if (s.channels_last) {
+      const auto run = [&](auto v, auto r) {
+        constexpr int V = decltype(v)::value;
+        const int lanes = norm_lanes(s.channels, V), pixels = kNormThreads / lanes;
+        config = norm_config(ceil_div(s.n * s.pixels, pixels), kNormBlocks,
+                             static_cast<size_t>(pixels) * s.channels * 8, stream);
+        launch("norm_backward_last", norm_backward_last_kernel<T, V, decltype(r)::value>, config,
+               tg, tx, tw, gx, partial, norm_params(s, eps), lanes);
+      };
+      if (apart && s.channels % 4 == 0)
+        run(Number<4>{}, Number<kNormLastMost / 32 / 4>{});
+      else
+        run(Number<1>{}, Number<kNormLastMost / 32>{});
+    } else {
+      with_norm<4>(apart && s.pixels % 4 == 0, s.channels, [&](auto v, auto r) {
+        constexpr int V = decltype(v)::value;
+        config =
+            norm_config(norm_tiles(s, V), kNormBlocks, static_cast<size_t>(s.channels) * 8, stream);
+        launch("norm_backward", norm_backward_kernel<T, V, decltype(r)::value>, config, tg, tx, tw,
+               gx, partial, norm_params(s, eps));
+      });
+    }
     if (!partial) return;
     Config c = norm_config(ceil_div(2 * int64_t{s.channels}, 256), 0x7fffffff, 0, stream);
     launch("norm_finish", wgrad_finish_kernel<T>, c, static_cast<const float*>(partial),

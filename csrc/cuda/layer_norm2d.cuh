@@ -1,6 +1,11 @@
 // LayerNorm over the channels of each pixel, and its gradients; statistics in two passes over
 // values that are read once.
 //
+// The first pass finds the mean as well as float32 can hold it; the second sums what is left after
+// that shift, d = x - shift, and d squared. The mean of d corrects the shift's own rounding, which
+// matters where the mean is far larger than the standard deviation: normalized values are
+// (d - mean of d) / deviation, and no difference of large numbers is taken twice.
+//
 // Contiguous tensors: a block takes 32 groups of V neighbouring pixels; its 8 warps share the
 // channels, and add their sums through shared memory. channels_last tensors: a few lanes of a warp
 // take one pixel. Up to kNormCached channels a warp (or vectors a lane) stay in registers; with
@@ -14,6 +19,7 @@ namespace sdan_fast::cuda {
 constexpr int kNormWarps = 8, kNormThreads = 32 * kNormWarps;
 constexpr int kNormCached = 8;      // channels of a warp
 constexpr int kNormLastCached = 4;  // vectors of a lane
+constexpr int kNormLastMost = 512;  // channels of norm_backward_last, which keeps their sums
 
 struct NormParams {
   int64_t images, pixels;  // pixels of an image
@@ -81,32 +87,56 @@ struct PixelColumn {
   }
 };
 
-// Mean and 1 / standard deviation of each of the V pixels, from two passes.
+// What normalizes one pixel: x becomes ((x - shift) - delta) * rstd.
+struct Moments {
+  float shift, delta, rstd;
+  __device__ __forceinline__ float operator()(float x) const {
+    return ((x - shift) - delta) * rstd;
+  }
+};
+
+// From the sums of d and of d * d over n channels.
+__device__ __forceinline__ Moments moments(float shift, float sum, float squares, float n,
+                                           float eps) {
+  const float delta = sum / n;
+  return Moments{shift, delta, 1.0f / sqrtf(fmaxf(squares / n - delta * delta, 0.0f) + eps)};
+}
+
+// Shared memory of `statistics`.
+template <int V>
+struct NormParts {
+  float mean[kNormWarps][V][32], rest[kNormWarps][2 * V][32];
+};
+
 template <typename T, int V, int R>
 __device__ __forceinline__ void statistics(const PixelColumn<T, V, R>& x, const NormParams& p,
-                                           float (&part)[2][kNormWarps][V][32], float (&mean)[V],
-                                           float (&rstd)[V]) {
+                                           NormParts<V>& part, Moments (&m)[V]) {
   const float n = static_cast<float>(p.channels);
+  float mean[V], sums[2 * V];
   SDAN_UNROLL
-  for (int e = 0; e < V; ++e) mean[e] = rstd[e] = 0;
+  for (int e = 0; e < V; ++e) mean[e] = sums[e] = sums[V + e] = 0;
   each_channel<R>(p.channels, [&](int i, int c) {
     float v[V];
     x.get(i, c, v);
     SDAN_UNROLL
     for (int e = 0; e < V; ++e) mean[e] += v[e];
   });
-  sum_over_warps<V>(part[0], mean);
+  sum_over_warps<V>(part.mean, mean);
   SDAN_UNROLL
   for (int e = 0; e < V; ++e) mean[e] /= n;
   each_channel<R>(p.channels, [&](int i, int c) {
     float v[V];
     x.get(i, c, v);
     SDAN_UNROLL
-    for (int e = 0; e < V; ++e) rstd[e] = fmaf(v[e] - mean[e], v[e] - mean[e], rstd[e]);
+    for (int e = 0; e < V; ++e) {
+      const float d = v[e] - mean[e];
+      sums[e] += d;
+      sums[V + e] = fmaf(d, d, sums[V + e]);
+    }
   });
-  sum_over_warps<V>(part[1], rstd);
+  sum_over_warps<2 * V>(part.rest, sums);
   SDAN_UNROLL
-  for (int e = 0; e < V; ++e) rstd[e] = 1.0f / sqrtf(rstd[e] / n + p.eps);
+  for (int e = 0; e < V; ++e) m[e] = moments(mean[e], sums[e], sums[V + e], n, p.eps);
 }
 
 // Where the 32 groups of V pixels of a tile are. Any grid will do.
@@ -124,21 +154,21 @@ template <typename T, int V, int R>
 __global__ void __launch_bounds__(kNormThreads, 1)
     norm_forward_kernel(const T* __restrict__ x, const T* __restrict__ weight,
                         const T* __restrict__ bias, T* __restrict__ y, const NormParams p) {
-  SDAN_SHARED(float, part, [2][kNormWarps][V][32]);
+  SDAN_SHARED(NormParts<V>, part, [1]);
   const NormTiles tiles(p, V);
   for (int64_t tile = blockIdx.x; tile < tiles.total; tile += gridDim.x) {
     const int64_t group = tile % tiles.per_image * 32 + threadIdx.x % 32;
     const int64_t base = tile / tiles.per_image * p.channels * p.pixels + group * V;
     const PixelColumn<T, V, R> in(x + base, p.pixels, group < tiles.groups, p.channels);
-    float mean[V], rstd[V];
-    statistics(in, p, part, mean, rstd);
+    Moments m[V];
+    statistics(in, p, part[0], m);
     if (!in.live) continue;
     each_channel<R>(p.channels, [&](int i, int c) {
       float v[V];
       in.get(i, c, v);
       const float w = load_one(weight + c), b = bias ? load_one(bias + c) : 0.0f;
       SDAN_UNROLL
-      for (int e = 0; e < V; ++e) v[e] = fmaf((v[e] - mean[e]) * rstd[e], w, b);
+      for (int e = 0; e < V; ++e) v[e] = fmaf(m[e](v[e]), w, b);
       store<V>(y + base + c * p.pixels, v);
     });
   }
@@ -151,7 +181,7 @@ __global__ void __launch_bounds__(kNormThreads, 1)
     norm_backward_kernel(const T* __restrict__ grad, const T* __restrict__ x,
                          const T* __restrict__ weight, T* __restrict__ grad_x,
                          float* __restrict__ partial, const NormParams p) {
-  SDAN_SHARED(float, part, [2][kNormWarps][V][32]);
+  SDAN_SHARED(NormParts<V>, part, [1]);
   SDAN_SHARED(float, part_g, [2][kNormWarps][V][32]);
   SDAN_DYNAMIC_SHARED(raw);
   auto* sums = reinterpret_cast<float*>(raw);  // only lane 0 of a channel's warp touches its two
@@ -167,8 +197,9 @@ __global__ void __launch_bounds__(kNormThreads, 1)
     const bool live = group < tiles.groups;
     const PixelColumn<T, V, R> in(x + base, p.pixels, live, p.channels);
     const PixelColumn<T, V, R> g_in(grad + base, p.pixels, live, p.channels);
-    float mean[V], rstd[V], g_sum[V], gx_sum[V];
-    statistics(in, p, part, mean, rstd);
+    float g_sum[V], gx_sum[V];
+    Moments m[V];
+    statistics(in, p, part[0], m);
     SDAN_UNROLL
     for (int e = 0; e < V; ++e) g_sum[e] = gx_sum[e] = 0;
     each_channel<R>(p.channels, [&](int i, int c) {
@@ -178,7 +209,7 @@ __global__ void __launch_bounds__(kNormThreads, 1)
       const float w = load_one(weight + c);
       SDAN_UNROLL
       for (int e = 0; e < V; ++e) {
-        const float normalized = (v[e] - mean[e]) * rstd[e];
+        const float normalized = m[e](v[e]);
         with_x = fmaf(g[e], normalized, with_x);
         alone += g[e];
         g_sum[e] = fmaf(g[e], w, g_sum[e]);
@@ -201,8 +232,8 @@ __global__ void __launch_bounds__(kNormThreads, 1)
       const float w = load_one(weight + c);
       SDAN_UNROLL
       for (int e = 0; e < V; ++e) {
-        const float normalized = (v[e] - mean[e]) * rstd[e];
-        v[e] = rstd[e] * (g[e] * w - g_sum[e] / n - normalized * (gx_sum[e] / n));
+        const float normalized = m[e](v[e]);
+        v[e] = m[e].rstd * (g[e] * w - g_sum[e] / n - normalized * (gx_sum[e] / n));
       }
       store<V>(grad_x + base + c * p.pixels, v);
     });
@@ -211,6 +242,28 @@ __global__ void __launch_bounds__(kNormThreads, 1)
   __syncthreads();
   for (int i = static_cast<int>(threadIdx.x); i < 2 * p.channels; i += kNormThreads)
     partial[static_cast<int64_t>(blockIdx.x) * 2 * p.channels + i] = sums[i];
+}
+
+// The moments of one pixel whose channels a few lanes share. each(f) calls f(values, channel) for
+// this lane's vectors, sum(v) adds over the pixel's lanes.
+template <int V, typename Each, typename Sum>
+__device__ __forceinline__ Moments pixel_moments(Each&& each, Sum&& sum, float n, float eps) {
+  float mean = 0, first = 0, squares = 0;
+  each([&](float (&v)[V], int) {
+    SDAN_UNROLL
+    for (int e = 0; e < V; ++e) mean += v[e];
+  });
+  mean = sum(mean) / n;
+  each([&](float (&v)[V], int) {
+    SDAN_UNROLL
+    for (int e = 0; e < V; ++e) {
+      const float d = v[e] - mean;
+      first += d;
+      squares = fmaf(d, d, squares);
+    }
+  });
+  first = sum(first);
+  return moments(mean, first, sum(squares), n, eps);
 }
 
 // channels_last: `lanes` (a power of two up to 32) neighbouring lanes take a pixel, V channels at a
@@ -244,25 +297,95 @@ __global__ void __launch_bounds__(kNormThreads, 1)
       }
     };
     if constexpr (R > 0) each([&](float (&v)[V], int c) { load<V>(at + c, v); });
-    float mean = 0, var = 0;
-    each([&](float (&v)[V], int) {
-      SDAN_UNROLL
-      for (int e = 0; e < V; ++e) mean += v[e];
-    });
-    mean = sum(mean) / n;
-    each([&](float (&v)[V], int) {
-      SDAN_UNROLL
-      for (int e = 0; e < V; ++e) var = fmaf(v[e] - mean, v[e] - mean, var);
-    });
-    const float rstd = 1.0f / sqrtf(sum(var) / n + p.eps);
+    const Moments m = pixel_moments<V>(each, sum, n, p.eps);
     each([&](float (&v)[V], int c) {
       float o[V];
       SDAN_UNROLL
       for (int e = 0; e < V; ++e)
-        o[e] = fmaf((v[e] - mean) * rstd, load_one(weight + c + e),
-                    bias ? load_one(bias + c + e) : 0.0f);
+        o[e] = fmaf(m(v[e]), load_one(weight + c + e), bias ? load_one(bias + c + e) : 0.0f);
       store<V>(y + pixel * p.channels + c, o);
     });
+  }
+}
+
+// channels_last, R vectors of a lane at most; the same arguments as norm_backward_kernel's. A lane
+// sees the same channels at every pixel, and keeps their sums. Dynamic shared memory: 2 * channels
+// floats for each pixel of a block.
+template <typename T, int V, int R>
+__global__ void __launch_bounds__(kNormThreads, 1)
+    norm_backward_last_kernel(const T* __restrict__ grad, const T* __restrict__ x,
+                              const T* __restrict__ weight, T* __restrict__ grad_x,
+                              float* __restrict__ partial, const NormParams p, int lanes) {
+  SDAN_DYNAMIC_SHARED(raw);
+  auto* sums = reinterpret_cast<float*>(raw);  // [pixel of the block][2][channel]
+  const int64_t pixels = p.images * p.pixels, per_block = kNormThreads / lanes;
+  const int lane = static_cast<int>(threadIdx.x) % lanes, vectors = p.channels / V;
+  const float n = static_cast<float>(p.channels);
+  const auto sum = [&](float v) {
+    for (int d = lanes / 2; d > 0; d /= 2) v += __shfl_xor_sync(0xffffffffu, v, d);
+    return v;
+  };
+  float with_x[R][V], alone[R][V];
+  SDAN_UNROLL
+  for (int i = 0; i < R; ++i) {
+    SDAN_UNROLL
+    for (int e = 0; e < V; ++e) with_x[i][e] = alone[i][e] = 0;
+  }
+  for (int64_t first = blockIdx.x * per_block; first < pixels; first += gridDim.x * per_block) {
+    const int64_t pixel = first + static_cast<int>(threadIdx.x) / lanes;
+    const bool live = pixel < pixels;
+    const int64_t at = pixel * p.channels;
+    float xs[R][V], gs[R][V];
+    const auto each_vector = [&](auto&& f) {  // f(i, channel)
+      SDAN_UNROLL
+      for (int i = 0; i < R; ++i)
+        if (live && lane + i * lanes < vectors) f(i, (lane + i * lanes) * V);
+    };
+    each_vector([&](int i, int c) {
+      load<V>(x + at + c, xs[i]);
+      load<V>(grad + at + c, gs[i]);
+    });
+    const auto each = [&](auto&& f) { each_vector([&](int i, int c) { f(xs[i], c); }); };
+    const Moments m = pixel_moments<V>(each, sum, n, p.eps);
+    float g_sum = 0, gx_sum = 0;
+    each_vector([&](int i, int c) {
+      SDAN_UNROLL
+      for (int e = 0; e < V; ++e) {
+        const float normalized = m(xs[i][e]), g = gs[i][e];
+        with_x[i][e] = fmaf(g, normalized, with_x[i][e]);
+        alone[i][e] += g;
+        gs[i][e] = g * load_one(weight + c + e);
+        g_sum += gs[i][e];
+        gx_sum = fmaf(gs[i][e], normalized, gx_sum);
+        xs[i][e] = normalized;
+      }
+    });
+    if (!grad_x) continue;
+    const float g_mean = sum(g_sum) / n, gx_mean = sum(gx_sum) / n;
+    each_vector([&](int i, int c) {
+      SDAN_UNROLL
+      for (int e = 0; e < V; ++e) xs[i][e] = m.rstd * (gs[i][e] - g_mean - xs[i][e] * gx_mean);
+      store<V>(grad_x + at + c, xs[i]);
+    });
+  }
+  if (!partial) return;
+  const int groups = kNormThreads / lanes, group = static_cast<int>(threadIdx.x) / lanes;
+  SDAN_UNROLL
+  for (int i = 0; i < R; ++i) {
+    if (lane + i * lanes >= vectors) continue;
+    SDAN_UNROLL
+    for (int e = 0; e < V; ++e) {
+      const int to = group * 2 * p.channels + (lane + i * lanes) * V + e;
+      sums[to] = with_x[i][e];
+      sums[to + p.channels] = alone[i][e];
+    }
+  }
+  __syncthreads();
+  for (int c = static_cast<int>(threadIdx.x); c < 2 * p.channels; c += kNormThreads) {
+    float total = 0;
+    for (int k = 0; k < groups; ++k) total += sums[k * 2 * p.channels + c];
+    partial[(static_cast<int64_t>(blockIdx.x) * p.channels + c % p.channels) * 2 + c / p.channels] =
+        total;
   }
 }
 

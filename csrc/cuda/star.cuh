@@ -23,33 +23,37 @@ __device__ __forceinline__ void star_forward_at(const T* a, const T* b, T* y, in
   store<N>(y, va);
 }
 
+// From g, the gradient of y, the values a and b: b becomes the gradient of a, and a that of b.
+template <bool Coarse, int N>
+__device__ __forceinline__ void star_gradients(float (&g)[N], float (&a)[N], float (&b)[N],
+                                               int activation, int outer) {
+  if (outer != kNone) {
+    float s[N];
+    SDAN_UNROLL
+    for (int i = 0; i < N; ++i) s[i] = a[i];
+    activate<Coarse>(activation, s);
+    SDAN_UNROLL
+    for (int i = 0; i < N; ++i) s[i] *= b[i];
+    activate_backward<Coarse>(outer, s, g);  // g is now the gradient of activation(a) * b
+  }
+  SDAN_UNROLL
+  for (int i = 0; i < N; ++i) b[i] *= g[i];
+  activate_backward<Coarse>(activation, a, b);  // b = g b f'(a), a = f(a)
+  SDAN_UNROLL
+  for (int i = 0; i < N; ++i) a[i] *= g[i];
+}
+
 // grad_a and grad_b may be null.
 template <int N, typename T>
 __device__ __forceinline__ void star_backward_at(const T* grad, const T* a, const T* b, T* grad_a,
                                                  T* grad_b, int activation, int outer) {
-  constexpr bool kCoarse = is_16bit<T>;
   float g[N], va[N], vb[N];
   load<N>(grad, g);
   load<N>(a, va);
   load<N>(b, vb);
-  if (outer != kNone) {
-    float s[N];
-    SDAN_UNROLL
-    for (int i = 0; i < N; ++i) s[i] = va[i];
-    activate<kCoarse>(activation, s);
-    SDAN_UNROLL
-    for (int i = 0; i < N; ++i) s[i] *= vb[i];
-    activate_backward<kCoarse>(outer, s, g);  // g is now the gradient of activation(a) * b
-  }
-  SDAN_UNROLL
-  for (int i = 0; i < N; ++i) vb[i] *= g[i];
-  activate_backward<kCoarse>(activation, va, vb);  // vb = g b f'(a), va = f(a)
+  star_gradients<is_16bit<T>>(g, va, vb, activation, outer);
   if (grad_a) store<N>(grad_a, vb);
-  if (grad_b) {
-    SDAN_UNROLL
-    for (int i = 0; i < N; ++i) va[i] *= g[i];
-    store<N>(grad_b, va);
-  }
+  if (grad_b) store<N>(grad_b, va);
 }
 
 // n elements. Groups of N are read at once: all pointers are then aligned to N sizeof(T) bytes; the

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import statistics
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -21,14 +23,21 @@ class Roofline:
     Attributes:
         clone_bandwidth: bytes per second of `torch.clone` on tensors beyond the caches, read and write.
         gemm_rate: floating-point operations per second (two for a multiply-add) of a large square `torch.mm`.
+        fma_rate: the same of float32 multiply-adds on registers; 0 where it was not measured.
     """
 
     clone_bandwidth: float
     gemm_rate: float
+    fma_rate: float = 0.0
+
+    @property
+    def arithmetic_rate(self) -> float:
+        """The faster of the two rates: what bounds a kernel."""
+        return max(self.gemm_rate, self.fma_rate)
 
     def floor(self, multiply_adds: int, bytes_moved: int) -> float:
         """Seconds that no implementation beats here: the larger of arithmetic over rate and bytes over bandwidth."""
-        return max(2 * multiply_adds / self.gemm_rate, bytes_moved / self.clone_bandwidth)
+        return max(2 * multiply_adds / self.arithmetic_rate, bytes_moved / self.clone_bandwidth)
 
 
 @dataclass
@@ -125,12 +134,45 @@ def gemm_rate(
     return 2 * size**3 / min(timed(multiply, device) for _ in range(rounds))
 
 
+def fma_rate(*, rounds: int = 15, loops: int = 200_000) -> float:
+    """Floating-point operations per second of float32 multiply-adds on registers, on all of torch's threads.
+
+    The CPU kernels' own instruction set, the best of `rounds`; 0 where the kernels were not built.
+    """
+    try:
+        loop = importlib.import_module("sdan_fast._C_cpu").fma_loop
+    except (ImportError, AttributeError):
+        return 0.0
+    workers = torch.get_num_threads()
+
+    def once() -> float:
+        ready = threading.Barrier(workers + 1)
+        done: list[float] = []
+
+        def work() -> None:
+            ready.wait()
+            done.append(loop(loops))
+
+        threads = [threading.Thread(target=work) for _ in range(workers)]
+        for thread in threads:
+            thread.start()
+        start = time.perf_counter()
+        ready.wait()
+        for thread in threads:
+            thread.join()
+        return sum(done) / (time.perf_counter() - start)
+
+    once()
+    return max(once() for _ in range(rounds))
+
+
 def measure(device: torch.device | str = "cpu", *, dtype: torch.dtype = torch.float32) -> Roofline:
-    """Both limits of a device, measured now: about a second on a CPU."""
+    """The limits of a device, measured now: about a second on a CPU."""
     large = torch.device(device).type != "cpu"
     return Roofline(
         clone_bandwidth=clone_bandwidth(device, megabytes=1024 if large else 256),
         gemm_rate=gemm_rate(device, dtype=dtype, size=8192 if large else 1024),
+        fma_rate=0.0 if large else fma_rate(),
     )
 
 

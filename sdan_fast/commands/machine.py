@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,10 @@ import torch
 
 import sdan_fast
 
-_PACKAGES = ("torch", "triton", "numpy", "safetensors", "typer", "rich", "pillow", "scikit-image")
+_PACKAGES = (
+    *("torch", "triton", "numpy", "safetensors", "typer", "rich", "pillow", "scikit-image"),
+    *("onnx", "onnxruntime", "openvino"),
+)
 
 
 def cpu_model() -> str:
@@ -81,6 +85,17 @@ def kernel_instruction_set() -> str | None:
 def now() -> str:
     """The time in UTC, to the second."""
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def commit() -> str | None:
+    """The commit of the checkout that this package runs from, with a plus if files differ from it; None outside git."""
+    git = ["git", "-C", str(Path(sdan_fast.__file__).parent.parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+        status = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True)
+    except OSError:
+        return None
+    return None if head.returncode else head.stdout.strip() + ("+" if status.stdout.strip() else "")
 
 
 def build_record() -> dict[str, Any] | None:

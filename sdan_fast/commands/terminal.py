@@ -6,6 +6,7 @@ import re
 from typing import Any, NoReturn
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -27,9 +28,13 @@ def console(*, stderr: bool = False) -> Console:
     return out
 
 
-def table(*columns: str, title: str | None = None, right: tuple[str, ...] = ()) -> Table:
-    """An empty table; the columns named in `right` hold numbers."""
+def table(
+    *columns: str, title: str | None = None, right: tuple[str, ...] = (), compact: bool = False
+) -> Table:
+    """An empty table; the columns named in `right` hold numbers. A compact one has no vertical lines."""
     result = Table(title=title, title_justify="left", header_style="bold", pad_edge=False)
+    if compact:
+        result.box, result.padding = SIMPLE_HEAD, (0, 1, 0, 0)
     for name in columns:
         result.add_column(name, justify="right" if name in right else "left")
     return result

@@ -5,6 +5,7 @@ This list is the one table that a new op has to be added to.
 
 from ._op import OPS, Op, attach_kernels
 from .depthwise_conv2d import depthwise_conv2d
+from .gated_strip_conv_chain import gated_strip_conv_chain
 from .layer_norm2d import layer_norm2d
 from .mm_lka import mm_lka
 from .pointwise_gate import pointwise_gate
@@ -21,6 +22,7 @@ __all__ = [
     "OPS",
     "Op",
     "depthwise_conv2d",
+    "gated_strip_conv_chain",
     "layer_norm2d",
     "mm_lka",
     "pointwise_gate",

@@ -83,3 +83,13 @@ layer_norm2d = Op(
     flops=lambda *_, **__: 0,  # FlopCounterMode counts no normalization
     backward_flops=lambda *_, **__: 0,
 )
+
+
+def cuda_norm_supports(x: Tensor, *_: Any, **__: Any) -> str | None:
+    """None if the CUDA C++ kernel can normalize x, else the reason why not."""
+    if x.shape[1] > 4096:
+        return f"the CUDA C++ kernel takes at most 4096 channels, and this tensor has {x.shape[1]}"
+    return None
+
+
+layer_norm2d.supports["cuda"] = cuda_norm_supports

@@ -13,7 +13,7 @@ from .. import reference
 from . import _check
 from ._conv import Shape, conv_backward, conv_backward_flops, conv_flops
 from ._op import Op
-from .layer_norm2d import normalize, normalize_backward
+from .layer_norm2d import cuda_norm_supports, normalize, normalize_backward
 from .star import ACTIVATIONS
 from .star import backward as star_backward
 
@@ -130,3 +130,21 @@ star_conv = Op(
     backward_flops=backward_flops,
     output_shape=lambda x, norm_weight, norm_bias, pw1, *_, **__: [x.shape[0], pw1.shape[0], *x.shape[2:]],
 )
+
+
+def _cuda_supports(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    pw1_weight: Tensor,
+    dw_weight: Tensor,
+    *_: Any,
+    **__: Any,
+) -> str | None:
+    """None if the CUDA C++ kernel can run this call, else the reason why not."""
+    if tuple(dw_weight.shape[-2:]) != (3, 3):
+        return "the CUDA C++ kernel of star_conv takes depth-wise weights of 3 x 3 taps only"
+    return cuda_norm_supports(x)
+
+
+star_conv.supports["cuda"] = _cuda_supports

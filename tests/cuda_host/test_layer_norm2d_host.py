@@ -43,9 +43,27 @@ def test_no_result_depends_on_the_order_of_threads(channels, layout):
 
 
 @pytest.mark.parametrize("layout", FORMATS)
-def test_large_mean(layout):
-    """The variance is that of the differences from the mean: a large mean costs no more accuracy than in eager."""
-    x, weight, bias, g = tensors((1, 24, 4, 8), layout=layout, offset=300.0)
+@pytest.mark.parametrize("channels", [24, 56, 72, 131, 520])
+@pytest.mark.parametrize("offset", [-1e4, 100.0, 300.0])
+def test_large_mean(offset, channels, layout):
+    """The statistics are those of the differences from the mean: a large mean costs no accuracy at all, where it
+    costs eager some."""
+    x, weight, bias, g = tensors((1, channels, 4, 8), layout=layout, offset=offset)
+    check(NORM, (x, weight, bias), grad=g)
+    y = NORM.overloads["cuda_host"](x, weight, bias)
+    gx, gw, _ = NORM.backward_overloads["cuda_host"](g, x, weight, bias, output_mask=[True] * 3)
+    exact = [t.double() for t in (x, weight, bias, g)]
+    want = NORM.reference(*exact[:3])
+    wgx, wgw, _ = NORM.reference_backward(exact[3], *exact[:3], output_mask=[True] * 3)
+    for got, wanted in ((y, want), (gx, wgx), (gw, wgw)):
+        assert (got - wanted).abs().max() <= 2e-6 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+def test_constant_pixels(layout):
+    """No variance at all: the square root is that of eps, never of something negative."""
+    x, weight, bias, g = tensors((1, 56, 4, 8), layout=layout)
+    x = torch.full_like(x, 1234.567)
     check(NORM, (x, weight, bias), grad=g)
 
 

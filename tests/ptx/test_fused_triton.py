@@ -83,12 +83,18 @@ def test_gate_sweep(dtype, cc, fmt):
 STAGES, MASK = [(3, 1), (3, 2)], [True] * 4
 
 
-def test_chain():
+def kinds(stats):
+    """What the jobs of a launch are: "square", "rows", "columns"."""
+    return [job[0] for job in stats.constexprs.get("JOBS", ())]
+
+
+@formats
+def test_chain(fmt):
     """Forward and input gradient: two launches each, exact at the borders."""
-    args, kwargs = chain_args((1, 4, 9, 16), STAGES, MASK, BF16)
+    args, kwargs = chain_args((1, 4, 9, 16), STAGES, MASK, BF16, fmt)
     with ptx_interpreted() as stats:
         check_op(strip_conv_chain, chain_reference, args, kwargs, needed=[True] + [False] * 8)
-    assert [st.kernel for st in stats] == ["strip_rows", "strip_columns"] * 2
+    assert [kinds(st) for st in stats] == [["rows"], ["columns"]] * 2
 
 
 @pytest.mark.slow
@@ -117,7 +123,20 @@ def test_chain_traffic(shape):
         # Of the vectors that a row's taps load the middle one is not shifted; the others lose sectors at row ends.
         wide = [s.efficiency for s in st.sites if s.space == "global" and s.kind == "ld" and s.size == 16]
         assert max(wide) >= 0.95 and st.store_efficiency >= 0.85 and fma_share(st) >= 0.3
-        assert st.footprint["x_ptr"][0] == size
+        assert st.footprint["a_ptr"][0] == size
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 56, 2, 320), (1, 56, 180, 4)], ids=["rows", "columns"])
+def test_chain_traffic_channels_last(shape, dtype):
+    """The same in channels_last, where all channels of SDAN are taken: FMAs, stores, and each tensor touched once."""
+    args, kwargs = chain_args(shape, [(11, 1), (11, 6)], MASK, dtype, torch.channels_last)
+    with ptx_interpreted() as stats:
+        strip_conv_chain.forward(*args, **kwargs)
+    for st in stats:
+        assert st.store_efficiency >= 0.85 and fma_share(st) >= 0.3
+        assert st.footprint["a_ptr"][0] == args[0].numel() * args[0].element_size()
 
 
 @formats
@@ -143,22 +162,26 @@ def test_star_conv_sweep(cc, dtype, fmt):
             )
 
 
-BRANCHES = [[(3, 3, 1), (3, 3, 2)], [(1, 3, 1), (3, 1, 1), (1, 3, 2), (3, 1, 2)]]
+STRIPS = [(1, 3, 1), (3, 1, 1), (1, 3, 2), (3, 1, 2)]
+BRANCHES = [[(3, 3, 1), (3, 3, 2)], STRIPS]
+MIXED = [[(3, 3, 1), (3, 3, 2)], [*STRIPS[:2], (3, 3, 2)], [(3, 3, 1), *STRIPS[2:]], STRIPS]
 
 
-def test_attention():
+@formats
+def test_attention(fmt):
     """The default branches in small: two launches for squares and strips, one for projection, bias and gate."""
-    args, kwargs = attention_args((1, 16, 6, 16), BRANCHES, BF16, NCHW)
+    args, kwargs = attention_args((1, 16, 6, 16), BRANCHES, BF16, fmt)
     with ptx_interpreted() as stats:
         check_op(mm_lka, attention_reference, args, kwargs, backward=False)
-    assert [st.kernel for st in stats] == ["square_and_rows", "square_and_columns", "pointwise_product"]
+    assert [kinds(st) for st in stats] == [["square", "rows"], ["square", "columns"], []]
+    assert stats[-1].kernel == "pointwise_product"
 
 
 @pytest.mark.slow
 @formats
 @pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
 def test_attention_sweep(dtype, fmt):
-    for shape in ((1, 16, 6, 16), (2, 12, 7, 11), (1, 16, 3, 8)):
-        args, kwargs = attention_args(shape, BRANCHES, dtype, fmt)
+    for shape, branches in (((1, 16, 6, 16), MIXED), ((2, 12, 7, 11), BRANCHES), ((1, 16, 3, 8), BRANCHES)):
+        args, kwargs = attention_args(shape, branches, dtype, fmt)
         with ptx_interpreted():
             check_op(mm_lka, attention_reference, args, kwargs)

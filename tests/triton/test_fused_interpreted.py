@@ -18,6 +18,7 @@ from triton_harness import DTYPES, FORMATS, check_op, poisoned
 from sdan_fast import reference
 from sdan_fast.kernels import layer_norm2d, mm_lka, pointwise_gate, star_conv, strip_conv_chain
 
+NCHW = torch.contiguous_format
 formats = pytest.mark.parametrize("fmt", FORMATS, ids=["nchw", "channels_last"])
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
@@ -69,19 +70,19 @@ CHAINS = [
 ]
 
 
+@formats
 @pytest.mark.parametrize("stages, mask", CHAINS, ids=str)
-def test_chain_forward(stages, mask):
-    """The two-pass form is exact at the borders whatever biases there are; rows of whole vectors and rows that are
-    not.
-    """
-    for shape in ((2, 3, 9, 8), (1, 2, 4, 5)):
-        args, kwargs = chain_args(shape, stages, mask, torch.float32)
+def test_chain_forward(stages, mask, fmt):
+    """The two-pass form is exact at the borders whatever biases there are, for whole vectors and for others."""
+    for shape in ((2, 3, 5, 8), (1, 4, 4, 5)):
+        args, kwargs = chain_args(shape, stages, mask, torch.float32, fmt)
         check_op(strip_conv_chain, chain_reference, args, kwargs, backward=False)
 
 
+@formats
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_chain_16_bit(dtype):
-    args, kwargs = chain_args((1, 6, 9, 16), *CHAINS[1], dtype)
+def test_chain_16_bit(dtype, fmt):
+    args, kwargs = chain_args((1, 8, 6, 8), *CHAINS[1], dtype, fmt)
     check_op(strip_conv_chain, chain_reference, args, kwargs, backward=False)
 
 
@@ -101,14 +102,35 @@ def test_chain_a_bias_alone():
     check_op(strip_conv_chain, chain_reference, args, kwargs, needed=needed)
 
 
-def test_chain_too_long_for_one_program(monkeypatch):
-    """A row or a column that no program can hold: one launch per convolution, same numbers."""
-    from sdan_fast.kernels import heuristics
+@formats
+def test_chain_longer_than_a_program(fmt, monkeypatch):
+    """Rows and columns that no program holds at once are gone through in steps: forward and input gradient."""
+    from sdan_fast.kernels import branches
 
-    args, kwargs = chain_args((1, 2, 5, 8), *CHAINS[1], torch.float32)
-    expected = strip_conv_chain.forward(*args, **kwargs)
-    monkeypatch.setattr(heuristics, "strip_chain", lambda *_: None)
-    torch.testing.assert_close(strip_conv_chain.forward(*args, **kwargs), expected, rtol=1e-5, atol=1e-5)
+    monkeypatch.setattr(branches, "BLOCK", 8)
+    args, kwargs = chain_args((1, 1, 37, 36), *CHAINS[1], torch.float32, fmt)
+    args, kwargs = (
+        (args, kwargs) if fmt == NCHW else chain_args((1, 3, 18, 26), *CHAINS[1], torch.float32, fmt)
+    )
+    images = branches.Images.of(args[0], args[0], [strip_conv_chain._convs(*args[1:], **kwargs)], fmt)
+    steps = branches.steps_of(strip_conv_chain._convs(*args[1:], **kwargs), fused=True, flip=False)
+    assert [images.shape(step).loop for step in steps] == [True, True]
+    slots = 1 + len(args[1]) + len(args[2])
+    check_op(strip_conv_chain, chain_reference, args, kwargs, needed=[True] + [False] * (slots - 1))
+
+
+@formats
+def test_chain_of_views(fmt):
+    """A 1x1 image, an image that starts inside of a 16-byte word, and one that is no dense tensor."""
+    for view in (
+        lambda t: t[:, :, :1, :1],
+        lambda t: t[:, :, 1:, 1:],
+        lambda t: t.flatten()[1:97].view(1, 2, 6, 8) if fmt == NCHW else t[:, 1:3],
+    ):
+        args, kwargs = chain_args((1, 4, 7, 8), [(3, 1), (3, 2)], [True] * 4, torch.float32, fmt)
+        x = view(args[0])
+        args = [x, *([t[: x.shape[1]] for t in ts] for ts in args[1:])]
+        check_op(strip_conv_chain, chain_reference, args, kwargs, needed=[True] + [False] * 8)
 
 
 @formats
@@ -133,13 +155,31 @@ def test_star_conv_output_mask(slot):
     check_op(star_conv, reference.star_conv, args, needed=[i == slot for i in range(7)])
 
 
-BRANCHES = [[(3, 3, 1), (3, 3, 2)], [(1, 3, 1), (3, 1, 1), (1, 3, 2), (3, 1, 2)]]
+STRIPS = [(1, 3, 1), (3, 1, 1), (1, 3, 2), (3, 1, 2)]
+BRANCHES = [[(3, 3, 1), (3, 3, 2)], STRIPS]
+MIXED = [[(3, 3, 1), (3, 3, 2)], [*STRIPS[:2], (3, 3, 2)], [(3, 3, 1), *STRIPS[2:]], STRIPS]
 
 
 @formats
 def test_attention(fmt):
     args, kwargs = attention_args((2, 8, 9, 16), BRANCHES, torch.float32, fmt)
     check_op(mm_lka, attention_reference, args, kwargs)
+
+
+@formats
+def test_attention_of_four_branches(fmt):
+    """Every kind of branch in one launch per step, forward and backward."""
+    args, kwargs = attention_args((1, 8, 5, 8), MIXED, torch.float32, fmt)
+    check_op(mm_lka, attention_reference, args, kwargs)
+
+
+@formats
+def test_attention_of_five_branches(fmt):
+    """More branches than a launch has room for, of one convolution each; only the input's gradient."""
+    branches = [[(3, 1, 2)], [(1, 3, 1)], [(3, 3, 1)], [(1, 1, 1)], [(1, 3, 2)]]
+    args, kwargs = attention_args((1, 5, 3, 4), branches, torch.float32, fmt)
+    slots = 3 + len(args[1]) + len(args[2])
+    check_op(mm_lka, attention_reference, args, kwargs, needed=[True] + [False] * (slots - 1))
 
 
 @formats

@@ -116,6 +116,7 @@ def ptx_interpreted(cc: int = 80, **run_options: Any):
     def launcher(kernel, grid, *args, num_warps, num_stages, **constexprs):
         st = run_triton(kernel, grid, *args, num_warps=num_warps, num_stages=num_stages, cc=cc, run_options=run_options,
                         **constexprs)  # fmt: skip
+        st.constexprs = constexprs
         stats.append(st)
 
     with launched_by(launcher):

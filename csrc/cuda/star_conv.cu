@@ -1,0 +1,161 @@
+// Launches of star_conv's own kernels.
+#include "star_conv.cuh"
+
+#include <algorithm>
+
+#include "depthwise_conv2d.cuh"
+#include "launch.h"
+
+namespace sdan_fast::cuda {
+namespace {
+
+// Threads that keep a large GPU busy: 2 blocks for each of 132 SMs. Partial sums come from at most
+// 8 blocks for each.
+constexpr int64_t kEnoughThreads = 264 * kStarConvThreads, kSumBlocks = 1056;
+constexpr int kGradVector = 4;  // wider ones would cost the backward its occupancy
+
+StarConvParams star_conv_params(const StarConvShape& s, int outer) {
+  StarConvParams p{};
+  p.images = s.n, p.step = s.step;
+  p.channels = s.channels, p.height = s.height, p.width = s.width;
+  p.splits = p.columns = p.vectors = 1;
+  p.outer = outer;
+  return p;
+}
+
+// Output rows of a thread: many, as two (in the backward four) more are read and computed with
+// them, but not so many that the GPU idles.
+int rows_of(const StarConvShape& s, int v, int most) {
+  const int64_t across = s.n * s.channels * s.width / v;
+  int rows = most;
+  while (rows > 4 && across * ceil_div(s.height, rows) < kEnoughThreads) rows /= 2;
+  return rows;
+}
+
+Config star_conv_config(dim3 grid, size_t shared_bytes, Stream stream) {
+  Config c;
+  c.block = dim3(kStarConvThreads);
+  c.grid = grid;
+  c.shared_bytes = shared_bytes;
+  c.stream = stream;
+  return c;
+}
+
+unsigned grid_of(int64_t blocks) {
+  return static_cast<unsigned>(std::clamp<int64_t>(blocks, 1, 0x7fffffff));
+}
+
+// Whether vectors of v elements can be read and written: of pixels, or of channels.
+bool takes(const StarConvShape& s, int v) {
+  return (s.channels_last ? s.channels : s.width) % v == 0 && s.step % v == 0;
+}
+
+struct BackwardPlan {
+  StarConvParams p;
+  dim3 grid;
+  int64_t splits;  // partial sums of a channel (of an image, for contiguous tensors)
+};
+
+BackwardPlan plan_backward(const StarConvShape& s, int v, int outer) {
+  BackwardPlan plan;
+  StarConvParams& p = plan.p = star_conv_params(s, outer);
+  p.rows = rows_of(s, v, 16);
+  const int64_t groups = ceil_div(s.height, p.rows);
+  if (!s.channels_last) {
+    const int64_t blocks = ceil_div(s.width / v * groups, kStarConvWarps * kStarConvOwners),
+                  planes = s.n * s.channels;
+    plan.splits = std::clamp<int64_t>(ceil_div(2 * kSumBlocks, planes), 1, blocks);
+    p.splits = static_cast<int32_t>(plan.splits);
+    plan.grid = dim3(grid_of(planes * plan.splits));
+    return plan;
+  }
+  // At least 16 columns, of which 14 are outputs.
+  const int64_t vectors = s.channels / v, across = ceil_div(vectors, kStarConvThreads / 16);
+  p.vectors = static_cast<int32_t>(ceil_div(vectors, across));
+  p.columns =
+      static_cast<int32_t>(std::min<int64_t>(kStarConvThreads / p.vectors, int64_t{s.width} + 2));
+  const int64_t tiles = s.n * groups * ceil_div(s.width, p.columns - 2);
+  plan.splits = std::clamp<int64_t>(tiles, 1, std::max<int64_t>(1, kSumBlocks / across));
+  plan.grid = dim3(static_cast<unsigned>(plan.splits), static_cast<unsigned>(across));
+  return plan;
+}
+
+}  // namespace
+
+void star_conv_forward(DType dtype, const void* p, const void* b, const void* weight,
+                       const void* bias, void* y, const StarConvShape& s, int outer,
+                       Stream stream) {
+  if (s.n * s.channels * s.height * s.width == 0) return;
+  with_type(dtype, [&](auto element) {
+    using T = decltype(element);
+    const auto run = [&](auto kernel, int v, int64_t blocks, StarConvParams params) {
+      (void)v;
+      launch("star_conv_forward", kernel, star_conv_config(dim3(grid_of(blocks)), 0, stream),
+             static_cast<const T*>(p), static_cast<const T*>(b), static_cast<const T*>(weight),
+             static_cast<const T*>(bias), static_cast<T*>(y), params);
+    };
+    constexpr int kWidest = 16 / sizeof(T);
+    // Taps of a channels_last thread are registers: 4 channels at most.
+    const int widest = s.channels_last ? 4 : kWidest;
+    const bool apart = aligned(p, 16) && aligned(b, widest * sizeof(T)) && aligned(y, 16) &&
+                       (!s.channels_last || aligned(weight, 16));
+    const int v = apart && takes(s, widest) ? widest : 1;
+    StarConvParams params = star_conv_params(s, outer);
+    params.rows = rows_of(s, v, 16);
+    const int64_t groups = ceil_div(s.height, params.rows);
+    if (s.channels_last) {
+      const int64_t blocks = ceil_div(s.n * groups * s.width * (s.channels / v), kStarConvThreads);
+      v > 1 ? run(star_conv_last_kernel<T, 4>, v, blocks, params)
+            : run(star_conv_last_kernel<T, 1>, v, blocks, params);
+    } else {
+      const int64_t blocks = ceil_div(s.width / v * groups, kStarConvThreads) * s.n * s.channels;
+      v > 1 ? run(star_conv_forward_kernel<T, kWidest>, v, blocks, params)
+            : run(star_conv_forward_kernel<T, 1>, v, blocks, params);
+    }
+  });
+}
+
+int64_t star_conv_partial_floats(const StarConvShape& s) {
+  int64_t most = 0;
+  for (const int v : {1, kGradVector})
+    if (takes(s, v)) most = std::max(most, plan_backward(s, v, 0).splits);
+  return most * s.channels * kStarConvSums * (s.channels_last ? 1 : s.n);
+}
+
+void star_conv_backward(DType dtype, const void* grad, const void* p, const void* b,
+                        const void* weight, const void* bias, void* grad_p, void* grad_b,
+                        float* partial, void* grad_weight, void* grad_bias, const StarConvShape& s,
+                        int outer, Stream stream) {
+  if (s.n * s.channels * s.height * s.width == 0) return;
+  with_type(dtype, [&](auto element) {
+    using T = decltype(element);
+    constexpr size_t kAlign = kGradVector * sizeof(T);
+    bool wide = takes(s, kGradVector) && (!s.channels_last || aligned(weight, kAlign));
+    for (const void* t :
+         {grad, p, b, static_cast<const void*>(grad_p), static_cast<const void*>(grad_b)})
+      wide = wide && aligned(t, kAlign);
+    const int v = wide ? kGradVector : 1;
+    const BackwardPlan plan = plan_backward(s, v, outer);
+    const auto run = [&](auto kernel) {
+      const size_t shared = s.channels_last ? kStarConvSums * v * kStarConvThreads * 4 : 0;
+      launch("star_conv_backward", kernel, star_conv_config(plan.grid, shared, stream),
+             static_cast<const T*>(grad), static_cast<const T*>(p), static_cast<const T*>(b),
+             static_cast<const T*>(weight), static_cast<const T*>(bias), static_cast<T*>(grad_p),
+             static_cast<T*>(grad_b), partial, plan.p);
+    };
+    if (s.channels_last)
+      wide ? run(star_conv_backward_last_kernel<T, kGradVector>)
+           : run(star_conv_backward_last_kernel<T, 1>);
+    else
+      wide ? run(star_conv_backward_kernel<T, kGradVector>) : run(star_conv_backward_kernel<T, 1>);
+    if (!partial) return;
+    const int64_t c = s.channels, splits = plan.splits;
+    Config finish = star_conv_config(dim3(grid_of(ceil_div(c * kStarConvSums, 256))), 0, stream);
+    launch("wgrad_finish", wgrad_finish_kernel<T>, finish, static_cast<const float*>(partial),
+           static_cast<T*>(grad_weight), static_cast<T*>(grad_bias), s.channels, 9,
+           s.channels_last ? 1 : s.n, static_cast<int>(splits), c * splits,
+           s.channels_last ? 1 : splits, s.channels_last ? c : int64_t{1});
+  });
+}
+
+}  // namespace sdan_fast::cuda

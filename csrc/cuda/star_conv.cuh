@@ -1,0 +1,472 @@
+// The tail of star_conv: y = outer(GELU(DW3x3(p) + bias) * b), where p and b are the two 1x1
+// products, and its gradients. Nothing but y is written, nothing between the steps leaves the
+// registers.
+//
+// A thread owns V neighbouring elements (pixels of contiguous tensors, channels of channels_last
+// ones) and walks down `rows` output rows. Each input row is read once; it is added to the three
+// output rows that it belongs to, of which only two are open at a time.
+//   contiguous     the columns to the left and right of a thread's pixels are a shuffle away; the
+//                  backward gives each warp one thread of overlap on both sides, whose gradients
+//                  are computed twice rather than exchanged
+//   channels_last  the neighbouring columns are other threads' vectors: p comes again from L1, the
+//                  gradients of a go through shared memory
+// Backward forms a = DW3x3(p) + bias again. Weight and bias gradients stay in registers over all of
+// a block's rows, and leave as one partial sum per block; wgrad_finish adds those in a fixed order.
+#pragma once
+
+#include "activation.cuh"
+#include "device.cuh"
+#include "star.cuh"
+
+namespace sdan_fast::cuda {
+
+constexpr int kStarConvThreads = 256, kStarConvWarps = kStarConvThreads / 32;
+constexpr int kStarConvOwners = 30;  // threads of a warp that own something, in the backward
+constexpr int kStarConvSums = 10;    // 9 taps and the bias
+
+// p, b and their gradients are slices of wider tensors: `step` elements lie between two images of
+// contiguous ones, and two pixels of channels_last ones. y and its gradient are dense.
+struct StarConvParams {
+  int64_t images, step;
+  int32_t channels, height, width;
+  int32_t rows;              // output rows of a thread
+  int32_t splits;            // blocks that share a plane (backward of contiguous tensors)
+  int32_t columns, vectors;  // channels_last backward: threads of a block along W, and along C
+  int32_t outer;
+};
+
+// Where a thread of the contiguous kernels is: `items` walk along W first, then down the groups of
+// `rows` rows of a plane.
+struct StarConvItem {
+  int q, row;  // vector of the row, first output row
+  bool live, first, last;
+  __device__ __forceinline__ StarConvItem(const StarConvParams& s, int v, int item) {
+    const int across = s.width / v, groups = (s.height + s.rows - 1) / s.rows;
+    live = item >= 0 && item < across * groups;
+    const int at = live ? item : 0;
+    q = at % across;
+    row = at / across * s.rows;
+    first = q == 0;
+    last = q == across - 1;
+  }
+};
+
+__device__ __forceinline__ int star_conv_items(const StarConvParams& s, int v) {
+  return s.width / v * ((s.height + s.rows - 1) / s.rows);
+}
+
+// V values, zero if not `inside`.
+template <typename T, int V>
+__device__ __forceinline__ void load_or_zero(const T* p, bool inside, float (&v)[V]) {
+  if (inside) {
+    load<V>(p, v);
+  } else {
+    SDAN_UNROLL
+    for (int e = 0; e < V; ++e) v[e] = 0;
+  }
+}
+
+// x = v with its two neighbours along W, zero beyond the image. Every thread of the warp calls it.
+// The neighbours of the warp's first and last thread are left_edge and right_edge.
+template <int V>
+__device__ __forceinline__ void with_neighbours(const float (&v)[V], const StarConvItem& at,
+                                                float left_edge, float right_edge,
+                                                float (&x)[V + 2]) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const float left = __shfl_up_sync(0xffffffffu, v[V - 1], 1);
+  const float right = __shfl_down_sync(0xffffffffu, v[0], 1);
+  x[0] = at.first ? 0.0f : lane == 0 ? left_edge : left;
+  x[V + 1] = at.last ? 0.0f : lane == 31 ? right_edge : right;
+  SDAN_UNROLL
+  for (int e = 0; e < V; ++e) x[e + 1] = v[e];
+}
+
+// acc += a row of three taps over x.
+template <int V>
+__device__ __forceinline__ void add_taps(const float* w, const float (&x)[V + 2], float (&acc)[V]) {
+  SDAN_UNROLL
+  for (int k = 0; k < 3; ++k) {
+    SDAN_UNROLL
+    for (int e = 0; e < V; ++e) acc[e] = fmaf(w[k], x[e + k], acc[e]);
+  }
+}
+
+// ---- contiguous
+
+// grid: any number of blocks. V divides the width, and all rows are aligned to V elements.
+template <typename T, int V>
+__global__ void __launch_bounds__(kStarConvThreads, 1)
+    star_conv_forward_kernel(const T* __restrict__ p, const T* __restrict__ b,
+                             const T* __restrict__ weight, const T* __restrict__ bias,
+                             T* __restrict__ y, const StarConvParams s) {
+  constexpr bool kCoarse = is_16bit<T>;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int64_t blocks = (star_conv_items(s, V) + kStarConvThreads - 1) / kStarConvThreads;
+  const int64_t pixels = static_cast<int64_t>(s.height) * s.width;
+  for (int64_t block = blockIdx.x; block < blocks * s.images * s.channels; block += gridDim.x) {
+    const int64_t plane = block / blocks, image = plane / s.channels;
+    const int c = static_cast<int>(plane % s.channels);
+    const StarConvItem at(
+        s, V, static_cast<int>(block % blocks) * kStarConvThreads + static_cast<int>(threadIdx.x));
+    const int64_t in = image * s.step + c * pixels + at.q * V, out = plane * pixels + at.q * V;
+    float w[9];
+    SDAN_UNROLL
+    for (int k = 0; k < 9; ++k) w[k] = load_one(weight + c * int64_t{9} + k);
+    const float shift = bias ? load_one(bias + c) : 0.0f;
+    float next[V], second[V], third[V];  // outputs that wait for two more rows, and for one
+    load_or_zero<T, V>(p + in + (at.row - 1) * int64_t{s.width}, at.live && at.row > 0, next);
+    SDAN_UNROLL
+    for (int e = 0; e < V; ++e) second[e] = third[e] = 0;
+    for (int k = 0; k < s.rows + 2; ++k) {
+      const int r = at.row - 1 + k;
+      const int64_t from = in + r * int64_t{s.width};
+      const bool inside = at.live && r >= 0 && r < s.height;
+      const bool writes = at.live && k >= 2 && r - 1 < s.height;
+      float x[V + 2], vb[V], left = 0, right = 0;
+      if (inside && lane == 0 && !at.first) left = load_one(p + from - 1);
+      if (inside && lane == 31 && !at.last) right = load_one(p + from + V);
+      with_neighbours<V>(next, at, left, right, x);
+      load_or_zero<T, V>(p + from + s.width, at.live && r + 1 < s.height && k < s.rows + 1, next);
+      load_or_zero<T, V>(b + from - s.width, writes, vb);
+      add_taps<V>(w + 6, x, third);
+      float a[V];
+      SDAN_UNROLL
+      for (int e = 0; e < V; ++e) a[e] = third[e], third[e] = second[e], second[e] = shift;
+      add_taps<V>(w + 3, x, third);
+      add_taps<V>(w, x, second);
+      if (!writes) continue;
+      SDAN_UNROLL
+      for (int e = 0; e < V; ++e) a[e] = gelu<kCoarse>(a[e]) * vb[e];
+      activate<kCoarse>(s.outer, a);
+      store<V>(y + out + (r - 1) * int64_t{s.width}, a);
+    }
+  }
+}
+
+// grad_p and grad_b may be null together; partial, if not null, gets partial[plane][split][10]: the
+// sums for the 9 taps and the bias. grid: images * channels * splits, or any part of it with a
+// stride.
+template <typename T, int V>
+__global__ void __launch_bounds__(kStarConvThreads, 1)
+    star_conv_backward_kernel(const T* __restrict__ grad, const T* __restrict__ p,
+                              const T* __restrict__ b, const T* __restrict__ weight,
+                              const T* __restrict__ bias, T* __restrict__ grad_p,
+                              T* __restrict__ grad_b, float* __restrict__ partial,
+                              const StarConvParams s) {
+  constexpr bool kCoarse = is_16bit<T>;
+  SDAN_SHARED(float, sums, [kStarConvWarps][kStarConvSums]);
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  const int items = star_conv_items(s, V);
+  constexpr int kPerBlock = kStarConvWarps * kStarConvOwners;
+  const int64_t pixels = static_cast<int64_t>(s.height) * s.width;
+  for (int64_t block = blockIdx.x; block < s.images * s.channels * s.splits; block += gridDim.x) {
+    const int64_t plane = block / s.splits, image = plane / s.channels;
+    const int c = static_cast<int>(plane % s.channels);
+    float w[9], acc[kStarConvSums];
+    SDAN_UNROLL
+    for (int k = 0; k < 9; ++k) w[k] = load_one(weight + c * int64_t{9} + k);
+    const float shift = bias ? load_one(bias + c) : 0.0f;
+    SDAN_UNROLL
+    for (int k = 0; k < kStarConvSums; ++k) acc[k] = 0;
+    for (int first = static_cast<int>(block % s.splits) * kPerBlock; first < items;
+         first += s.splits * kPerBlock) {
+      const StarConvItem at(s, V, first + warp * kStarConvOwners + lane - 1);
+      const bool owner = at.live && lane > 0 && lane < 31;
+      const int64_t in = image * s.step + c * pixels + at.q * V, dense = plane * pixels + at.q * V;
+      // Three rows of p, and two open rows of its gradient.
+      float x[3][V + 2], second[V], third[V];
+      SDAN_UNROLL
+      for (int i = 0; i < 3; ++i) {
+        SDAN_UNROLL
+        for (int e = 0; e < V + 2; ++e) x[i][e] = 0;
+      }
+      SDAN_UNROLL
+      for (int e = 0; e < V; ++e) second[e] = third[e] = 0;
+      for (int k = 0; k < s.rows + 4; ++k) {
+        const int r = at.row - 2 + k, ra = r - 1;  // the row of p that arrives, and that of a
+        const int64_t from = in + r * int64_t{s.width};
+        const bool inside = at.live && r >= 0 && r < s.height;
+        const bool has_a = at.live && k >= 2 && ra >= 0 && ra < s.height;
+        const bool own = owner && has_a && k >= 3 && k < s.rows + 3;
+        float v[V], g[V], vb[V], left = 0, right = 0;
+        load_or_zero<T, V>(p + from, inside, v);
+        load_or_zero<T, V>(b + from - s.width, has_a, vb);
+        load_or_zero<T, V>(grad + dense + ra * int64_t{s.width}, has_a, g);
+        if (inside && lane == 0 && !at.first) left = load_one(p + from - 1);
+        if (inside && lane == 31 && !at.last) right = load_one(p + from + V);
+        SDAN_UNROLL
+        for (int e = 0; e < V + 2; ++e) x[0][e] = x[1][e], x[1][e] = x[2][e];
+        with_neighbours<V>(v, at, left, right, x[2]);
+        float a[V];
+        SDAN_UNROLL
+        for (int e = 0; e < V; ++e) a[e] = shift;
+        SDAN_UNROLL
+        for (int i = 0; i < 3; ++i) add_taps<V>(w + 3 * i, x[i], a);
+        star_gradients<kCoarse>(g, a, vb, kGelu, s.outer);  // zero where g is: beyond the image
+        if (own && grad_b) store<V>(grad_b + from - s.width, a);
+        SDAN_UNROLL
+        for (int e = 0; e < V; ++e) {
+          if (!has_a) vb[e] = 0;
+          if (own) acc[9] += vb[e];
+        }
+        if (partial && own) {
+          SDAN_UNROLL
+          for (int i = 0; i < 9; ++i) {
+            SDAN_UNROLL
+            for (int e = 0; e < V; ++e) acc[i] = fmaf(vb[e], x[i / 3][e + i % 3], acc[i]);
+          }
+        }
+        if (!grad_p) continue;
+        float ga[V + 2], done[V];
+        with_neighbours<V>(vb, at, 0.0f, 0.0f, ga);
+        // The taps reversed: row ra of the gradient of a goes to rows ra - 1 .. ra + 1 of that of
+        // p.
+        const float flipped[9] = {w[2], w[1], w[0], w[5], w[4], w[3], w[8], w[7], w[6]};
+        add_taps<V>(flipped, ga, third);
+        SDAN_UNROLL
+        for (int e = 0; e < V; ++e) done[e] = third[e], third[e] = second[e], second[e] = 0;
+        add_taps<V>(flipped + 3, ga, third);
+        add_taps<V>(flipped + 6, ga, second);
+        if (owner && k >= 4 && ra - 1 < s.height) store<V>(grad_p + from - 2 * s.width, done);
+      }
+    }
+    if (!partial) continue;
+    __syncthreads();  // the sums of the round before have been read
+    SDAN_UNROLL
+    for (int k = 0; k < kStarConvSums; ++k) {
+      acc[k] = warp_sum(acc[k]);
+      if (lane == 0) sums[warp][k] = acc[k];
+    }
+    __syncthreads();
+    if (threadIdx.x < kStarConvSums) {
+      float total = 0;
+      SDAN_UNROLL
+      for (int i = 0; i < kStarConvWarps; ++i) total += sums[i][threadIdx.x];
+      partial[block * kStarConvSums + threadIdx.x] = total;
+    }
+  }
+}
+
+// ---- channels_last
+
+// The 9 taps of V channels, which lie one after the other.
+template <typename T, int V>
+__device__ __forceinline__ void load_taps(const T* weight, int c, float (&w)[9][V]) {
+  float flat[9 * V];
+  SDAN_UNROLL
+  for (int i = 0; i < 9; ++i) {
+    float v[V];
+    load<V>(weight + c * int64_t{9} + i * V, v);
+    SDAN_UNROLL
+    for (int e = 0; e < V; ++e) flat[i * V + e] = v[e];
+  }
+  SDAN_UNROLL
+  for (int k = 0; k < 9; ++k) {
+    SDAN_UNROLL
+    for (int e = 0; e < V; ++e) w[k][e] = flat[e * 9 + k];
+  }
+}
+
+template <int V>
+__device__ __forceinline__ void add_product(const float (&w)[V], const float (&x)[V],
+                                            float (&acc)[V]) {
+  SDAN_UNROLL
+  for (int e = 0; e < V; ++e) acc[e] = fmaf(w[e], x[e], acc[e]);
+}
+
+// grid: any number of blocks. V divides the channels, and pixels are aligned to V elements.
+template <typename T, int V>
+__global__ void __launch_bounds__(kStarConvThreads, 1)
+    star_conv_last_kernel(const T* __restrict__ p, const T* __restrict__ b,
+                          const T* __restrict__ weight, const T* __restrict__ bias,
+                          T* __restrict__ y, const StarConvParams s) {
+  constexpr bool kCoarse = is_16bit<T>;
+  const int vectors = s.channels / V, groups = (s.height + s.rows - 1) / s.rows;
+  const int64_t per_image = static_cast<int64_t>(vectors) * s.width * groups,
+                stride = static_cast<int64_t>(gridDim.x) * kStarConvThreads;
+  for (int64_t item = static_cast<int64_t>(blockIdx.x) * kStarConvThreads + threadIdx.x;
+       item < per_image * s.images; item += stride) {
+    const int64_t image = item / per_image, in_image = item % per_image;
+    const int c = static_cast<int>(in_image % vectors) * V;
+    const int column = static_cast<int>(in_image / vectors % s.width);
+    const int row = static_cast<int>(in_image / vectors / s.width) * s.rows;
+    float w[9][V], shift[V], second[V], third[V];
+    load_taps<T, V>(weight, c, w);
+    SDAN_UNROLL
+    for (int e = 0; e < V; ++e) {
+      shift[e] = bias ? load_one(bias + c + e) : 0.0f;
+      second[e] = third[e] = 0;
+    }
+    for (int k = 0; k < s.rows + 2; ++k) {
+      const int r = row - 1 + k;
+      if (r > s.height) break;
+      const int64_t pixel = (image * s.height + r) * s.width + column;
+      const bool inside = r >= 0 && r < s.height;
+      float x[3][V], a[V], vb[V];
+      SDAN_UNROLL
+      for (int i = 0; i < 3; ++i)
+        load_or_zero<T, V>(p + (pixel + i - 1) * s.step + c,
+                           inside && column + i > 0 && column + i <= s.width, x[i]);
+      load_or_zero<T, V>(b + (pixel - s.width) * s.step + c, k >= 2, vb);
+      SDAN_UNROLL
+      for (int i = 0; i < 3; ++i) add_product<V>(w[6 + i], x[i], third);
+      SDAN_UNROLL
+      for (int e = 0; e < V; ++e) a[e] = third[e], third[e] = second[e], second[e] = shift[e];
+      SDAN_UNROLL
+      for (int i = 0; i < 3; ++i) {
+        add_product<V>(w[3 + i], x[i], third);
+        add_product<V>(w[i], x[i], second);
+      }
+      if (k < 2) continue;
+      SDAN_UNROLL
+      for (int e = 0; e < V; ++e) a[e] = gelu<kCoarse>(a[e]) * vb[e];
+      activate<kCoarse>(s.outer, a);
+      store<V>(y + (pixel - s.width) * s.channels + c, a);
+    }
+  }
+}
+
+// V floats between registers and shared memory, of which thread t has the t-th V.
+template <int V>
+__device__ __forceinline__ void put_vector(float* shared, int t, const float (&v)[V]) {
+  if constexpr (V == 4) {
+    float4 a;
+    a.x = v[0], a.y = v[1], a.z = v[2], a.w = v[3];
+    reinterpret_cast<float4*>(shared)[t] = a;
+  } else {
+    static_assert(V == 1);
+    shared[t] = v[0];
+  }
+}
+
+template <int V>
+__device__ __forceinline__ void get_vector(const float* shared, int t, bool there, float (&v)[V]) {
+  SDAN_UNROLL
+  for (int e = 0; e < V; ++e) v[e] = 0;
+  if (!there) return;
+  if constexpr (V == 4) {
+    const float4 a = reinterpret_cast<const float4*>(shared)[t];
+    v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w;
+  } else {
+    v[0] = shared[t];
+  }
+}
+
+// A block is s.columns neighbouring columns, the outer two of which only help, by s.vectors vectors
+// of channels (blockIdx.y counts these); blockIdx.x goes over the tiles. The other arguments are
+// those of star_conv_backward_kernel; partial is [blockIdx.x][channel][10]. Dynamic shared memory:
+// kStarConvSums * V floats for each thread.
+template <typename T, int V>
+__global__ void __launch_bounds__(kStarConvThreads, 1)
+    star_conv_backward_last_kernel(const T* __restrict__ grad, const T* __restrict__ p,
+                                   const T* __restrict__ b, const T* __restrict__ weight,
+                                   const T* __restrict__ bias, T* __restrict__ grad_p,
+                                   T* __restrict__ grad_b, float* __restrict__ partial,
+                                   const StarConvParams s) {
+  constexpr bool kCoarse = is_16bit<T>;
+  SDAN_DYNAMIC_SHARED(raw);
+  auto* shared = reinterpret_cast<float*>(raw);
+  const int t = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+  const int c = (static_cast<int>(blockIdx.y) * s.vectors + t % s.vectors) * V;
+  const int lane = t / s.vectors;  // along W
+  const bool channel = lane < s.columns && c < s.channels;
+  const int tiles_x = (s.width + s.columns - 3) / (s.columns - 2),
+            groups = (s.height + s.rows - 1) / s.rows;
+  float w[9][V], shift[V], acc[kStarConvSums][V];
+  SDAN_UNROLL
+  for (int e = 0; e < V; ++e) {
+    shift[e] = channel && bias ? load_one(bias + c + e) : 0.0f;
+    SDAN_UNROLL
+    for (int k = 0; k < 9; ++k) w[k][e] = 0;
+    SDAN_UNROLL
+    for (int k = 0; k < kStarConvSums; ++k) acc[k][e] = 0;
+  }
+  if (channel) load_taps<T, V>(weight, c, w);
+  for (int64_t tile = blockIdx.x; tile < s.images * groups * tiles_x; tile += gridDim.x) {
+    const int column = static_cast<int>(tile % tiles_x) * (s.columns - 2) + lane - 1;
+    const int row = static_cast<int>(tile / tiles_x % groups) * s.rows;
+    const int64_t first = tile / tiles_x / groups * s.height * s.width + column;
+    const bool live = channel && column >= 0 && column < s.width;
+    const bool owner = live && lane > 0 && lane < s.columns - 1;
+    float x[3][3][V], second[V], third[V];  // rows and columns of p; open rows of its gradient
+    SDAN_UNROLL
+    for (int e = 0; e < V; ++e) {
+      second[e] = third[e] = 0;
+      SDAN_UNROLL
+      for (int i = 0; i < 9; ++i) x[i / 3][i % 3][e] = 0;
+    }
+    for (int k = 0; k < s.rows + 4; ++k) {
+      const int r = row - 2 + k, ra = r - 1;  // the row of p that arrives, and that of a
+      const int64_t pixel = first + static_cast<int64_t>(r) * s.width, at = pixel - s.width;
+      const bool inside = live && r >= 0 && r < s.height;
+      const bool has_a = live && k >= 2 && ra >= 0 && ra < s.height;
+      const bool own = owner && has_a && k >= 3 && k < s.rows + 3;
+      SDAN_UNROLL
+      for (int j = 0; j < 3; ++j) {
+        SDAN_UNROLL
+        for (int e = 0; e < V; ++e) x[0][j][e] = x[1][j][e], x[1][j][e] = x[2][j][e];
+        load_or_zero<T, V>(p + (pixel + j - 1) * s.step + c,
+                           inside && column + j > 0 && column + j <= s.width, x[2][j]);
+      }
+      float a[V], vb[V], g[V];
+      load_or_zero<T, V>(b + at * s.step + c, has_a, vb);
+      load_or_zero<T, V>(grad + at * s.channels + c, has_a, g);
+      SDAN_UNROLL
+      for (int e = 0; e < V; ++e) a[e] = shift[e];
+      SDAN_UNROLL
+      for (int i = 0; i < 9; ++i) add_product<V>(w[i], x[i / 3][i % 3], a);
+      star_gradients<kCoarse>(g, a, vb, kGelu, s.outer);
+      if (own && grad_b) store<V>(grad_b + at * s.step + c, a);
+      SDAN_UNROLL
+      for (int e = 0; e < V; ++e) {
+        if (!has_a) vb[e] = 0;
+        if (own) acc[9][e] += vb[e];
+      }
+      if (partial && own) {
+        SDAN_UNROLL
+        for (int i = 0; i < 9; ++i) add_product<V>(vb, x[i / 3][i % 3], acc[i]);
+      }
+      if (!grad_p) continue;
+      // Two buffers in turn: the barrier of one step says that everybody has read the step before.
+      float* exchange = shared + k % 2 * threads * V;
+      put_vector<V>(exchange, t, vb);
+      __syncthreads();
+      float ga[3][V], done[V];
+      get_vector<V>(exchange, t - s.vectors, channel && lane > 0, ga[0]);
+      get_vector<V>(exchange, t + s.vectors, channel && lane < s.columns - 1, ga[2]);
+      SDAN_UNROLL
+      for (int e = 0; e < V; ++e) ga[1][e] = vb[e];
+      // The taps reversed, as in the contiguous kernel.
+      SDAN_UNROLL
+      for (int j = 0; j < 3; ++j) add_product<V>(w[2 - j], ga[j], third);
+      SDAN_UNROLL
+      for (int e = 0; e < V; ++e) done[e] = third[e], third[e] = second[e], second[e] = 0;
+      SDAN_UNROLL
+      for (int j = 0; j < 3; ++j) {
+        add_product<V>(w[5 - j], ga[j], third);
+        add_product<V>(w[8 - j], ga[j], second);
+      }
+      if (owner && k >= 4 && ra - 1 < s.height)
+        store<V>(grad_p + (at - s.width) * s.step + c, done);
+    }
+    __syncthreads();  // the next tile begins with the first buffer again
+  }
+  if (!partial) return;
+  SDAN_UNROLL
+  for (int k = 0; k < kStarConvSums; ++k) {
+    SDAN_UNROLL
+    for (int e = 0; e < V; ++e) shared[(k * V + e) * threads + t] = acc[k][e];
+  }
+  __syncthreads();
+  const int sums = kStarConvSums * V * s.vectors;
+  for (int i = t; i < sums; i += threads) {
+    const int v = i % s.vectors, ke = i / s.vectors, e = ke % V;
+    const int to = (static_cast<int>(blockIdx.y) * s.vectors + v) * V + e;
+    if (to >= s.channels) continue;
+    float total = 0;
+    for (int l = 1; l < s.columns - 1; ++l) total += shared[ke * threads + l * s.vectors + v];
+    partial[(static_cast<int64_t>(blockIdx.x) * s.channels + to) * kStarConvSums + ke / V] = total;
+  }
+}
+
+}  // namespace sdan_fast::cuda

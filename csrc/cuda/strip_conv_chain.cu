@@ -1,0 +1,20 @@
+// Which kernel a pass of strips takes.
+#include "strip_launch.h"
+
+namespace sdan_fast::cuda {
+
+bool strips_fit(DType dtype, const StripPass& pass) {
+  return plan_strips(dtype, pass).fits;
+}
+
+void convolve_strips(DType dtype, const StripPass& pass, Stream stream) {
+  if (pass.n * pass.c * pass.h * pass.w == 0) return;
+  StripPlan plan = plan_strips(dtype, pass);
+  plan.config.stream = stream;
+  const auto run = pass.channels_last ? launch_column_last
+                   : pass.vertical    ? launch_column
+                                      : launch_row;
+  run(pass, plan);
+}
+
+}  // namespace sdan_fast::cuda
