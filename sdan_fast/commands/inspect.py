@@ -78,7 +78,7 @@ def _say(what: str) -> None:
     print(what, file=sys.stderr, flush=True)
 
 
-def _finish(parts: list[Any], update: bool, accept: bool) -> None:
+def _finish(parts: Iterable[Any], update: bool, accept: bool) -> None:
     """Write or compare the committed tables, and exit with 1 where something is not as it should be."""
     from sdan_fast.inspecting import committed
 
@@ -145,10 +145,10 @@ def inspect_triton(
     from sdan_fast.inspecting import committed, triton_table
 
     if update or check:
-        _finish(_guarded(lambda: committed.triton(jobs, recompute=recompute, say=_say)), update, accept)
+        _guarded(lambda: _finish(committed.triton(jobs, recompute=recompute, say=_say), update, accept))
         return
     if counts:
-        table = _guarded(lambda: committed.triton_counts_only(recompute=recompute, say=_say))
+        table = _guarded(lambda: committed.triton_counts_only(jobs, recompute=recompute, say=_say))
         _show(
             _chosen(table.rows.values(), None, kernel, "target"),
             as_json,
@@ -192,7 +192,7 @@ def inspect_cuda(
     from sdan_fast.inspecting import committed
 
     if update or check:
-        _finish(_guarded(lambda: committed.cuda(arch, recompute=recompute, say=_say)), update, accept)
+        _guarded(lambda: _finish(committed.cuda(arch, recompute=recompute, say=_say), update, accept))
         return
     if counts:
         table = _guarded(lambda: committed.cuda_counts_only(recompute=recompute, say=_say))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -82,19 +82,21 @@ def triton_table_only(jobs: int = 1, *, recompute: bool = False, say: Say = quie
     return Part(TRITON, table, triton_table.HEAD, compiled, "sdan-fast inspect triton --update", broken)
 
 
-def triton_counts_only(*, recompute: bool = False, say: Say = quiet) -> Table:
+def triton_counts_only(jobs: int = 1, *, recompute: bool = False, say: Say = quiet) -> Table:
     """The counts of the Triton kernels."""
-    return triton_counts.compute(load(TRITON_COUNTS, triton_counts.IDENTITY), say, everything=recompute)[0]
+    committed = load(TRITON_COUNTS, triton_counts.IDENTITY)
+    return triton_counts.compute(committed, say, everything=recompute, jobs=jobs)[0]
 
 
-def triton(jobs: int, *, recompute: bool = False, say: Say = quiet) -> list[Part]:
-    """Both Triton tables."""
+def triton(jobs: int, *, recompute: bool = False, say: Say = quiet) -> Iterator[Part]:
+    """Both Triton tables, each when it is ready."""
     compiled = triton_table_only(jobs, recompute=recompute, say=say)
+    yield compiled
     table, executed = triton_counts.compute(
-        load(TRITON_COUNTS, triton_counts.IDENTITY), say, everything=recompute
+        load(TRITON_COUNTS, triton_counts.IDENTITY), say, everything=recompute, jobs=jobs
     )
-    counts = Part(TRITON_COUNTS, table, triton_counts.HEAD, executed, compiled.command)
-    return [compiled, counts]
+    say(f"{executed} of {len(table.rows)} launches had to be executed")
+    yield Part(TRITON_COUNTS, table, triton_counts.HEAD, executed, compiled.command)
 
 
 def cuda_table_only(archs: list[str] | None = None, *, say: Say = quiet) -> Table:
@@ -122,9 +124,10 @@ def cuda_figures(archs: list[str] | None = None, *, say: Say = quiet) -> Part:
     return Part(CUDA, fresh, cuda_table.HEAD, computed, "sdan-fast inspect cuda --update", broken)
 
 
-def cuda(archs: list[str] | None = None, *, recompute: bool = False, say: Say = quiet) -> list[Part]:
-    """Both CUDA tables."""
+def cuda(archs: list[str] | None = None, *, recompute: bool = False, say: Say = quiet) -> Iterator[Part]:
+    """Both CUDA tables, each when it is ready."""
     figures = cuda_figures(archs, say=say)
+    yield figures
     table, executed = cuda_counts.compute(load(CUDA_COUNTS, cuda_counts.IDENTITY), everything=recompute)
     say(f"{executed} launches had to be executed")
-    return [figures, Part(CUDA_COUNTS, table, cuda_counts.HEAD, executed, figures.command)]
+    yield Part(CUDA_COUNTS, table, cuda_counts.HEAD, executed, figures.command)

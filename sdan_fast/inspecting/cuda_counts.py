@@ -85,7 +85,8 @@ def passes_of(
     here = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)  # straight to the kernel, past autograd
     yield case, "forward", None, lambda: op.overloads["cuda_host"].redispatch(here, *args, **kwargs)
     if backward and has(f"{case.op}_backward"):
-        gradient = torch.empty_like(op.reference(*[on_meta(a) for a in args], **kwargs), device="cpu")
+        y = op.reference(*[on_meta(a) for a in args], **kwargs)
+        gradient = arguments.image(*y.shape, dtype=case.dtype, fmt=workload.FORMATS[case.layout], seed=99)
         for name, mask in zip(("backward", "backward of x"), workload.masks(case.op, args)):
             yield case, name, mask, functools.partial(
                 op.backward_overloads["cuda_host"].redispatch, here, gradient, *args, **kwargs, output_mask=mask
@@ -114,7 +115,7 @@ class Executor:
         found = self.recording.allocation(pointer)
         if found is None:
             return None
-        whole = np.frombuffer((ctypes.c_uint8 * found[1]).from_address(found[0]), np.uint8)
+        whole = np.ctypeslib.as_array((ctypes.c_uint8 * found[1]).from_address(found[0]))
         return whole[pointer - found[0] :]
 
     def values(self, launch: recorder.CudaLaunch) -> tuple[list[Any], list[str], dict[str, float]]:
@@ -187,7 +188,8 @@ class Sequence:
         self._take_over(steps)
 
     def _take_over(self, steps: EagerSteps) -> None:
-        self.entries += steps.steps
+        # Conversions are the host build's alone: it has no product of 16-bit matrices into a float32 one.
+        self.entries += [step for step in steps.steps if step.name != "_to_copy"]
         steps.steps = []
 
 
@@ -247,6 +249,78 @@ def _record_all() -> list[Any]:
     return [[*key, title] for key, title in found.items()]
 
 
+def _verify_all(only: str) -> list[dict[str, Any]]:
+    """Small calls of every op, their launches' PTX executed whole: the largest error over the allowed one, each."""
+    from sdan_fast.ops import OPS
+
+    library, _ = recorder.libraries()
+    executor = Executor(
+        recorder.Recorder(library), ptx_of_kernels(recorder.build_folder() / "_C_cuda.abi3.so")
+    )
+    verified = []
+    for case in workload.small_cases():
+        for _, name, mask, call in passes_of(case, True):
+            title = f"{case.name} {name}"
+            if not re.search(only, title):
+                continue
+            launches: list[str] = []
+
+            def execute(launch: recorder.CudaLaunch, seen: list[str] = launches) -> None:
+                executor.execute(launch, whole=True)
+                seen.append(launch.kernel)
+
+            got = executor.recording.record(call, execute)
+            args, kwargs = case.make()
+            op = OPS[case.op]
+            shares = [
+                error_over_bound(*t)
+                for t in zip(
+                    *(_results(op, a, kwargs, case, mask, got) for a in (None, args, _doubled(args)))
+                )
+            ]
+            verified.append({"call": title, "kernels": launches, "share": max(shares)})
+    return verified
+
+
+def _doubled(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_doubled(v) for v in value]
+    return value.double() if hasattr(value, "double") else value
+
+
+def _results(
+    op: Any, args: Any, kwargs: Any, case: workload.Case, mask: list[bool] | None, got: Any
+) -> list[Any]:
+    """The results of the reference for these arguments; those of the kernels where there are none."""
+    if args is None:
+        return [got] if mask is None else list(got)
+    if mask is None:
+        return [op.reference(*args, **kwargs)]
+    y = op.reference(*args, **kwargs)
+    gradient = arguments.image(*y.shape, dtype=case.dtype, fmt=workload.FORMATS[case.layout], seed=99).to(
+        y.dtype
+    )
+    results = op.reference_backward(gradient, *args, **kwargs, output_mask=mask)
+    return [t for t, wanted in zip(results, mask, strict=True) if wanted and t is not None]
+
+
+def error_over_bound(got: Any, eager: Any, exact: Any) -> float:
+    """max|err| over the project's bound, 2 max|eager's err| + 2 eps max|exact|; infinite for what is not finite."""
+    import torch
+
+    if got.shape != exact.shape or not torch.isfinite(got).all():
+        return math.inf
+    error = (got.double() - exact).abs().max().item()
+    allowed = 2 * (eager.double() - exact).abs().max().item()
+    allowed += 2 * torch.finfo(got.dtype).eps * exact.abs().max().item()
+    return error / allowed if allowed else math.inf if error else 0.0
+
+
+def verify(only: str = "") -> list[dict[str, Any]]:
+    """Whole ops, their launches' PTX executed on small inputs: {call, kernels, share of the error bound} of each."""
+    return json.loads(recorder.run_child("", "verify", only))
+
+
 def launched() -> list[tuple[str, int, int, str]]:
     """(mangled kernel, threads, dynamic shared memory, call) of every launch of the workload."""
     return [tuple(entry) for entry in json.loads(recorder.run_child("", "launches"))]
@@ -272,5 +346,7 @@ def read_committed(path: Path) -> Table:
 if __name__ == "__main__":
     if sys.argv[1] == "launches":
         print(json.dumps(_record_all()))
+    elif sys.argv[1] == "verify":
+        print(json.dumps(_verify_all(sys.argv[2])))
     else:
         print(json.dumps(_count_all(json.loads(sys.stdin.read()), sys.argv[2] if len(sys.argv) > 2 else "")))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import hashlib
+import itertools
 import math
-from collections.abc import Callable, Iterator
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +16,7 @@ from torch import Tensor
 from . import arguments, counts_table, workload
 from .counts import Counts, count, interpreter_hash
 from .counts_table import COLUMNS, IDENTITY, Counted
-from .table import Table
+from .table import Row, Table
 from .triton_kernels import Launch, Specialized, compile_specialized, launches_of
 from .triton_table import passes_of, toolchain
 
@@ -86,31 +89,56 @@ def passes() -> Iterator[tuple[workload.Case, str, list[bool] | None, Callable[[
 
 
 def compute(committed: Table | None, on_pass: Callable[[str], object] = lambda name: None, *, everything: bool = False,
-            only: Callable[[str], bool] = lambda call: True) -> tuple[Table, int]:  # fmt: skip
+            only: Callable[[str], bool] = lambda call: True, jobs: int = 1) -> tuple[Table, int]:  # fmt: skip
     """(the table of these sources, how many launches were executed).
 
-    A pass whose rows are committed with the keys of its launches is taken over; another is executed as a whole.
+    A pass whose rows are committed with the keys of its launches is taken over; another is executed as a whole, by one
+    of `jobs` processes.
     """
     here = toolchain()
     known = {} if committed is None or everything or committed.toolchain != here else committed.rows
-    table, executed = Table(IDENTITY, COLUMNS, here), 0
+    made: dict[str, list[Row] | None] = {}
+    with arguments.blank():
+        for case, name, _, call in passes():
+            title = f"{case.name} {name}"
+            if only(title):
+                pairs = _specialized(call)
+                old = [known.get((launch.name, title, str(i))) for i, (launch, _) in enumerate(pairs)]
+                kept = [r for r, pair in zip(old, pairs) if r is not None and r["key"] == key_of(*pair)]
+                made[title] = kept if len(kept) == len(pairs) else None
+    stale = [title for title, rows in made.items() if rows is None]
+    if jobs > 1 and len(stale) > 1:
+        with concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+            futures = {pool.submit(execute_passes, stale[rank::jobs]): rank for rank in range(jobs)}
+            for future in concurrent.futures.as_completed(futures):
+                made |= future.result()
+    else:
+        made |= execute_passes(stale, on_pass)
+    table = Table(IDENTITY, COLUMNS, here)
+    for row in itertools.chain.from_iterable(rows or () for rows in made.values()):
+        table.add(row)
+    return table, sum(len(made[title] or ()) for title in stale)
+
+
+def _specialized(call: Callable[[], Any]) -> list[tuple[Launch, Specialized]]:
+    return [(launch, launch.specialized(TARGET)) for launch in launches_of(call)]
+
+
+def execute_passes(
+    titles: Sequence[str], on_pass: Callable[[str], object] = lambda name: None
+) -> dict[str, list[Row]]:
+    """The rows of these passes, every launch executed."""
+    made = {}
     with arguments.blank():
         for case, name, mask, call in passes():
             title = f"{case.name} {name}"
-            if not only(title):
+            if title not in titles:
                 continue
             on_pass(title)
-            launches = launches_of(call)
-            pairs = [(launch, launch.specialized(TARGET)) for launch in launches]
-            keys = [key_of(*pair) for pair in pairs]
-            rows = [known.get((launch.name, title, str(i))) for i, launch in enumerate(launches)]
-            if all(row is not None and row["key"] == key for row, key in zip(rows, keys)):
-                for row in rows:
-                    assert row is not None
-                    table.add(row)
-                continue
-            counted = [Counted(launch.name, execute(launch, s), key) for (launch, s), key in zip(pairs, keys)]
-            executed += len(counted)
-            for made in counts_table.rows_of(title, counted, counts_table.needed_multiply_adds(case, mask)):
-                table.add(made)
-    return table, executed
+            counted = [Counted(la.name, execute(la, s), key_of(la, s)) for la, s in _specialized(call)]
+            needed = counts_table.needed_multiply_adds(case, mask)
+            table = Table(IDENTITY, COLUMNS, {})
+            for row in counts_table.rows_of(title, counted, needed):
+                table.add(row)
+            made[title] = list(table.rows.values())
+    return made

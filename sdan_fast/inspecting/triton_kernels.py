@@ -20,8 +20,8 @@ from typing import Any
 
 from sdan_fast.kernels.launch import launched_by
 
-from . import sass
 from .devices import AMD_SHARED_BLOCK, ARCHITECTURES
+from .sass import Code, parse
 from .tools import disassembly, resource_usage
 
 CUDA_TARGETS = (80, 86, 89, 90, 100, 120)
@@ -62,9 +62,9 @@ class Compiled:
         return disassembly(self.asm["cubin"])
 
     @functools.cached_property
-    def code(self) -> sass.Code:
+    def code(self) -> Code:
         """The same, read."""
-        return next(code for _, code in sass.parse(self.sass))
+        return next(code for _, code in parse(self.sass))
 
     @property
     def amd_resources(self) -> dict[str, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -112,8 +113,14 @@ def own_cases(
         label = f"{kh}x{kw}" + (f" d{d}" if d > 1 else "")
         yield case(
             "depthwise_conv2d", label,
-            lambda kh=kh, kw=kw, d=d: depthwise_args(half, (kh, kw), d, dtype, fmt), half,
+            partial(depthwise_args, half, (kh, kw), d, dtype, fmt), half,
         )  # fmt: skip
+
+
+def small_cases() -> Iterator[Case]:
+    """SDAN's own calls on a tiny picture, whose PTX can be executed whole."""
+    for dtype, layout in ((torch.float32, "nchw"), (torch.bfloat16, "nchw"), (torch.bfloat16, "nhwc")):
+        yield from own_cases(dtype, layout, (1, 9, 24), 8)
 
 
 def other_cases(dtype: torch.dtype, layout: str) -> Iterator[Case]:
@@ -123,17 +130,17 @@ def other_cases(dtype: torch.dtype, layout: str) -> Iterator[Case]:
         shape = (n, channels, h, w)
         yield Case(
             "mm_lka", f"{groups} groups", dtype, layout, shape,
-            lambda s=shape, g=groups: attention_args(s, branches_of(g), dtype, fmt, biases_of_all=True),
+            partial(attention_args, shape, branches_of(groups), dtype, fmt, biases_of_all=True),
         )  # fmt: skip
     shape = (n, 64, h, w)
     for label, stages in OTHER_CHAINS.items():
         yield Case(
             "strip_conv_chain", label, dtype, layout, shape,
-            lambda st=stages: chain_args(shape, st, [True] * 4, dtype, fmt),
+            partial(chain_args, shape, stages, [True] * 4, dtype, fmt),
         )  # fmt: skip
     filters = [(a, b) for k in STRIPS for a, b in ((1, k), (k, 1))] + [(k, k) for k in (3, 5, 7, 9)]
     for kernel in filters:
         yield Case(
             "depthwise_conv2d", f"{kernel[0]}x{kernel[1]}", dtype, layout, shape,
-            lambda k=kernel: depthwise_args(shape, k, 1, dtype, fmt),
+            partial(depthwise_args, shape, kernel, 1, dtype, fmt),
         )  # fmt: skip

@@ -59,7 +59,10 @@ def test_verdicts(values, expected):
     assert change.verdict == expected
     said = verdict([change], "sdan-fast inspect triton --update")
     assert said is not None and "sdan-fast inspect triton --update" in said
-    assert ("regressions" in said, "improvements" in said) == (expected == "regression", expected == "improvement")
+    assert ("regressions" in said, "improvements" in said) == (
+        expected == "regression",
+        expected == "improvement",
+    )
 
 
 def test_equal_tables_and_keys():
@@ -89,7 +92,9 @@ def test_what_a_part_says(tmp_path):
     assert committed.problem(part) is None
     worse = dataclasses.replace(part, table=changed(occupancy=0.25))
     assert "regression" in str(committed.problem(worse))
-    elsewhere = dataclasses.replace(part, table=table(ROW | {"occupancy": 0.25}, tools=TOOLS | {"triton": "3.9.0"}))
+    elsewhere = dataclasses.replace(
+        part, table=table(ROW | {"occupancy": 0.25}, tools=TOOLS | {"triton": "3.9.0"})
+    )
     assert committed.problem(elsewhere) is None and committed.other_tools(elsewhere)
 
 
