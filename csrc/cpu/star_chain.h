@@ -91,7 +91,7 @@ inline void run_star_chain(const StarChain& chain, int64_t images) {
   int64_t bytes = 0;
   for (;; ++grid.tiles) {
     scratch_kernel(&chain, (chain.width + grid.tiles - 1) / grid.tiles, &bytes);
-    if (bytes <= cache_bytes() + cache_bytes() / 8 || grid.tiles >= most_tiles) break;
+    if (bytes <= 2 * cache_bytes() || grid.tiles >= most_tiles) break;
   }
   // Rows: neighbouring bands both compute the halo between them, so as few bands as keep the
   // threads evenly busy; more, to even out unequal cores, only where a band is many times its halo.
