@@ -314,7 +314,8 @@ __device__ __forceinline__ void column_step(const float* ring, int head, int rin
         SDAN_UNROLL
         for (int q = 0; q < P + N - 1; ++q) {
           if constexpr (Last)
-            if (q < N) each[q] = *reinterpret_cast<const float4*>(taps + (k0 + q) * pitch + column);
+            if (q < N)
+              each[q] = *reinterpret_cast<const float4*>(taps + (k0 + q) * (pitch + 4) + column);
           const float4 v = *reinterpret_cast<const float4*>(ring + at);
           at += step;
           if (at >= ring_floats) at -= ring_floats;
@@ -351,8 +352,8 @@ __device__ __forceinline__ void column_step(const float* ring, int head, int rin
 // many outputs, so that step 0 ends with the block's first outputs; p.before says how many steps
 // come before it. The outputs go through shared memory, so that stores are wide and whole whatever
 // the dilation. grid: (plane, segment, stripe). Dynamic shared memory: for each convolution tile
-// floats and its taps (rounded up to 4; with Last taps * tile); the rings; unless p.reuse, rows *
-// tile floats for the outputs; of 16-bit tensors, rows * tile elements for cp.async.
+// floats and its taps (rounded up to 4; with Last taps * (tile + 4)); the rings; unless p.reuse,
+// rows * tile floats for the outputs; of 16-bit tensors, rows * tile elements for cp.async.
 template <int K, bool Last>
 __global__ void __launch_bounds__(kStripThreads, K ? 2 : 1)
     conv_column_kernel(const void* __restrict__ x, const void* __restrict__ weight0,
@@ -365,7 +366,9 @@ __global__ void __launch_bounds__(kStripThreads, K ? 2 : 1)
   const int tile = p.tile, lanes = tile / 4;
   const bool two = p.steps == 2, half = p.dtype != DType::kFloat32;
   const StripStep &s0 = p.step[0], &s1 = p.step[1];
-  const auto room = [&](const StripStep& s) { return Last ? s.taps * tile : round_up(s.taps, 4); };
+  const auto room = [&](const StripStep& s) {
+    return Last ? s.taps * (tile + 4) : round_up(s.taps, 4);
+  };
   auto* offsets = reinterpret_cast<float*>(raw);  // [step][column]
   float* taps = offsets + 2 * tile;
   float* taps1 = taps + room(s0);
@@ -391,11 +394,14 @@ __global__ void __launch_bounds__(kStripThreads, K ? 2 : 1)
     if (i >= p.steps) break;
     const StripStep& s = p.step[i];
     float* to = i ? taps1 : taps;
-    for (int n = static_cast<int>(threadIdx.x); n < room(s); n += static_cast<int>(blockDim.x)) {
-      const int k = Last ? n / tile : n, column = Last ? n % tile : 0;
-      to[n] = k < s.taps && x0 + column < p.width
-                  ? strip_tap(p, s, i ? weight1 : weight0, channel(column), k)
-                  : 0.0f;
+    // With Last in the order of memory; the pitch of tile + 4 is for the banks.
+    const int count = Last ? s.taps * tile : round_up(s.taps, 4);
+    for (int n = static_cast<int>(threadIdx.x); n < count; n += static_cast<int>(blockDim.x)) {
+      const int k = Last ? n % s.taps : n, column = Last ? n / s.taps : 0;
+      to[Last ? k * (tile + 4) + column : k] =
+          k < s.taps && x0 + column < p.width
+              ? strip_tap(p, s, i ? weight1 : weight0, channel(column), k)
+              : 0.0f;
     }
     for (int column = static_cast<int>(threadIdx.x); column < tile;
          column += static_cast<int>(blockDim.x)) {

@@ -91,7 +91,8 @@ inline int64_t column_bytes(const StripParams& p, bool last) {
   const int64_t tile = p.tile;
   int64_t floats = 2 * tile + (p.reuse ? 0 : p.rows * tile);
   for (int i = 0; i < p.steps; ++i)
-    floats += p.ring[i] * tile + (last ? p.step[i].taps * tile : round_up64(p.step[i].taps, 4));
+    floats +=
+        p.ring[i] * tile + (last ? p.step[i].taps * (tile + 4) : round_up64(p.step[i].taps, 4));
   return 4 * floats + (p.dtype == DType::kFloat32 ? 0 : 2 * p.rows * tile);
 }
 
@@ -124,6 +125,7 @@ inline StripPlan plan_column(DType dtype, const StripPass& s) {
   int64_t unit = p.step[0].dilation;
   if (s.steps == 2) unit = std::lcm(unit, int64_t{p.step[1].dilation});
   unit *= kStripOutputs;
+  if (unit > (1 << 24)) return plan;  // far more rows than there is room for
   const int64_t whole = round_up64(length, unit);
   int64_t tile = 32;
   if (width <= 64)

@@ -66,7 +66,7 @@ def one_pass(
         before = [-(-2 * (halo[0] + h1) // rows), -(-2 * h1 // rows)]
         reuse = int(two and rows >= length)
         floats = 2 * tile + sum(ring) * tile + (0 if reuse else rows * tile)
-        floats += sum(u * tile if last else up(u, 4) for u in used)
+        floats += sum(u * (tile + 4) if last else up(u, 4) for u in used)
         shared = 4 * floats + (2 * rows * tile if half else 0)
         tiles, segments = -(-width // tile), -(-length // segment)
         place = [tile, tiles, rows, 0, segment, segments, *ring, int(ahead), reuse, *before]
@@ -165,15 +165,22 @@ def test_single_strip_and_its_input_gradient(text, vertical, dtype, layout):
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_traffic(text, dtype, layout):
-    """At SDAN's width: whole sectors, each element of the tensor moved once by either pass, few bank conflicts."""
-    for c, h in ((24, 4), (28, 4)) if layout == torch.channels_last else ((1, 60),):
-        x = random(1, c, h, 320, dtype=dtype).contiguous(memory_format=layout)
-        strips = stages(c, ((11, 1), (11, 1), (11, 6), (11, 6)), dtype)
-        _, passes = run_chain(text, x, strips)
+    """At SDAN's sizes: whole sectors, each element of the tensor moved once by either pass, few bank conflicts."""
+    last = layout == torch.channels_last
+    c = 24 if last else 1
+    h1, v1, h2, v2 = stages(c, ((11, 1), (11, 1), (11, 6), (11, 6)), dtype)
+    passes = [
+        ((1, c, 2, 320) if last else (1, c, 16, 320), [h1, h2], False),
+        ((1, c, 180, 8) if last else (1, c, 180, 64), [v1, v2], True),
+    ]
+    for shape, strips, vertical in passes:
+        x = random(*shape, dtype=dtype).contiguous(memory_format=layout)
+        _, st = one_pass(text, x, strips, vertical=vertical)
         size = x.numel() * x.element_size()
-        for st in passes:
-            assert st.store_efficiency >= 0.85 and st.load_efficiency >= 0.85, st.report()
-            assert st.global_store_bytes == size
-            parameters = 5 * 11 * c * x.element_size() * (10 * h if layout == torch.channels_last else 60)
-            assert st.global_load_sector_bytes <= 1.15 * size + parameters, st.report()
-            assert st.bank_conflicts <= 0.10 * st.shared_wavefronts, st.report()
+        assert st.store_efficiency >= 0.85, st.report()
+        # A row of contiguous tensors is loaded with its halo, so from within a sector.
+        assert st.load_efficiency >= (0.85 if vertical or last else 0.8), st.report()
+        assert st.global_store_bytes == size
+        assert st.global_load_sector_bytes <= 1.25 * size, st.report()  # the taps are up to a tenth of it
+        assert st.footprint["argument 0"][0] == size
+        assert st.bank_conflicts <= 0.10 * st.shared_wavefronts, st.report()
