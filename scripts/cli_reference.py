@@ -42,7 +42,7 @@ def overview(root: Any) -> str:
 
 
 def _sentence(text: str | None) -> str:
-    return (text or "").strip().splitlines()[0].rstrip(".")
+    return next(iter((text or "").strip().splitlines()), "").rstrip(".")
 
 
 def reference(path: tuple[str, ...], command: Any) -> str:

@@ -117,8 +117,10 @@ def _psnr(report: dict[str, Any]) -> list[str]:
 
 def ops_table(result: dict[str, Any]) -> str:
     """One line for each case, direction and layout of ours."""
-    columns = ("op", "input", "pass", "ours", "median ms", "best peer", "its median", "best peer / ours")
-    columns += ("of clone", "of FMA", "x the floor")
+    columns = [
+        *("op", "input", "pass", "ours", "median ms", "best peer", "its median", "best peer / ours"),
+        *("of clone", "of FMA", "x the floor"),
+    ]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     rows = result["rows"]
     slower = total = 0

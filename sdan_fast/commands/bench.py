@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -95,7 +96,7 @@ def _save(json_file: Path | None, record: dict[str, Any]) -> None:
 
 
 def _command() -> str:
-    return " ".join(["sdan-fast", *sys.argv[1:]])
+    return shlex.join(["sdan-fast", *sys.argv[1:]])
 
 
 DeviceOption = Annotated[
