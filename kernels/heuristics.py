@@ -187,20 +187,6 @@ def pointwise_wgrad(out_channels: int, in_channels: int, itemsize: int, all_inpu
     return Settings(tuned("pointwise_wgrad", calls, BP=bp, TILES=tiles), BO=bo, BI=bi, warps=4)
 
 
-def strip_chain(itemsize: int, width: int, height: int, d1: int, d2: int, aligned: bool) -> Settings | None:
-    """Both passes of a two-stage strip chain in NCHW, or None where a row or a column is too long for one program."""
-    v, vector = row_vector(width, itemsize, aligned)
-    if -(-width // v) > 256 or height > 2048:
-        return None
-    s = conv_nchw(11, 1, max(d1, d2), width, height, itemsize, aligned)
-    groups = max(-(-height // (s.R * d)) * d for d in (d1, d2))
-    bg = power_of_two(groups, 8, 1024)
-    if bg > 256:
-        return None
-    bq = 4 if bg <= 64 else 2
-    return Settings(V=v, VECTOR=vector, R=s.R, BG=bg, BQ=bq, BLOCK=256, R_ROWS=1 if height == 1 else itemsize)
-
-
 def norm_pointwise(channels: int, out1: int, out2: int, itemsize: int, backward: bool = False) -> Settings:
     """LayerNorm and two 1x1 convolutions from one tile of all channels of BP pixels, or the gradient of that."""
     bc = power_of_two(channels, 16, 256)

@@ -157,7 +157,9 @@ def choose(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     if name == "auto":
         for candidate in ORDER[:-1]:
             if BACKENDS[candidate].refuses(op, args, kwargs) is None:
-                return _first_of_two(op, args, kwargs) if candidate == "triton" else candidate
+                slower = op.slower.get(candidate)
+                if slower is None or slower(*args, **kwargs) is None:
+                    return _first_of_two(op, args, kwargs) if candidate == "triton" else candidate
         return "reference"
     if name == "reference":
         return name
@@ -257,7 +259,9 @@ def explain(fn_name: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Exp
         reason = None if name == "reference" else BACKENDS[name].refuses(op, op_args, op_kwargs)
         if reason is None and named not in ("auto", name):
             reason = f"use_backend names {named!r}"
-        elif reason is None and chosen is not None:
+        elif reason is None and named == "auto" and name in op.slower:
+            reason = op.slower[name](*op_args, **op_kwargs)
+        if reason is None and chosen is not None:
             reason = f"{chosen!r} comes first"
             if why and {chosen, name} == {"triton", "cuda"}:
                 reason += f": {why}"

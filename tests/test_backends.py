@@ -178,3 +178,43 @@ def test_call_overhead() -> None:
             eager = per_call(lambda: torch.nn.functional.gelu(a) * b)
             ratios.append(per_call(lambda: F.star(a, b)) / eager)
     assert min(ratios) <= 3.0, f"{min(ratios):.2f} times the eager version"
+
+
+@needs_cpu
+@pytest.mark.parametrize(
+    ("name", "call", "where"),
+    [
+        (
+            "depthwise_conv2d",
+            lambda n: (
+                (
+                    torch.zeros(1, 8, n, n).contiguous(memory_format=torch.channels_last),
+                    torch.zeros(8, 1, 5, 5),
+                ),
+                {},
+            ),
+            (256, 128),
+        ),
+        (
+            "separable_conv2d",
+            lambda n: (
+                (
+                    torch.zeros(1, 8, n, n).contiguous(memory_format=torch.channels_last),
+                    *(torch.zeros(8, 1, 1, 3), None, torch.zeros(8, 1, 3, 1), None),
+                ),
+                {},
+            ),
+            (256, 128),
+        ),
+    ],
+)
+def test_auto_prefers_pytorch_where_it_is_faster(name: str, call, where: tuple[int, int]) -> None:  # type: ignore[no-untyped-def]
+    for size, expected in zip(where, ("reference", "cpu"), strict=True):
+        args, kwargs = call(size)
+        found = sdan_fast.explain(name, *args, **kwargs)
+        assert found.backend == expected, str(found)
+        if expected == "reference":
+            assert "PyTorch's own" in found.reasons["cpu"] and "faster" in found.reasons["cpu"]
+            with sdan_fast.use_backend("cpu"):  # a named backend is taken at its word
+                assert sdan_fast.explain(name, *args, **kwargs).backend == "cpu"
+                getattr(F, name)(*args, **kwargs)

@@ -35,8 +35,8 @@ Tensor layer_norm2d(const Tensor& x, const Tensor& weight, std::optional<Tensor>
   // A plane of one pixel is laid out the same in both formats; only one of them has lanes to fill.
   args.channels_last = format == Format::kChannelsLast || plane == 1;
   args.pixels = args.channels_last ? x.size(0) * plane : plane;
-  // Tiles of about 16k elements, in whole cache lines of pixels.
-  args.tile = ((16384 / args.c + 63) / 64) * 64;
+  // Tiles in whole cache lines of pixels: of a first-level cache in NCHW, where each is staged.
+  args.tile = (args.channels_last ? 16384 : 8192) / args.c / 64 * 64;
   if (args.tile < 64) args.tile = 64;
   args.tiles = (args.pixels + args.tile - 1) / args.tile;
   const int64_t tasks = args.tiles * (args.channels_last ? 1 : x.size(0));

@@ -11,6 +11,44 @@ namespace {
 
 const auto kernel = SDAN_PICK_KERNEL(strip_conv_chain_run);
 
+// Bands of at least 16 rows that no dilation cuts into small groups; tiles as wide as the windows
+// of all stages fit half a megabyte of a second-level cache, and as high as the image. In
+// channels_last a cache line holds channels of several tasks, which follow each other: there a
+// tile's input should stay in that cache too, unless halos would then be most of it.
+void choose_tiles(StripChainArgs* args, const std::vector<StripArgs>& vertical) {
+  constexpr int64_t kWindow = 128 * 1024;  // floats
+  int64_t group = 4;
+  for (const StripArgs& s : vertical) group = 4 * s.d > group ? 4 * s.d : group;
+  args->band = (16 + group - 1) / group * group;
+  if (args->band > args->h) args->band = args->h;
+  int64_t window = 0;
+  int64_t halo = args->halo_h;
+  for (const StripArgs& s : vertical) {
+    window += strip_level_rows(args->band, halo);
+    halo -= (s.used - 1) * s.d;
+  }
+  TileGrid& grid = args->grid;
+  grid.tile_h = args->h;
+  const int64_t align = args->channels_last ? 8 : 64;
+  int64_t widest = kWindow / (window * args->lanes);
+  if (widest < 64) widest = 64;
+  if (args->channels_last && args->c > args->lanes) {
+    const int64_t narrow = 2 * args->halo_w > 64 ? 2 * args->halo_w : 64;
+    if (widest > narrow) widest = narrow;
+  }
+  const int64_t parts = (args->w + widest - 1) / widest;
+  grid.tile_w = ((args->w + parts - 1) / parts + align - 1) / align * align;
+  if (grid.tile_w > args->w) grid.tile_w = args->w;
+  grid.tiles_w = (args->w + grid.tile_w - 1) / grid.tile_w;
+  if (args->channels_last && args->c > args->lanes) {
+    int64_t th = kWindow / (grid.tile_w * args->c);
+    const int64_t least = 3 * args->halo_h > 16 ? 3 * args->halo_h : 16;
+    if (th < least) th = least;
+    if (th < grid.tile_h) grid.tile_h = th;
+  }
+  grid.tiles_h = (args->h + grid.tile_h - 1) / grid.tile_h;
+}
+
 Tensor strip_conv_chain(const Tensor& x, std::vector<Tensor> weights, std::vector<Tensor> biases,
                         std::vector<bool> bias_mask, std::vector<int64_t> dilations) {
   constexpr const char* op = "strip_conv_chain";
@@ -87,11 +125,7 @@ Tensor strip_conv_chain(const Tensor& x, std::vector<Tensor> weights, std::vecto
   args.lanes = args.channels_last ? vector_lanes() : 1;
 
   const int64_t per_tile = args.n * ((args.c + args.lanes - 1) / args.lanes);
-  // The horizontal pass leaves up to 2 MB behind; the vertical one reads it in narrow columns.
-  double ratio = 0.0;
-  args.grid = make_tiles(
-      {args.h, args.w, args.halo_h, args.halo_w, args.lanes, false, 512 * 1024, args.h, 96 * 1024},
-      &ratio);
+  choose_tiles(&args, axes[1]);
   const int64_t work = x.numel() * work_per_pixel;
   if (work > (1 << 20)) {
     refine_tiles(&args.grid, args.h, args.halo_h, per_tile, 4 * torch::stable::get_num_threads());

@@ -69,6 +69,9 @@ class Op:
     supports: dict[str, Callable[..., str | None]] = field(
         default_factory=dict, init=False
     )  # why not these arguments
+    slower: dict[str, Callable[..., str | None]] = field(
+        default_factory=dict, init=False
+    )  # where "auto" prefers plain PyTorch to this backend, and why: measured, see docs/performance.md
     overloads: dict[str, Any] = field(default_factory=dict, init=False)  # by backend; "" asks at run time
     backward_overloads: dict[str, Any] = field(default_factory=dict, init=False)
     kinds: tuple[str, ...] = field(default=(), init=False)  # the types of the positional arguments

@@ -64,3 +64,29 @@ depthwise_conv2d = Op(
     flops=flops,
     backward_flops=backward_flops,
 )
+
+
+LARGE = 500_000  # elements from which oneDNN's own channels_last kernels are ahead where they are
+
+
+def in_large_channels_last(x: Tensor) -> bool:
+    """Whether x is a large float32 tensor in channels_last and nothing else."""
+    return (
+        x.dtype is torch.float32
+        and x.numel() >= LARGE
+        and reference.output_format(x) is torch.channels_last
+        and not torch.compiler.is_compiling()
+    )
+
+
+def slower(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, dilation: Pair = (1, 1)) -> str | None:
+    """Undilated kernels of few taps on large channels_last images: PyTorch's convolution is a tenth faster there, but
+    for 3x3 and vertical strips."""
+    kh, kw = weight.shape[2], weight.shape[3]
+    few = kh <= 7 and 1 < kw <= (11 if kh == 1 else 7) and (kh, kw) != (3, 3)
+    if few and tuple(reference.pair(dilation)) == (1, 1) and in_large_channels_last(x):
+        return f"PyTorch's own convolution is faster with {kh}x{kw} taps in channels_last"
+    return None
+
+
+depthwise_conv2d.slower["cpu"] = slower

@@ -10,7 +10,7 @@ from torch import Tensor
 from . import _check
 from ._conv import Conv, Shape, chain, chain_backward, chain_backward_flops, chain_flops, with_absent
 from ._op import Op
-from .depthwise_conv2d import convolution_autocast
+from .depthwise_conv2d import convolution_autocast, in_large_channels_last
 
 
 def check(x: Any, weights: Any, biases: Any, *, bias_mask: Any, dilations: Any) -> None:
@@ -114,3 +114,23 @@ strip_conv_chain = Op(
     flops=flops,
     backward_flops=backward_flops,
 )
+
+
+def slower(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    *,
+    bias_mask: Sequence[bool],
+    dilations: Sequence[int],
+) -> str | None:
+    """One stage of few taps on large channels_last images: PyTorch's two convolutions are faster there."""
+    if len(weights) > 2 or not in_large_channels_last(x):
+        return None
+    taps = max(weights[0].shape[3], weights[1].shape[2])
+    if taps <= 3 or (taps <= 11 and max(dilations) == 1):
+        return f"PyTorch's own convolutions are faster with {taps} taps in channels_last"
+    return None
+
+
+strip_conv_chain.slower["cpu"] = slower

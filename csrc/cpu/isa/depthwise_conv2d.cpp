@@ -54,19 +54,46 @@ SDAN_INLINE void run_blocks(const Plane<kLanewise, T>& p, const Rect& rect, cons
                             ptrdiff_t row_floats, int step, const Prepare& prepare) {
   const DepthwiseArgs& a = p.a;
   const int64_t columns = rect.w1 - rect.w0;
-  ConvBlock<kLanewise, ConstantBias, GridSink<kLanewise, T>> blocks[kLanewise ? kMaxBlocks : 1];
+  const int64_t row = a.w * p.pixel;
+  // The rows that enter the window one group of four on.
+  const int64_t ahead = p.pad_h + (a.kh_used == 1 ? 2 : 4 * a.dh);
+  ConvBlock<kLanewise, ConstantBias, GridSink<kLanewise, T>, Fetch<kLanewise, T>>
+      blocks[kLanewise ? kMaxBlocks : 1];
   const int count = kLanewise ? p.count : 1;
   for (int b = 0; b < count; ++b) {
     const int left = p.channels - b * kLanes;
+    const int64_t first = rect.h0 * row + rect.w0 * p.pixel + b * kLanes;
     blocks[b] = {
         tile + b * kLanes,
         {p.weights + b * p.weight_floats, static_cast<int>(a.kh_used), static_cast<int>(a.kw_used),
          static_cast<int>(a.dh), static_cast<int>(a.dw), step},
         {p.bias[b]},
-        {p.y + (rect.h0 * a.w + rect.w0) * p.pixel + b * kLanes, a.w * p.pixel, p.pixel, columns,
-         left < kLanes ? left : kLanes}};
+        {p.y + first, row, p.pixel, columns, left < kLanes ? left : kLanes},
+        {p.x + first + ahead * row, p.y + first, row, p.pixel}};
   }
-  conv_tile(blocks, count, row_floats, rect.h1 - rect.h0, columns, prepare);
+  const int64_t rows = rect.h1 - rect.h0;
+  if constexpr (kLanewise) {
+    if (a.kh_used == 1 && a.kw_used > 1) {
+      // A horizontal strip with channels as lanes is a vertical one with the axes exchanged, a few
+      // image rows wide: a vector of the input then serves several taps.
+      for (int64_t r = 0; r < rows; r += kConvVecs) {
+        const int64_t n = rows - r < kConvVecs ? rows - r : kConvVecs;
+        prepare(r + n);
+        for (int b = 0; b < count; ++b) {
+          auto block = blocks[b];
+          block.x += r * row_floats;
+          block.taps = {block.taps.weights,          block.taps.kw, 1, block.taps.dw, 1,
+                        static_cast<int>(row_floats)};
+          block.sink = {block.sink.out + r * row, p.pixel, row, n, block.sink.channels};
+          block.fetch = {p.x + (block.fetch.out - p.y) + (r + kConvVecs) * row,
+                         block.fetch.out + r * row, p.pixel, row};
+          conv_tile(&block, 1, step, columns, n, [](int64_t) __attribute__((always_inline)) {});
+        }
+      }
+      return;
+    }
+  }
+  conv_tile(blocks, count, row_floats, rows, columns, prepare);
 }
 
 // A rectangle by way of a zero-padded float32 copy of its input.
@@ -79,20 +106,16 @@ void run_staged(const Plane<kLanewise, T>& p, const Rect& rect, float* staged) {
   const int64_t in_columns = columns + 2 * p.pad_w;
   const ptrdiff_t row_floats = round_up(in_columns * step) + kLanes;
   const int64_t row = a.w * p.pixel;
-  const int64_t ahead = (a.dh < 2 ? 4 : 8) * row;  // about a group of rows
   int64_t staged_rows = 0;
   const auto prepare = [&](int64_t wanted) __attribute__((always_inline)) {
     for (; staged_rows < wanted; ++staged_rows) {
       const int64_t h = rect.h0 - p.pad_h + staged_rows;
-      const int64_t done = rect.h0 + staged_rows - 2 * p.pad_h;
-      if (done >= rect.h0)
-        prefetch_row(p.y + done * row + rect.w0 * p.pixel, columns, p.pixel, p.channels);
       float* out = staged + staged_rows * row_floats;
       if (h < 0 || h >= a.h) {
         fill_zero(out, in_columns * step);
       } else {
         stage_row<kLanewise>(out, p.x + h * row, rect.w0 - p.pad_w, in_columns, a.w, p.pixel,
-                             p.channels, step, ahead);
+                             p.channels, step);
       }
     }
   };
@@ -103,20 +126,8 @@ void run_staged(const Plane<kLanewise, T>& p, const Rect& rect, float* staged) {
 void run_direct(const Plane<true, float>& p, const Rect& rect) {
   const DepthwiseArgs& a = p.a;
   const int64_t row = a.w * p.pixel;
-  const int64_t columns = rect.w1 - rect.w0;
   const float* x = p.x + (rect.h0 - p.pad_h) * row + (rect.w0 - p.pad_w) * p.pixel;
-  float* y = p.y + rect.h0 * row + rect.w0 * p.pixel;
-  const int64_t in_rows = rect.h1 - rect.h0 + 2 * p.pad_h;
-  int64_t fetched = 0;
-  const auto prepare = [&](int64_t wanted) __attribute__((always_inline)) {
-    // The rows after the ones wanted now, and the outputs about to be written.
-    for (; fetched < wanted; ++fetched) {
-      const int64_t next = fetched + 4 < in_rows ? fetched + 4 : in_rows - 1;
-      prefetch_row(x + next * row, columns + 2 * p.pad_w, p.pixel, p.channels);
-      const int64_t done = fetched - 2 * p.pad_h;
-      if (done >= 0) prefetch_row(y + done * row, columns, p.pixel, p.channels);
-    }
-  };
+  const auto prepare = [](int64_t) __attribute__((always_inline)) {};
   run_blocks<true>(p, rect, x, static_cast<ptrdiff_t>(row), static_cast<int>(p.pixel), prepare);
 }
 
@@ -177,7 +188,7 @@ void run_tile(const DepthwiseArgs& a, int64_t n, int64_t group, int64_t tile) {
     // narrow borders would fill vectors badly.) The kernel reads up to a pixel and a vector past
     // its last column; leaving the image's last row alone keeps that inside the tensor.
     const int64_t spare = a.c + kLanes;
-    if (a.kh_used * a.kw_used <= 12 && a.w * p.pixel >= spare) {
+    if (a.kh_used * a.kw_used <= 12 && a.w * p.pixel >= spare && a.w * p.pixel < (1 << 30)) {
       const Rect inner = {clamp(pad_h, whole.h0, whole.h1),
                           clamp(a.h - 1 - pad_h, whole.h0, whole.h1),
                           clamp(pad_w, whole.w0, whole.w1), clamp(a.w - pad_w, whole.w0, whole.w1)};

@@ -5,6 +5,8 @@
 // accuracy.
 #include "layer_norm2d.h"
 
+#include "planes.h"
+#include "prefetch.h"
 #include "vec.h"
 
 namespace sdan_fast {
@@ -16,13 +18,12 @@ void to_floats(float* out, const T* p, int64_t n, float missing) {
   for (int64_t i = 0; i < n; ++i) out[i] = p == nullptr ? missing : to_float(p[i]);
 }
 
-// V vectors of neighbouring pixels of one plane; `n` pixels of the last vector count.
-template <typename T, int V>
-SDAN_INLINE void pixels_nchw(const LayerNormArgs& a, const T* x, T* y, const float* weight,
-                             const float* bias, int n) {
-  const auto get = [n](const T* p, int v) __attribute__((always_inline)) {
-    return V == 1 && n < kLanes ? load_n(p, n) : load(p + v * kLanes);
-  };
+// V vectors of pixels of a staged tile, whose channels are `stride` floats apart, in place. While
+// it computes, it asks for what will be moved next: the same pixels of the output, y, and of the
+// next tile, `next`.
+template <int V, typename T>
+SDAN_INLINE void pixels_nchw(const LayerNormArgs& a, float* x, int64_t stride, const float* weight,
+                             const float* bias, const T* y, const T* next) {
   const Vec scale = set1(1.0f / static_cast<float>(a.c));
   // Partial sums of kChunk channels: one long chain of additions would lose the square root of its
   // length.
@@ -30,20 +31,17 @@ SDAN_INLINE void pixels_nchw(const LayerNormArgs& a, const T* x, T* y, const flo
   Vec mean[V], square[V], rest[V];
 #pragma GCC unroll 4
   for (int v = 0; v < V; ++v) mean[v] = square[v] = rest[v] = zero();
-  const T* p = x;
+  const float* p = x;
   for (int64_t c = 0; c < a.c;) {
     const int64_t end = c + kChunk < a.c ? c + kChunk : a.c;
     Vec part[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) part[v] = zero();
-    for (; c < end; ++c, p += a.pixels) {
+    for (; c < end; ++c, p += stride, y += a.pixels) {
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) {
-        // The next block of pixels, and what this one will write: each channel is a stream of its
-        // own, more of them than the processor follows.
-        __builtin_prefetch(p + (V + v) * kLanes);
-        __builtin_prefetch(y + (p - x) + v * kLanes, 1);
-        part[v] = part[v] + get(p, v);
+        prefetch_write(y + v * kLanes);
+        part[v] = part[v] + load(p + v * kLanes);
       }
     }
 #pragma GCC unroll 4
@@ -57,10 +55,11 @@ SDAN_INLINE void pixels_nchw(const LayerNormArgs& a, const T* x, T* y, const flo
     Vec part[V], part_square[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) part[v] = part_square[v] = zero();
-    for (; c < end; ++c, p += a.pixels) {
+    for (; c < end; ++c, p += stride, next += a.pixels) {
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) {
-        const Vec d = get(p, v) - mean[v];
+        __builtin_prefetch(next + v * kLanes, 0, 2);
+        const Vec d = load(p + v * kLanes) - mean[v];
         part[v] = part[v] + d;
         part_square[v] = fma(d, d, part_square[v]);
       }
@@ -78,37 +77,36 @@ SDAN_INLINE void pixels_nchw(const LayerNormArgs& a, const T* x, T* y, const flo
     const Vec variance = max(zero(), fnma(rest[v], rest[v], square[v] * scale));
     rstd[v] = set1(1.0f) / sqrt(variance + set1(a.eps));
   }
-  p = x;
-  for (int64_t c = 0; c < a.c; ++c, p += a.pixels, y += a.pixels) {
+  for (int64_t c = 0; c < a.c; ++c, x += stride) {
     const Vec w = set1(weight[c]);
     const Vec b = set1(bias[c]);
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
-      const Vec d = (get(p, v) - mean[v]) - rest[v];
-      const Vec out = fma(d * rstd[v], w, b);
-      if (V == 1 && n < kLanes) {
-        store_n(y, out, n);
-      } else {
-        store(y + v * kLanes, out);
-      }
+      const Vec d = (load(x + v * kLanes) - mean[v]) - rest[v];
+      store(x + v * kLanes, fma(d * rstd[v], w, b));
     }
   }
 }
 
 template <typename T>
 void tile_nchw(const LayerNormArgs& a, int64_t image, int64_t first, int64_t last,
-               const float* weight, const float* bias) {
-  const int64_t base = image * a.c * a.pixels;
-  const T* x = static_cast<const T*>(a.x) + base;
-  T* y = static_cast<T*>(a.y) + base;
-  int64_t i = first;
-  for (; i + 4 * kLanes <= last; i += 4 * kLanes) {
-    pixels_nchw<T, 4>(a, x + i, y + i, weight, bias, kLanes);
+               const float* weight, const float* bias, float* staged) {
+  const int64_t at = image * a.c * a.pixels + first;
+  const int64_t n = last - first;
+  const int64_t stride = staged_stride(n);
+  const T* x = static_cast<const T*>(a.x) + at;
+  T* y = static_cast<T*>(a.y) + at;
+  stage_planes(staged, stride, x, a.pixels, a.c, n);
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
+    pixels_nchw<4>(a, staged + i, stride, weight, bias, y + i, x + n + i);
   }
-  for (; i < last; i += kLanes) {
-    const int n = static_cast<int>(last - i < kLanes ? last - i : kLanes);
-    pixels_nchw<T, 1>(a, x + i, y + i, weight, bias, n);
+  for (; i < n; i += kLanes) {
+    pixels_nchw<1>(a, staged + i, stride, weight, bias, y + i, x + n + i);
   }
+  write_planes(y, a.pixels, a.c, n, [&](int64_t c, int64_t k, int) __attribute__((always_inline)) {
+    return load(staged + c * stride + k);
+  });
 }
 
 // G neighbouring pixels, whose sums are independent chains. `valid` is one in the lanes of the
@@ -189,7 +187,11 @@ void tile_channels_last(const LayerNormArgs& a, int64_t first, int64_t last, con
 
 template <typename T>
 void run(const LayerNormArgs& a, int64_t begin, int64_t end) {
-  float* weight = static_cast<float*>(thread_scratch(static_cast<size_t>(2 * a.c) * sizeof(float)));
+  const int64_t staged_floats =
+      a.channels_last ? 0 : a.c * staged_stride(a.tile < a.pixels ? a.tile : a.pixels);
+  float* staged = static_cast<float*>(
+      thread_scratch(static_cast<size_t>(staged_floats + 2 * a.c) * sizeof(float)));
+  float* weight = staged + staged_floats;
   float* bias = weight + a.c;
   to_floats(weight, static_cast<const T*>(a.weight), a.c, 1.0f);
   to_floats(bias, static_cast<const T*>(a.bias), a.c, 0.0f);
@@ -199,7 +201,7 @@ void run(const LayerNormArgs& a, int64_t begin, int64_t end) {
     if (a.channels_last) {
       tile_channels_last<T>(a, first, last, weight, bias);
     } else {
-      tile_nchw<T>(a, t / a.tiles, first, last, weight, bias);
+      tile_nchw<T>(a, t / a.tiles, first, last, weight, bias, staged);
     }
   }
 }

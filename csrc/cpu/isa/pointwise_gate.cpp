@@ -5,6 +5,7 @@
 // at a time.
 #include "pointwise_gate.h"
 
+#include "planes.h"
 #include "pointwise.h"
 #include "vec.h"
 
@@ -91,56 +92,54 @@ SDAN_INLINE void fetch(const T* p, int64_t lines, int write) {
   }
 }
 
-// Tile [first, last) of the pixels of one image, one register block of pixels at a time: its inputs
-// are staged next to each other, and its product is gated, while in the first-level cache.
+// Pixels of a chunk: its inputs, as float32, fill a first-level cache.
+SDAN_INLINE int64_t chunk_pixels(int64_t ci) {
+  constexpr int64_t kBlock = static_cast<int64_t>(kPointwiseVecs) * kLanes;
+  const int64_t n = 8192 / ci / kBlock * kBlock;
+  return n < kBlock ? kBlock : (n > 512 ? 512 : n);
+}
+
+// Tile [first, last) of the pixels of one image, a chunk at a time: its inputs are staged next to
+// each other, multiplied, and the product gated on its way out.
 template <typename T>
 void tile_nchw(const PointwiseGateArgs& a, int64_t image, int64_t first, int64_t last) {
-  constexpr int64_t kBlock = static_cast<int64_t>(kPointwiseVecs) * kLanes;
-  constexpr int64_t kLines = kBlock * static_cast<int64_t>(sizeof(T)) / 64 + 1;
+  const int64_t chunk = chunk_pixels(a.ci);
+  const int64_t stride = staged_stride(chunk);
   float* staged = static_cast<float*>(
-      thread_scratch(static_cast<size_t>((a.ci + a.co) * kBlock) * sizeof(float)));
-  float* product = staged + a.ci * kBlock;
+      thread_scratch(static_cast<size_t>((a.ci + a.co) * stride) * sizeof(float)));
+  float* product = staged + a.ci * stride;
   // The bias is added to the finished sums, not the sums to the bias, whose rounding could outweigh
   // them.
   const float* bias = a.packed + a.ci * a.co;
   const float* zeros = bias + a.co;
-  const T* image_x = static_cast<const T*>(a.x) + image * a.ci * a.pixels;
-  const T* image_u = static_cast<const T*>(a.u) + image * a.co * a.pixels;
-  T* image_y = static_cast<T*>(a.y) + image * a.co * a.pixels;
-  for (int64_t i = first; i < last; i += kBlock) {
-    const int count = static_cast<int>(last - i < kBlock ? last - i : kBlock);
-    const int vecs = (count + kLanes - 1) / kLanes;
-    const T* x = image_x + i;
-    for (int64_t c = 0; c < a.ci; ++c, x += a.pixels) {
-      float* out = staged + c * kBlock;
-      fetch(x + kBlock, kLines, 0);
-      for (int v = 0; v < vecs; ++v) {
-        const int n = count - v * kLanes;
-        store(out + v * kLanes, n >= kLanes ? load(x + v * kLanes) : load_n(x + v * kLanes, n));
-      }
-    }
-    const T* u = image_u + i;
-    T* y = image_y + i;
-    for (int64_t c = 0; c < a.co; ++c) {
-      fetch(u + c * a.pixels, kLines, 0);
-      fetch(y + c * a.pixels, kLines, 1);
-    }
-    const PointwiseInput input = {staged, static_cast<ptrdiff_t>(kBlock), static_cast<int>(a.ci)};
-    pointwise_block(&input, 1, 0, a.packed, zeros, static_cast<int>(a.co), product,
-                    static_cast<ptrdiff_t>(kBlock), vecs);
-    for (int64_t c = 0; c < a.co; ++c, u += a.pixels, y += a.pixels) {
-      const float* p = product + c * kBlock;
-      const Vec add = set1(bias[c]);
-      for (int v = 0; v < vecs; ++v) {
-        const int n = count - v * kLanes;
-        const Vec sum = load(p + v * kLanes) + add;
-        if (n >= kLanes) {
-          store(y + v * kLanes, load(u + v * kLanes) * sum);
-        } else {
-          store_n(y + v * kLanes, load_n(u + v * kLanes, n) * sum, n);
-        }
-      }
-    }
+  const int ci = static_cast<int>(a.ci);
+  const int co = static_cast<int>(a.co);
+  for (int64_t i = first; i < last; i += chunk) {
+    const int64_t n = last - i < chunk ? last - i : chunk;
+    const int64_t at = image * a.co * a.pixels + i;
+    const T* x = static_cast<const T*>(a.x) + image * a.ci * a.pixels + i;
+    const T* u = static_cast<const T*>(a.u) + at;
+    T* y = static_cast<T*>(a.y) + at;
+    // While the product is computed: what gates it, where it goes, and the next chunk.
+    PrefetchQueue queue;
+    queue.clear();
+    queue.add_rows(u, a.pixels, co, n, false);
+    queue.add_rows(y, a.pixels, co, n, true);
+    queue.add_rows(x + n, a.pixels, ci, n, false);
+    constexpr int64_t kStepFloats = static_cast<int64_t>(kPointwiseVecs) * kLanes;
+    const int64_t lines = (a.ci + 2 * a.co) * (n * static_cast<int64_t>(sizeof(T)) / 64 + 1);
+    const int64_t steps = pointwise_groups(co) * (n / kStepFloats);
+    stage_planes(staged, stride, x, a.pixels, a.ci, n);
+    const PointwiseInput input = {staged, static_cast<ptrdiff_t>(stride), ci};
+    pointwise_block(&input, 1, 0, a.packed, zeros, co, product, static_cast<ptrdiff_t>(stride),
+                    static_cast<int>((n + kLanes - 1) / kLanes), &queue,
+                    steps > 0 ? static_cast<int>(lines / steps + 1) : 0);
+    write_planes(y, a.pixels, a.co, n,
+                 [&](int64_t c, int64_t k, int lanes) __attribute__((always_inline)) {
+                   const T* p = u + c * a.pixels + k;
+                   const Vec sum = load(product + c * stride + k) + set1(bias[c]);
+                   return (lanes == kLanes ? load(p) : load_n(p, lanes)) * sum;
+                 });
   }
 }
 

@@ -11,6 +11,16 @@
 namespace sdan_fast {
 namespace SDAN_ISA {
 
+// A line that is about to be written: GCC turns the builtin into a plain prefetch unless told that
+// the processor has the one for writing, as every processor with AVX2 does.
+SDAN_INLINE void prefetch_write(const void* p) {
+#if SDAN_IS_AVX512 || SDAN_IS_AVX2
+  asm volatile("prefetchw %0" : : "m"(*static_cast<const char*>(p)));
+#else
+  __builtin_prefetch(p, 1, 2);
+#endif
+}
+
 class PrefetchQueue {
  public:
   SDAN_INLINE void clear() { count_ = current_ = 0; }
@@ -27,23 +37,28 @@ class PrefetchQueue {
                         write};
   }
 
+  // `rows` rows of n elements, `stride` elements apart.
+  template <typename T>
+  SDAN_INLINE void add_rows(const T* p, int64_t stride, int rows, int64_t n, bool write) {
+    if (n <= 0 || rows <= 0 || count_ == kMost) return;
+    const int64_t size = static_cast<int64_t>(sizeof(T));
+    items_[count_++] = {reinterpret_cast<const char*>(p),
+                        static_cast<ptrdiff_t>(stride * size),
+                        n * size,
+                        0,
+                        rows,
+                        write};
+  }
+
   SDAN_INLINE void step(int lines) {
     for (; lines > 0 && current_ < count_; --lines) {
       Item& item = items_[current_];
       const char* p = item.row + item.at;
-#if SDAN_IS_AVX512 || SDAN_IS_AVX2
       if (item.write) {
-        asm volatile("prefetchw %0" : : "m"(*p));
+        prefetch_write(p);
       } else {
         __builtin_prefetch(p, 0, 2);
       }
-#else
-      if (item.write) {
-        __builtin_prefetch(p, 1, 2);
-      } else {
-        __builtin_prefetch(p, 0, 2);
-      }
-#endif
       item.at += 64;
       if (item.at < item.bytes) continue;
       item.at = 0;

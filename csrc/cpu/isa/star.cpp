@@ -30,7 +30,7 @@ void run(const StarArgs& args, int64_t begin, int64_t end) {
   const T* b = static_cast<const T*>(args.b);
   T* y = static_cast<T*>(args.y);
   int64_t i = begin;
-  if constexpr (A == Activation::kGelu && !kOuter) {
+  if constexpr (A == Activation::kGelu) {
     constexpr int V = SDAN_IS_AVX512 ? 4 : 2;
     for (; i + V * kLanes <= end; i += V * kLanes) {
       Vec v[V];
@@ -38,7 +38,17 @@ void run(const StarArgs& args, int64_t begin, int64_t end) {
       for (int k = 0; k < V; ++k) v[k] = load(a + i + k * kLanes);
       gelu(v);
 #pragma GCC unroll 4
-      for (int k = 0; k < V; ++k) store(y + i + k * kLanes, v[k] * load(b + i + k * kLanes));
+      for (int k = 0; k < V; ++k) v[k] = v[k] * load(b + i + k * kLanes);
+      if constexpr (kOuter) {
+        if (args.outer == Activation::kGelu) {
+          gelu(v);
+        } else {
+#pragma GCC unroll 4
+          for (int k = 0; k < V; ++k) v[k] = activate_switch(args.outer, v[k]);
+        }
+      }
+#pragma GCC unroll 4
+      for (int k = 0; k < V; ++k) store(y + i + k * kLanes, v[k]);
     }
   }
   for (; i + kLanes <= end; i += kLanes) {

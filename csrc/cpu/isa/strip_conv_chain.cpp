@@ -1,8 +1,10 @@
-// A chain of strip convolutions as one horizontal and one vertical pass over a resident tile.
+// A chain of strip convolutions as one horizontal and one vertical pass, a band of rows at a time.
 //
 // On a zero-padded grid the horizontal convolutions act on rows and the vertical ones on columns,
-// so they commute: all horizontal ones run first, row by row while the row is hot, then all
-// vertical ones. The biases, which the reordering would misplace, add a field that is exactly
+// so they commute: all horizontal ones run first, a few rows at a time while they are hot, then all
+// vertical ones, each reading a window of rows that slides down the tile, so that what lies between
+// the input and the output never leaves the cache. The biases, which the reordering would misplace,
+// add a field that is exactly
 //   sum over stages s of  (bh_s a_s + bv_s a_{s+1})(h)  r_s(w),
 // a_s = V_S ... V_s 1 (a column), r_s = H_S ... H_{s+1} 1 (a row), every operator zero-padded to
 // the image.
@@ -52,16 +54,28 @@ struct NoPrepare {
   SDAN_INLINE void operator()(int64_t) const {}
 };
 
-// Runs strips [from, stages) along one line of pixels; `taps` holds each as a row convolution. The
-// line lies in `a`, zero outside the image, and pixel 0 of `a` and of `b`, the other buffer, stands
-// at axis.out_first - pad_from(strips, 0, stages). The tile's outputs go to `dest`.
+// Rows that the horizontal pass takes together: with channels as lanes, a vector of the input then
+// serves several taps and a weight several rows.
 template <bool kLanewise>
-void run_line(float* a, float* b, const StripArgs* strips, const Taps* taps, int64_t from,
-              int64_t stages, const Axis& axis, float* dest) {
+constexpr int64_t line_rows() {
+  return kLanewise ? kConvVecs : 1;
+}
+
+// Runs strips [from, stages) along `count` lines of pixels, `line_floats` apart; `taps` holds each
+// as a row convolution. The lines lie in `a`, zero outside the image, and pixel 0 of `a` and of
+// `b`, the other buffer, stands at axis.out_first - pad_from(strips, 0, stages). The tile's outputs
+// go to `dest`, lines dest_floats apart.
+template <bool kLanewise>
+void run_lines(float* a, float* b, int64_t line_floats, int64_t count, const StripArgs* strips,
+               const Taps* taps, int64_t from, int64_t stages, const Axis& axis, float* dest,
+               int64_t dest_floats) {
   constexpr int kStep = pixel_floats<kLanewise>();
   const int64_t pad = pad_from(strips, 0, stages);
   if (from == stages) {
-    std::memcpy(dest, a + pad * kStep, static_cast<size_t>(axis.out_count * kStep) * sizeof(float));
+    for (int64_t l = 0; l < count; ++l) {
+      std::memcpy(dest + l * dest_floats, a + l * line_floats + pad * kStep,
+                  static_cast<size_t>(axis.out_count * kStep) * sizeof(float));
+    }
     return;
   }
   const int64_t origin = axis.out_first - pad;
@@ -75,13 +89,29 @@ void run_line(float* a, float* b, const StripArgs* strips, const Taps* taps, int
     if (!last) {
       const int64_t wanted = axis.out_first - later - origin;
       const int64_t wanted_end = wanted + axis.out_count + 2 * later;
-      fill_zero(b + wanted * kStep, (begin - wanted) * kStep);
-      fill_zero(b + end * kStep, (wanted_end - end) * kStep);
+      for (int64_t l = 0; l < count; ++l) {
+        fill_zero(b + l * line_floats + wanted * kStep, (begin - wanted) * kStep);
+        fill_zero(b + l * line_floats + end * kStep, (wanted_end - end) * kStep);
+      }
     }
-    const GridSink<kLanewise, float> sink = {last ? dest : b + begin * kStep, 0, kStep, span.count,
-                                             kLanes};
-    conv_rows<kLanewise, 1, kRowConvVecs, 1>(a + (begin - strip_pad(strips[s])) * kStep, taps[s], 0,
-                                             0, span.count, NoBias{}, sink);
+    const float* in = a + (begin - strip_pad(strips[s])) * kStep;
+    float* out = last ? dest : b + begin * kStep;
+    const int64_t out_floats = last ? dest_floats : line_floats;
+    if constexpr (kLanewise) {
+      // The axes change places: pixels are the rows of this convolution, lines its columns.
+      const Taps turned = {taps[s].weights, taps[s].kw, 1,
+                           taps[s].dw,      1,          static_cast<int>(line_floats)};
+      const GridSink<true, float> sink = {out, kStep, out_floats, count, kLanes};
+      const ConvBlock<true, NoBias, GridSink<true, float>, NoFetch> block = {
+          in, turned, {}, sink, {}};
+      conv_tile(&block, 1, kStep, span.count, count, NoPrepare{});
+    } else {
+      for (int64_t l = 0; l < count; ++l) {
+        const GridSink<false, float> sink = {out + l * out_floats, 0, 1, span.count, kLanes};
+        conv_rows<false, 1, kRowConvVecs, 1>(in + l * line_floats, taps[s], 0, 0, span.count,
+                                             NoBias{}, sink, NoFetch{});
+      }
+    }
     float* t = a;
     a = b;
     b = t;
@@ -116,10 +146,17 @@ struct Arena {
   }
 };
 
+// Rows [first, last) of the image after some of the vertical strips; outside the image they are
+// zero. The window slides: what its reader has passed is overwritten.
+struct Level {
+  float* rows;
+  int64_t capacity;
+  int64_t first, last;
+};
+
 struct Buffers {
-  float* tile;       // (rows + halo_h) x row_floats: the horizontal pass's result
-  float* part;       // (rows + halo_h) x part_floats: a vertical stage's, for some of the columns
-  float* line[2];    // (columns + halo_w) pixels
+  Level* levels;     // one per stage: what its vertical strip reads
+  float* line[2];    // line_rows() lines of (columns + halo_w) pixels
   float* column[2];  // (rows + halo_h) pixels
   float* field_row;  // stages x row_floats: r_s
   float* field_col;  // stages x col_floats: bh_s a_s + bv_s a_{s+1}
@@ -127,8 +164,7 @@ struct Buffers {
   Taps* horizontal;  // the strips as row convolutions
   Taps* vertical;    // as column convolutions
   Taps* turned;      // the vertical strips as row convolutions, for the field's column factors
-  int64_t row_floats, col_floats, part_floats;
-  int64_t part_columns;  // a multiple of a vector's pixels
+  int64_t row_floats, col_floats, line_floats;
 };
 
 template <bool kLanewise>
@@ -138,17 +174,18 @@ Buffers lay_out(const StripChainArgs& a, int64_t rows, int64_t columns, Arena* a
   Buffers b;
   b.row_floats = round_up(columns * kStep) + kLanes;
   b.col_floats = round_up(rows * kStep) + kLanes;
-  // 128 KB of columns at a time, at least four vectors: the whole width if only one stage needs
-  // none.
-  constexpr int64_t kBlockPixels = kLanewise ? 4 : 4 * kLanes;
-  b.part_columns = 32 * 1024 / ((rows + a.halo_h) * kStep) / kBlockPixels * kBlockPixels;
-  if (b.part_columns < kBlockPixels) b.part_columns = kBlockPixels;
-  if (b.part_columns > columns || a.stages == 1) b.part_columns = columns;
-  b.part_floats = round_up(b.part_columns * kStep) + kLanes;
-  b.tile = arena->take((rows + a.halo_h) * b.row_floats + kSlack);
-  b.part = a.stages == 1 ? nullptr : arena->take((rows + a.halo_h) * b.part_floats + kSlack);
+  b.line_floats = round_up((columns + a.halo_w) * kStep) + kSlack + kLanes;
+  b.levels = reinterpret_cast<Level*>(
+      arena->take(static_cast<int64_t>((sizeof(Level) + 3) / 4) * a.stages));
+  for (int64_t s = 0; s < a.stages; ++s) {
+    const int64_t halo = 2 * pad_from(a.vertical, s, a.stages);
+    int64_t capacity = strip_level_rows(a.band, halo);
+    if (capacity > rows + halo) capacity = rows + halo;
+    float* p = arena->take(capacity * b.row_floats + kSlack);
+    if (arena->base != nullptr) b.levels[s] = {p, capacity, 0, 0};
+  }
   for (int i = 0; i < 2; ++i) {
-    b.line[i] = arena->take((columns + a.halo_w) * kStep + kSlack);
+    b.line[i] = arena->take(line_rows<kLanewise>() * b.line_floats + kSlack);
     b.column[i] = arena->take((rows + a.halo_h) * kStep + kSlack);
   }
   b.field_row = arena->take(a.stages * b.row_floats + kSlack);
@@ -185,8 +222,8 @@ void make_field(const StripChainArgs& a, const Buffers& b, const Axis& rows, con
   constexpr int kStep = pixel_floats<kLanewise>();
   for (int64_t s = 0; s < a.stages; ++s) {
     ones_line<kLanewise>(b.line[0], a.horizontal, a.stages, columns);
-    run_line<kLanewise>(b.line[0], b.line[1], a.horizontal, b.horizontal, s + 1, a.stages, columns,
-                        b.field_row + s * b.row_floats);
+    run_lines<kLanewise>(b.line[0], b.line[1], b.line_floats, 1, a.horizontal, b.horizontal, s + 1,
+                         a.stages, columns, b.field_row + s * b.row_floats, 0);
     float* q = b.field_col + s * b.col_floats;
     for (int64_t i = 0; i < rows.out_count * kStep; i += kLanes) store(q + i, zero());
     for (int term = 0; term < 2; ++term) {  // bh_s a_s, then bv_s a_{s+1}
@@ -194,8 +231,8 @@ void make_field(const StripChainArgs& a, const Buffers& b, const Axis& rows, con
       if (bias == nullptr) continue;
       const Vec scale = channel_vec<kLanewise, T>(bias, c0, channels);
       ones_line<kLanewise>(b.column[0], a.vertical, a.stages, rows);
-      run_line<kLanewise>(b.column[0], b.column[1], a.vertical, b.turned, s + term, a.stages, rows,
-                          b.work);
+      run_lines<kLanewise>(b.column[0], b.column[1], 0, 1, a.vertical, b.turned, s + term, a.stages,
+                           rows, b.work, 0);
       for (int64_t i = 0; i < rows.out_count * kStep; i += kLanes) {
         store(q + i, fma(load(b.work + i), scale, load(q + i)));
       }
@@ -211,10 +248,12 @@ struct FieldBias {
   int64_t row_floats, col_floats, stages;
   SDAN_INLINE Vec operator()(int64_t r, int64_t c) const {
     constexpr int kStep = pixel_floats<kLanewise>();
-    Vec sum = zero();
-    for (int64_t s = 0; s < stages; ++s) {
-      const Vec q = load_weight<kLanewise>(col + s * col_floats + r * kStep);
-      sum = fma(q, load(row + s * row_floats + c * kStep), sum);
+    if (stages == 0) return zero();
+    const float* q = col + r * kStep;
+    const float* w = row + c * kStep;
+    Vec sum = load_weight<kLanewise>(q) * load(w);
+    for (int64_t s = 1; s < stages; ++s) {
+      sum = fma(load_weight<kLanewise>(q + s * col_floats), load(w + s * row_floats), sum);
     }
     return sum;
   }
@@ -236,47 +275,67 @@ struct TileSink {
   }
 };
 
-// The vertical stages of columns [c0, c0 + columns) of the tile, back and forth between the tile
-// and the part. Row 0 of either stands at the tile's first output row less the whole pad.
+// One tile on its way down: its windows and what fills them.
 template <bool kLanewise, typename T>
-void vertical_pass(const StripChainArgs& a, const Buffers& b, const Axis& rows, int64_t c0,
-                   int64_t columns, T* y, int64_t pixel, int channels) {
-  constexpr int kStep = pixel_floats<kLanewise>();
-  const int64_t pad = a.halo_h / 2;
-  float* from = b.tile + c0 * kStep;
-  float* to = b.part;
-  int64_t from_floats = b.row_floats;
-  int64_t to_floats = b.part_floats;
-  for (int64_t s = 0; s < a.stages; ++s) {
-    const int64_t later = pad_from(a.vertical, s + 1, a.stages);
-    const Span span = clipped(rows, later);
-    const int64_t begin = span.first - (rows.out_first - pad);
-    const int64_t end = begin + span.count;
-    const float* in = from + (begin - strip_pad(a.vertical[s])) * from_floats;
-    if (s + 1 == a.stages) {
-      const GridSink<kLanewise, T> sink = {y, a.w * pixel, pixel, columns, channels};
-      const FieldBias<kLanewise> field = {b.field_row + c0 * kStep, b.field_col, b.row_floats,
-                                          b.col_floats, a.any_bias ? a.stages : 0};
-      const ConvBlock<kLanewise, FieldBias<kLanewise>, GridSink<kLanewise, T>> block = {
-          in, b.vertical[s], field, sink};
-      conv_tile(&block, 1, from_floats, span.count, columns, NoPrepare{});
+struct Bands {
+  static constexpr int kStep = pixel_floats<kLanewise>();
+  const StripChainArgs& a;
+  const Buffers& b;
+  const Axis& columns;
+  const T* x;     // the plane
+  int64_t pixel;  // elements from one pixel to the next
+  int channels;
+
+  // The horizontal strips of image rows [from, to), which all exist.
+  void horizontal(int64_t from, int64_t to, float* out) const {
+    constexpr int64_t kRows = line_rows<kLanewise>();
+    const int64_t width = columns.out_count + a.halo_w;
+    const int64_t row = a.w * pixel;
+    for (int64_t r = from; r < to; r += kRows, out += kRows * b.row_floats) {
+      const int64_t count = to - r < kRows ? to - r : kRows;
+      for (int64_t l = 0; l < count; ++l) {
+        stage_row<kLanewise>(b.line[0] + l * b.line_floats, x + (r + l) * row,
+                             columns.out_first - a.halo_w / 2, width, a.w, pixel, channels, kStep);
+      }
+      run_lines<kLanewise>(b.line[0], b.line[1], b.line_floats, count, a.horizontal, b.horizontal,
+                           0, a.stages, columns, out, b.row_floats);
+    }
+  }
+
+  // The input of vertical strip s shall hold image rows [from, to).
+  void fill(int64_t s, int64_t from, int64_t to) const {
+    Level& level = b.levels[s];
+    if (to <= level.last) return;
+    if (to - level.first > level.capacity) {
+      const int64_t kept = level.last - from;
+      std::memmove(level.rows, level.rows + (from - level.first) * b.row_floats,
+                   static_cast<size_t>(kept * b.row_floats) * sizeof(float));
+      level.first = from;
+    }
+    float* rows = level.rows - level.first * b.row_floats;
+    const int64_t begin = level.last < 0 ? (to < 0 ? to : 0) : level.last;
+    const int64_t end = to > a.h ? (begin > a.h ? begin : a.h) : to;
+    for (int64_t r = level.last; r < begin; ++r) fill_zero(rows + r * b.row_floats, b.row_floats);
+    for (int64_t r = end; r < to; ++r) fill_zero(rows + r * b.row_floats, b.row_floats);
+    level.last = to;
+    if (begin >= end) return;
+    if (s == 0) {
+      horizontal(begin, end, rows + begin * b.row_floats);
       return;
     }
-    const int64_t wanted = pad - later;
-    const int64_t wanted_end = wanted + rows.out_count + 2 * later;
-    for (int64_t r = wanted; r < begin; ++r) fill_zero(to + r * to_floats, columns * kStep);
-    for (int64_t r = end; r < wanted_end; ++r) fill_zero(to + r * to_floats, columns * kStep);
-    const TileSink<kLanewise> sink = {to + begin * to_floats, to_floats, columns};
-    const ConvBlock<kLanewise, NoBias, TileSink<kLanewise>> block = {in, b.vertical[s], {}, sink};
-    conv_tile(&block, 1, from_floats, span.count, columns, NoPrepare{});
-    float* t = from;
-    from = to;
-    to = t;
-    const int64_t f = from_floats;
-    from_floats = to_floats;
-    to_floats = f;
+    const TileSink<kLanewise> sink = {rows + begin * b.row_floats, b.row_floats, columns.out_count};
+    const ConvBlock<kLanewise, NoBias, TileSink<kLanewise>, NoFetch> block = {
+        window(s - 1, begin, end), b.vertical[s - 1], {}, sink, {}};
+    conv_tile(&block, 1, b.row_floats, end - begin, columns.out_count, NoPrepare{});
   }
-}
+
+  // Row 0 of what vertical strip s reads for its outputs [from, to).
+  const float* window(int64_t s, int64_t from, int64_t to) const {
+    const int64_t pad = strip_pad(a.vertical[s]);
+    fill(s, from - pad, to + pad);
+    return b.levels[s].rows + (from - pad - b.levels[s].first) * b.row_floats;
+  }
+};
 
 template <bool kLanewise, typename T>
 void run_tile(const StripChainArgs& a, int64_t n, int64_t block, int64_t tile) {
@@ -306,28 +365,23 @@ void run_tile(const StripChainArgs& a, int64_t n, int64_t block, int64_t tile) {
   const int64_t plane = kLanewise ? n * a.h * a.w * a.c + c0 : (n * a.c + c0) * a.h * a.w;
   const T* x = static_cast<const T*>(a.x) + plane;
 
-  // The horizontal pass over every row that the vertical one will read.
-  const int64_t pad_h = a.halo_h / 2;
-  const int64_t pad_w = a.halo_w / 2;
-  const int64_t in_rows = rows.out_count + a.halo_h;
-  for (int64_t r = 0; r < in_rows; ++r) {
-    const int64_t h = h0 - pad_h + r;
-    float* out = b.tile + r * b.row_floats;
-    if (h < 0 || h >= a.h) {
-      fill_zero(out, b.row_floats);
-      continue;
-    }
-    stage_row<kLanewise>(b.line[0], x + h * a.w * pixel, w0 - pad_w, columns.out_count + a.halo_w,
-                         a.w, pixel, channels, pixel_floats<kLanewise>(), 4 * a.w * pixel);
-    run_line<kLanewise>(b.line[0], b.line[1], a.horizontal, b.horizontal, 0, a.stages, columns,
-                        out);
+  const Bands<kLanewise, T> bands = {a, b, columns, x, pixel, channels};
+  for (int64_t s = 0; s < a.stages; ++s) {
+    b.levels[s].first = b.levels[s].last = h0 - pad_from(a.vertical, s, a.stages);
   }
-
-  T* y = static_cast<T*>(a.y) + plane + (h0 * a.w + w0) * pixel;
-  for (int64_t c = 0; c < columns.out_count; c += b.part_columns) {
-    const int64_t left = columns.out_count - c;
-    vertical_pass<kLanewise>(a, b, rows, c, left < b.part_columns ? left : b.part_columns,
-                             y + c * pixel, pixel, channels);
+  const int64_t row = a.w * pixel;
+  for (int64_t r = 0; r < rows.out_count; r += a.band) {
+    const int64_t count = rows.out_count - r < a.band ? rows.out_count - r : a.band;
+    const int64_t at = (h0 + r) * row + w0 * pixel;
+    T* y = static_cast<T*>(a.y) + plane + at;
+    const GridSink<kLanewise, T> sink = {y, row, pixel, columns.out_count, channels};
+    const FieldBias<kLanewise> field = {b.field_row, b.field_col + r * pixel_floats<kLanewise>(),
+                                        b.row_floats, b.col_floats, a.any_bias ? a.stages : 0};
+    const Fetch<kLanewise, T> fetch = {x + at + (a.halo_h / 2 + a.band) * row, y, row, pixel};
+    const ConvBlock<kLanewise, FieldBias<kLanewise>, GridSink<kLanewise, T>, Fetch<kLanewise, T>>
+        block = {bands.window(a.stages - 1, h0 + r, h0 + r + count), b.vertical[a.stages - 1],
+                 field, sink, fetch};
+    conv_tile(&block, 1, b.row_floats, count, columns.out_count, NoPrepare{});
   }
 }
 

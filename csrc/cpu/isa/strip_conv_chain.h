@@ -27,8 +27,15 @@ struct StripChainArgs {
   const StripArgs* vertical;
   int64_t halo_h, halo_w;  // both sides together, of all stages
   int64_t lanes;
+  int64_t band;  // output rows computed at a time
   TileGrid grid;
 };
+
+// Rows of the window that a vertical strip reads, when it and the later ones have this halo: moving
+// the halo back to the window's start is due once in two bands.
+inline int64_t strip_level_rows(int64_t band, int64_t halo) {
+  return halo + 3 * band;
+}
 
 }  // namespace sdan_fast
 

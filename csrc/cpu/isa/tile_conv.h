@@ -11,6 +11,7 @@
 // R taps, because unaligned loads rather than multiply-adds would bind otherwise.
 #pragma once
 
+#include "prefetch.h"
 #include "vec.h"
 
 namespace sdan_fast {
@@ -172,13 +173,47 @@ struct GridSink {
   }
 };
 
+// Asks for the cache lines of image rows that are staged or read `in` rows on, and of the outputs
+// of the next block, one block's worth at a time: all the rows of a group at once would stall on
+// the few misses that a core may have outstanding, and then leave the memory idle while it
+// computes.
+template <bool kLanewise, typename T>
+struct Fetch {
+  const T* in;   // what stands there when block (0, 0) is computed
+  const T* out;  // output (0, 0)
+  int64_t row, pixel;
+  template <int R, int V>
+  SDAN_INLINE void operator()(int64_t row0, int64_t column, int64_t dh) const {
+    // 16-bit pixels share a line between two vectors of NCHW.
+    constexpr int kEvery = kLanewise || kLanes * sizeof(T) >= 64 ? 1 : 64 / (kLanes * sizeof(T));
+    const int64_t next = kLanewise ? pixel : kLanes;
+    const int64_t first = column * (kLanewise ? pixel : 1);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const int64_t at = (row0 + r * dh) * row + first;
+#pragma GCC unroll 8
+      for (int v = 0; v < V; v += kEvery) {
+        __builtin_prefetch(in + at + v * next, 0, 2);  // the first level is full of this window
+        prefetch_write(out + at + (V + v) * next);
+      }
+    }
+  }
+};
+
+struct NoFetch {
+  template <int R, int V>
+  SDAN_INLINE void operator()(int64_t, int64_t, int64_t) const {}
+};
+
 // One block: R rows dh apart by V vectors. `bias(row, column)` is added to the sums, last, since
 // starting from a large bias would round every product to its unit; `sink(row, column, sums)` takes
 // V vectors of one row. Rows and columns count output pixels of the tile.
-template <bool kLanewise, int R, int V, int KH, typename Bias, typename Sink>
+template <bool kLanewise, int R, int V, int KH, typename Bias, typename Sink, typename Fetcher>
 SDAN_INLINE void conv_block(const float* x, const Taps& taps, ptrdiff_t row_floats, int64_t row0,
-                            int64_t column0, const Bias& bias, const Sink& sink) {
+                            int64_t column0, const Bias& bias, const Sink& sink,
+                            const Fetcher& fetch) {
   constexpr int kVecPixels = kLanewise ? 1 : kLanes;
+  fetch.template operator()<R, V>(row0, column0, taps.dh);
   Vec acc[R][V];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
@@ -197,10 +232,10 @@ SDAN_INLINE void conv_block(const float* x, const Taps& taps, ptrdiff_t row_floa
 }
 
 // A group of R rows over all columns. Not inlined: each instance is one hot loop.
-template <bool kLanewise, int R, int V, int KH, typename Bias, typename Sink>
+template <bool kLanewise, int R, int V, int KH, typename Bias, typename Sink, typename Fetcher>
 __attribute__((noinline)) void conv_rows(const float* x, const Taps& taps, ptrdiff_t row_floats,
                                          int64_t row0, int64_t columns, const Bias& bias,
-                                         const Sink& sink) {
+                                         const Sink& sink, const Fetcher& fetch) {
   constexpr int kVecPixels = kLanewise ? 1 : kLanes;
   const ptrdiff_t pixel = kLanewise ? taps.pixel : 1;
   x += row0 * row_floats;
@@ -209,18 +244,18 @@ __attribute__((noinline)) void conv_rows(const float* x, const Taps& taps, ptrdi
     // Three vectors left of four are cheaper as four: the sums are more independent chains.
     const int64_t left = (columns - c + kVecPixels - 1) / kVecPixels;
     if (left >= V || (V >= 4 && left == V - 1)) {
-      conv_block<kLanewise, R, V, KH>(x + c * pixel, taps, row_floats, row0, c, bias, sink);
+      conv_block<kLanewise, R, V, KH>(x + c * pixel, taps, row_floats, row0, c, bias, sink, fetch);
       c += V * kVecPixels;
     } else if (V >= 8 && left >= 3) {
       conv_block<kLanewise, R, (V >= 8 ? V / 2 : 1), KH>(x + c * pixel, taps, row_floats, row0, c,
-                                                         bias, sink);
+                                                         bias, sink, fetch);
       c += (V / 2) * kVecPixels;
     } else if (V >= 4 && left >= 2) {
       conv_block<kLanewise, R, (V >= 4 ? 2 : 1), KH>(x + c * pixel, taps, row_floats, row0, c, bias,
-                                                     sink);
+                                                     sink, fetch);
       c += 2 * kVecPixels;
     } else {
-      conv_block<kLanewise, R, 1, KH>(x + c * pixel, taps, row_floats, row0, c, bias, sink);
+      conv_block<kLanewise, R, 1, KH>(x + c * pixel, taps, row_floats, row0, c, bias, sink, fetch);
       c += kVecPixels;
     }
   }
@@ -228,15 +263,16 @@ __attribute__((noinline)) void conv_rows(const float* x, const Taps& taps, ptrdi
 
 // One vector's worth of channels of a tile: its first padded input, its taps, what to add, where to
 // write.
-template <bool kLanewise, typename Bias, typename Sink>
+template <bool kLanewise, typename Bias, typename Sink, typename Fetcher>
 struct ConvBlock {
   const float* x;
   Taps taps;
   Bias bias;
   Sink sink;
+  Fetcher fetch;
   template <int R, int V, int KH>
   SDAN_INLINE void rows(ptrdiff_t row_floats, int64_t row, int64_t columns) const {
-    conv_rows<kLanewise, R, V, KH>(x, taps, row_floats, row, columns, bias, sink);
+    conv_rows<kLanewise, R, V, KH>(x, taps, row_floats, row, columns, bias, sink, fetch);
   }
 };
 
@@ -295,12 +331,10 @@ SDAN_INLINE void fill_zero(float* p, int64_t n) {
 
 // Copies image row `x` (pixels of one plane, or of `channels` channels at distance `pixel_stride`)
 // into a tile row of pixels of `step` floats: columns [first, first + columns) of the image, zero
-// where outside [0, width). The row needs a vector of slack at its end. What lies `ahead` elements
-// further is prefetched: the convolution between two stagings is longer than the processor looks
-// ahead.
+// where outside [0, width). The row needs a vector of slack at its end.
 template <bool kLanewise, typename T>
 SDAN_INLINE void stage_row(float* out, const T* x, int64_t first, int64_t columns, int64_t width,
-                           int64_t pixel_stride, int channels, int step, int64_t ahead) {
+                           int64_t pixel_stride, int channels, int step) {
   const int64_t begin = first < 0 ? (-first < columns ? -first : columns) : 0;
   int64_t end = width - first;
   end = end > columns ? columns : (end < begin ? begin : end);
@@ -314,37 +348,15 @@ SDAN_INLINE void stage_row(float* out, const T* x, int64_t first, int64_t column
     const int tail = channels % kLanes;
     const int whole = channels - tail;
     for (int64_t c = begin; c < end; ++c, p += pixel_stride, o += step) {
-      for (int k = 0; k < whole; k += kLanes) {
-        __builtin_prefetch(p + k + ahead);
-        store(o + k, load(p + k));
-      }
-      if (tail != 0) {
-        __builtin_prefetch(p + whole + ahead);
-        store(o + whole, load_n(p + whole, tail));
-      }
+      for (int k = 0; k < whole; k += kLanes) store(o + k, load(p + k));
+      if (tail != 0) store(o + whole, load_n(p + whole, tail));
     }
   } else {
     const T* p = x + first;
     int64_t c = begin;
-    for (; c + kLanes <= end; c += kLanes) {
-      __builtin_prefetch(p + c + ahead);
-      store(out + c, load(p + c));
-    }
+    for (; c + kLanes <= end; c += kLanes) store(out + c, load(p + c));
     if (c < end)
       store_n(out + c, load_n(p + c, static_cast<int>(end - c)), static_cast<int>(end - c));
-  }
-}
-
-// Fetches the cache lines of a row of outputs that is about to be written.
-template <typename T>
-SDAN_INLINE void prefetch_row(const T* y, int64_t columns, int64_t pixel_stride, int channels) {
-  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
-  if (pixel_stride == channels) {
-    for (int64_t i = 0; i < columns * pixel_stride; i += kLine) __builtin_prefetch(y + i, 1);
-    return;
-  }
-  for (int64_t c = 0; c < columns; ++c) {
-    for (int64_t i = 0; i < channels; i += kLine) __builtin_prefetch(y + c * pixel_stride + i, 1);
   }
 }
 
