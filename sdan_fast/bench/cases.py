@@ -283,9 +283,9 @@ def cases(
         ValueError: for an op or a dtype that is not in the tables.
     """
     chosen = list(SUBJECTS) if ops is None else list(ops)
-    for name, table in [*((op, SUBJECTS) for op in chosen), *((d, DTYPES) for d in dtypes)]:
-        if name not in table:
-            raise ValueError(f"must be one of {', '.join(table)}, and it is {name!r}")
+    for name, known in [*((op, list(SUBJECTS)) for op in chosen), *((d, list(DTYPES)) for d in dtypes)]:
+        if name not in known:
+            raise ValueError(f"must be one of {', '.join(known)}, and it is {name!r}")
     sizes = list(sizes or (FULL_SIZES if full else SIZES))
     return [
         Case(SUBJECTS[op], variant, size, dtype, batch)

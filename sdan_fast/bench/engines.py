@@ -40,7 +40,7 @@ def to_onnx(network: nn.Module, x: Tensor) -> bytes:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             # The exporter that needs nothing beyond onnx. Its graph keeps LayerNorm, GELU and DepthToSpace whole.
-            torch.onnx.export(network, (x,), buffer, dynamo=False, opset_version=20)
+            torch.onnx.export(network, (x,), buffer, dynamo=False, opset_version=20)  # type: ignore[arg-type]
     except Exception as error:
         raise Absent(f"torch.onnx.export failed: {(str(error).strip() or '-').splitlines()[0]}") from error
     return buffer.getvalue()

@@ -101,7 +101,7 @@ def ops_lines(rows: Sequence[Row]) -> Iterable[list[str]]:
             share = "" if row.share is None else f"{row.share:.2f}"
             yield [*what, "-", why, *[""] * 5, share]
             continue
-        f, share = row.figures or {}, row.share or 0.0
+        f = row.figures or {}
         yield [
             *what,
             duration(row.median),
@@ -111,7 +111,7 @@ def ops_lines(rows: Sequence[Row]) -> Iterable[list[str]]:
             f"{f['share_of_clone_bandwidth']:.0%}",
             f"{f['share_of_fma_rate']:.0%}",
             f"{f['times_the_floor']:.2f}",
-            f"{share:.2f}",
+            f"{row.share or 0.0:.2f}",
         ]
 
 
