@@ -28,11 +28,19 @@ enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
 Isa picked_isa();
 const char* isa_name(Isa isa);
 
+// Whether the picked set's kernels may multiply pairs of bfloat16 (AVX512-BF16): the processor can,
+// and SDAN_FAST_CPU_ISA names no set, not even avx512.
+bool picked_pairs();
+
 // At least `bytes` bytes, 64-byte aligned, owned by the calling thread and reused by its next call
 // for the same slot: the kernels' scratch, so that a hot path allocates nothing but its output.
 // Slot 0 is for the body of a parallel loop, slot 1 for what the caller prepares and its threads
 // share.
 void* thread_scratch(size_t bytes, int slot = 0);
+
+// Asks the system to back fresh memory by huge pages, those that lie inside it whole; no more than
+// a hint.
+void prefer_huge_pages(void* data, size_t bytes);
 
 }  // namespace sdan_fast
 

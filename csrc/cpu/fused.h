@@ -15,10 +15,13 @@ struct ImageView {
 };
 
 // A 1x1 convolution: weights as pack_pointwise lays them out, one bias per output (never null).
+// With `pairs` each weight is two bfloat16, of neighbouring input channels (isa/pairs.h); the
+// convolution then reads tiles of pairs.
 struct Pointwise {
   const float* weight;
   const float* bias;
   int ci, co;
+  bool pairs;
 };
 
 // One StarConv, outer(GELU(DW(PW1 z)) * PW2 z) with z = LN(x). The affine part of LN is folded into
@@ -73,14 +76,15 @@ struct BranchPlan {
 
 // The point-wise half: out = x * gate(u); with project.co > 0 it goes on as
 // out = residual + LN(project(x * gate(u))), LN with weight and bias of its own; with collect.co >
-// 0 then also collected = collect(out), added to what is there unless `collect_first`.
+// 0 then also collected = collect(out), or of residual and out side by side if `collect_both`,
+// added to what is there unless `collect_first`.
 struct GatePlan {
   int64_t height, width;
   Pointwise gate, project, collect;
   const float* norm_weight;
   const float* norm_bias;
   float eps;
-  bool collect_first;
+  bool collect_first, collect_both;
   ImageView u, x, residual, out, collected;
 };
 
@@ -99,7 +103,8 @@ struct EdgePlan {
 
 }  // namespace sdan_fast
 
-// Packs the co x ci row-major weights of a 1x1 convolution for pointwise.h; co * ci floats.
+// Packs the co x ci row-major weights of a 1x1 convolution for pointwise.h; co * ci floats, or
+// pairs, whose bits it only moves.
 SDAN_DECLARE_KERNEL(pack_pointwise, const float* weight, int co, int ci, float* packed)
 
 // Bytes of scratch that star_chain_run needs for a region `width` columns wide.

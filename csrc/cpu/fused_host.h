@@ -1,8 +1,9 @@
 // Preparing and scheduling the fused operators: parameters converted and packed, images described,
 // regions cut and handed to threads.
 //
-// For baseline sources only. Parameters are packed on every call: they are a few thousand floats a
-// layer, and so an update in place can never leave a stale copy behind.
+// For baseline sources only. One layer's parameters are packed on every call: they are a few
+// thousand floats, and so an update in place can never leave a stale copy behind. The network keeps
+// what it packed (prepared.h).
 #pragma once
 
 #include <unistd.h>
@@ -13,6 +14,7 @@
 #include <memory>
 #include <new>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "fused.h"
@@ -20,9 +22,17 @@
 
 namespace sdan_fast {
 
-// Floats that live as long as one call, in 64-byte aligned pieces.
+// Floats that live as long as the arena, in 64-byte aligned pieces.
 class FloatArena {
  public:
+  // For an op on tensors of `dtype`: bfloat16 ones multiply pairs where the processor does.
+  explicit FloatArena(DType dtype) : pairs_(dtype == DType::kBFloat16 && picked_pairs()) {}
+
+  // For what is needed only while `other` is being filled.
+  explicit FloatArena(const FloatArena& other) : pairs_(other.pairs_) {}
+
+  bool pairs() const { return pairs_; }
+
   float* take(int64_t count) {
     const size_t bytes = (static_cast<size_t>(count) * sizeof(float) + 63) & ~size_t{63};
     if (chunks_.empty() || used_ + bytes > size_) {
@@ -60,7 +70,15 @@ class FloatArena {
   };
   std::vector<std::unique_ptr<char, Free>> chunks_;
   size_t used_ = 0, size_ = 0;
+  bool pairs_;
 };
+
+// Round to nearest even; parameters are finite.
+inline uint32_t bfloat16_bits(float v) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &v, 4);
+  return (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+}
 
 inline float float_of(bfloat16 v) {
   const uint32_t bits = static_cast<uint32_t>(v.bits) << 16;
@@ -102,17 +120,42 @@ inline float* FloatArena::values(const Tensor& t) {
   return p;
 }
 
+// The 1x1 convolution of one input of `ci` channels, or of several whose channels `inputs` counts:
+// each of them is a tile of its own, and so has pairs of its own.
 inline Pointwise pack(FloatArena& arena, const float* weight, const float* bias, int64_t co,
-                      int64_t ci) {
+                      int64_t ci, std::vector<int64_t> inputs = {}) {
   static const auto pack_kernel = SDAN_PICK_KERNEL(pack_pointwise);
-  float* packed = arena.take(co * ci);
-  pack_kernel(weight, static_cast<int>(co), static_cast<int>(ci), packed);
-  return {packed, bias, static_cast<int>(ci), static_cast<int>(co)};
+  int64_t rows = ci;
+  std::vector<float> paired;
+  if (arena.pairs()) {
+    if (inputs.empty()) inputs.push_back(ci);
+    rows = 0;
+    for (const int64_t n : inputs) rows += (n + 1) / 2;
+    paired.resize(static_cast<size_t>(co * rows));
+    float* p = paired.data();
+    for (int64_t m = 0; m < co; ++m) {
+      const float* w = weight + m * ci;
+      for (const int64_t n : inputs) {
+        for (int64_t k = 0; k < n; k += 2) {
+          const uint32_t both =
+              bfloat16_bits(w[k]) | (k + 1 < n ? bfloat16_bits(w[k + 1]) << 16 : 0u);
+          __builtin_memcpy(p++, &both, 4);
+        }
+        w += n;
+      }
+    }
+    weight = paired.data();
+  }
+  float* packed = arena.take(co * rows);
+  pack_kernel(weight, static_cast<int>(co), static_cast<int>(rows), packed);
+  return {packed, bias, static_cast<int>(ci), static_cast<int>(co), arena.pairs()};
 }
 
-inline Pointwise pack(FloatArena& arena, const Tensor& weight, const std::optional<Tensor>& bias) {
-  return pack(arena, arena.values(weight), arena.values_or(bias, weight.size(0), 0.0f),
-              weight.size(0), weight.size(1));
+inline Pointwise pack(FloatArena& arena, const Tensor& weight, const std::optional<Tensor>& bias,
+                      std::vector<int64_t> inputs = {}) {
+  FloatArena rows(arena);
+  return pack(arena, rows.values(weight), arena.values_or(bias, weight.size(0), 0.0f),
+              weight.size(0), weight.size(1), std::move(inputs));
 }
 
 // The 1x1 convolution of weight * z + bias, so that the affine part of a LayerNorm needs no pass of
@@ -120,7 +163,8 @@ inline Pointwise pack(FloatArena& arena, const Tensor& weight, const std::option
 inline Pointwise pack_after_norm(FloatArena& arena, const Tensor& weight, const float* norm_weight,
                                  const float* norm_bias) {
   const int64_t co = weight.size(0), ci = weight.size(1);
-  float* w = arena.values(weight);
+  FloatArena rows(arena);
+  float* w = rows.values(weight);
   float* bias = arena.take(co);
   for (int64_t m = 0; m < co; ++m) {
     double sum = 0;

@@ -185,10 +185,21 @@ inline bool planar(const Tensor& t) {
   return t.stride(3) == 1 || t.size(3) == 1;
 }
 
-inline Tensor empty_planar_float(const Tensor& t) {
-  return torch::stable::empty(t.sizes(), torch::headeronly::ScalarType::Float, std::nullopt,
-                              t.device(), std::nullopt,
-                              torch::headeronly::MemoryFormat::Contiguous);
+// How an image between two sweeps is stored: as what the products read, if they multiply pairs of
+// bfloat16, else in float32.
+inline DType between_dtype(const FloatArena& arena) {
+  return arena.pairs() ? DType::kBFloat16 : DType::kFloat32;
+}
+
+inline Tensor empty_planes(const Tensor& x, torch::headeronly::IntHeaderOnlyArrayRef shape,
+                           DType dtype) {
+  using torch::headeronly::ScalarType;
+  Tensor planes = torch::stable::empty(
+      shape, dtype == DType::kBFloat16 ? ScalarType::BFloat16 : ScalarType::Float, std::nullopt,
+      x.device(), std::nullopt, torch::headeronly::MemoryFormat::Contiguous);
+  // A sweep touches a row of every plane, that is, one small page for each.
+  prefer_huge_pages(planes.data_ptr(), static_cast<size_t>(planes.numel()) * planes.element_size());
+  return planes;
 }
 
 }  // namespace sdan_fast

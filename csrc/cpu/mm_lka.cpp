@@ -10,7 +10,7 @@ Tensor mm_lka(const Tensor& x, std::vector<Tensor> weights, std::vector<Tensor> 
               std::vector<int64_t> lengths) {
   const DType dtype = check_image(x, "mm_lka");
   const int64_t channels = x.size(1);
-  FloatArena arena;
+  FloatArena arena(dtype);
   const Branches branches =
       make_branches(arena, x, channels, weights, biases, bias_mask, dilations, lengths, "mm_lka");
   check_pointwise(proj_weight, x, channels, channels, "mm_lka", "proj_weight");
@@ -20,23 +20,24 @@ Tensor mm_lka(const Tensor& x, std::vector<Tensor> weights, std::vector<Tensor> 
   if (x.numel() == 0) return out;
   // The branches work on planes: an image whose rows are not contiguous is laid out so once.
   const Tensor planes = planar(x) ? x : in_format(x, Format::kContiguous);
-  // Their result stays float32. Where the output is float32 planes itself it lies there until the
-  // gate replaces it, block by block.
-  const bool in_place = dtype == DType::kFloat32 && planar(out);
-  const Tensor gathered = in_place ? out : empty_planar_float(x);
+  // Where the output is planes of what their result is stored as, it lies there until the gate
+  // replaces it, block by block.
+  const DType between = between_dtype(arena);
+  const bool in_place = dtype == between && planar(out);
+  const Tensor gathered = in_place ? out : empty_planes(x, x.sizes(), between);
 
   BranchPlan branch_plan{x.size(2),
                          x.size(3),
                          branches.branches.data(),
                          branches.convs.data(),
                          view_of(planes, dtype),
-                         view_of(gathered, DType::kFloat32)};
+                         view_of(gathered, between)};
   run_branches(branch_plan, branches.branches, x.size(0));
   GatePlan gate{};
   gate.height = x.size(2);
   gate.width = x.size(3);
   gate.gate = pack(arena, proj_weight, proj_bias);
-  gate.u = view_of(gathered, DType::kFloat32);
+  gate.u = view_of(gathered, between);
   gate.x = view_of(planes, dtype);
   gate.out = view_of(out, dtype);
   run_gate(gate, x.size(0));

@@ -8,6 +8,10 @@
 #include <initializer_list>
 #include <new>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "dispatch.h"
 #include "fma_rate.h"
 
@@ -81,15 +85,40 @@ Isa picked_isa() {
   return picked;
 }
 
+bool picked_pairs() {
+#if defined(__x86_64__)
+  static const bool picked = [] {
+    const char* cap = std::getenv(kIsaVariable);
+    return picked_isa() == Isa::kAvx512 && (cap == nullptr || *cap == '\0') &&
+           __builtin_cpu_supports("avx512bf16");
+  }();
+  return picked;
+#else
+  return false;
+#endif
+}
+
+constexpr size_t kHugePage = size_t{2} << 20;
+
+void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) & ~(kHugePage - 1);
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(kHugePage - 1);
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
 void* thread_scratch(size_t bytes, int slot) {
   thread_local Scratch slots[2];
   Scratch& scratch = slots[slot];
   if (bytes > scratch.size) {
     std::free(scratch.data);
     scratch.size = 0;
-    const size_t rounded = (bytes + 4095) & ~static_cast<size_t>(4095);
-    scratch.data = std::aligned_alloc(64, rounded);
+    const size_t page = bytes > kHugePage / 2 ? kHugePage : 4096;
+    const size_t rounded = (bytes + page - 1) & ~(page - 1);
+    scratch.data = std::aligned_alloc(page, rounded);
     if (scratch.data == nullptr) throw std::bad_alloc();
+    prefer_huge_pages(scratch.data, rounded);
     scratch.size = rounded;
   }
   return scratch.data;
@@ -118,9 +147,15 @@ PyObject* isas(PyObject*, PyObject*) {
   return list;
 }
 
+PyObject* bf16_pairs(PyObject*, PyObject*) {
+  return PyBool_FromLong(sdan_fast::picked_pairs() ? 1 : 0);
+}
+
 PyMethodDef methods[] = {
     {"isa", isa, METH_NOARGS,
      "isa() -> str: the instruction set that the kernels of this process use."},
+    {"bf16_pairs", bf16_pairs, METH_NOARGS,
+     "bf16_pairs() -> bool: whether bfloat16 ops multiply pairs of them (AVX512-BF16)."},
     {"isas", isas, METH_NOARGS, "isas() -> list[str]: the instruction sets compiled in."},
     {"fma_loop", sdan_fast::fma_loop, METH_O,
      "fma_loop(rounds) -> float: multiply-adds on registers; how many operations they were."},

@@ -7,8 +7,8 @@
 //
 // distill, star, fuse as in sdm; weights, biases, bias_mask, dilations, lengths as in mm_lka;
 // attn_proj, proj and norm are a weight and a bias each. MM-LKA spans tens of rows, so SDM's result
-// t has to be a tensor of its own, in float32 whatever x is; everything else lives in the output or
-// in scratch of a few rows.
+// t has to be a tensor of its own, in float32, or in bfloat16 if the products are; everything else
+// lives in the output or in scratch of a few rows.
 #include "rsdam.h"
 
 namespace sdan_fast {
@@ -20,17 +20,18 @@ Tensor rsdam(const Tensor& x, std::vector<Tensor> distill, std::vector<Tensor> s
              std::vector<bool> bias_mask, std::vector<int64_t> dilations,
              std::vector<int64_t> lengths, double eps) {
   const DType dtype = check_image(x, "rsdam");
-  FloatArena arena;
-  Rsdam block =
+  FloatArena arena(dtype);
+  const Rsdam block =
       make_rsdam(arena, x, x.size(1), {distill, star, fuse, weights, biases, attn_proj, proj, norm},
                  bias_mask, dilations, lengths, eps, "rsdam");
   Tensor out = empty_in_format(x.sizes(), x, output_format(x));
   if (x.numel() == 0) return out;
-  const Tensor t = empty_planar_float(x);
-  const bool in_place = dtype == DType::kFloat32 && planar(out);
-  const Tensor u = in_place ? out : empty_planar_float(x);
-  run_rsdam(block, x.size(0), x.size(2), x.size(3), view_of(x, dtype), view_of(t, DType::kFloat32),
-            view_of(u, DType::kFloat32), view_of(out, dtype));
+  const DType between = between_dtype(arena);
+  const Tensor t = empty_planes(x, x.sizes(), between);
+  const bool in_place = dtype == between && planar(out);
+  const Tensor u = in_place ? out : empty_planes(x, x.sizes(), between);
+  run_rsdam(block, x.size(0), x.size(2), x.size(3), view_of(x, dtype), view_of(t, between),
+            view_of(u, between), view_of(out, dtype));
   return out;
 }
 

@@ -16,7 +16,7 @@ struct RsdamTensors {
   std::vector<Tensor> distill, star, fuse, weights, biases, attn_proj, proj, norm;
 };
 
-// One block's parameters, packed; heights, widths and views are filled in when it runs.
+// One block's parameters, packed; heights, widths and views are filled in, in copies, when it runs.
 struct Rsdam {
   StarChain chain{};
   Branches branches;
@@ -49,26 +49,29 @@ inline Rsdam make_rsdam(FloatArena& arena, const Tensor& x, int64_t channels, co
   return block;
 }
 
-// out = the block of x. t and u are scratch images, float32 planes; u may be `out` itself, if that
-// is such.
-inline void run_rsdam(Rsdam& block, int64_t images, int64_t height, int64_t width,
+// out = the block of x. t and u are scratch images, planes; u may be `out` itself, if that is
+// such.
+inline void run_rsdam(const Rsdam& block, int64_t images, int64_t height, int64_t width,
                       const ImageView& x, const ImageView& t, const ImageView& u,
-                      const ImageView& out) {
-  block.chain.height = height;
-  block.chain.width = width;
-  block.chain.x = x;
-  block.chain.out = t;
-  run_star_chain(block.chain, images);
+                      const ImageView& out, const ImageView& collected = {}) {
+  StarChain chain = block.chain;
+  chain.height = height;
+  chain.width = width;
+  chain.x = x;
+  chain.out = t;
+  run_star_chain(chain, images);
   const BranchPlan plan{height, width, block.branches.branches.data(), block.branches.convs.data(),
                         t,      u};
   run_branches(plan, block.branches.branches, images);
-  block.gate.height = height;
-  block.gate.width = width;
-  block.gate.u = u;
-  block.gate.x = t;
-  block.gate.residual = x;
-  block.gate.out = out;
-  run_gate(block.gate, images);
+  GatePlan gate = block.gate;
+  gate.height = height;
+  gate.width = width;
+  gate.u = u;
+  gate.x = t;
+  gate.residual = x;
+  gate.out = out;
+  gate.collected = collected;
+  run_gate(gate, images);
 }
 
 }  // namespace sdan_fast

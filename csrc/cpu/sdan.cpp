@@ -11,10 +11,13 @@
 // repeated to make them up. The output is N x (up's channels / scale^2) x scale H x scale W in x's
 // dtype and memory format.
 //
-// In float32 throughout, whatever x is. The global fusion never sees its n C channels side by side:
-// each block adds its share to a running sum while its output is in cache. So the images alive at a
-// time are five: the head's output, the running sum, the block's input (which its output replaces),
-// SDM's output and the branches'.
+// The images between the sweeps are float32, whatever x is; SDM's and the branches' outputs, which
+// only products read, are bfloat16 where these multiply pairs of it. The global fusion never sees
+// its n C channels side by side: every other block adds its share and the one before's to a running
+// sum while both are in cache. So the images alive at a time are five: the head's output, the
+// running sum, the block's input (which its output replaces), SDM's output and the branches'.
+#include "image_memory.h"
+#include "prepared.h"
 #include "rsdam.h"
 
 namespace sdan_fast {
@@ -34,8 +37,9 @@ void make_edge(EdgePlan& plan, FloatArena& arena, const Tensor& x, int64_t ci, i
                   "sdan: ", name, "'s dw.weight must have shape (", co, ", 1, 3, 3), got shape ",
                   shape_of(tensors[1]));
   check_vector(tensors[2], x, co, "sdan", name);
-  const float* all = arena.values(tensors[0]);
-  float* folded = arena.zeros(co * ci);
+  FloatArena rows(arena);
+  const float* all = rows.values(tensors[0]);
+  float* folded = rows.zeros(co * ci);
   for (int64_t m = 0; m < co; ++m) {
     for (int64_t k = 0; k < ci * repeat; ++k) folded[m * ci + k % ci] += all[m * ci * repeat + k];
   }
@@ -44,12 +48,28 @@ void make_edge(EdgePlan& plan, FloatArena& arena, const Tensor& x, int64_t ci, i
   plan.dw_bias = arena.values(tensors[2]);
 }
 
-Tensor sdan(const Tensor& x, std::vector<Tensor> head, std::vector<Tensor> blocks,
-            std::vector<Tensor> fuse, std::vector<Tensor> tail, std::vector<Tensor> up,
-            int64_t scale, int64_t block_count, std::vector<int64_t> dilations,
-            std::vector<int64_t> lengths, double eps) {
+// All parameters, checked against x and packed.
+struct Network {
+  explicit Network(DType dtype) : arena(dtype), ends(DType::kFloat32) {}
+  FloatArena arena;
+  // Products at the network's two ends and into its running sum are float32 always: whatever they
+  // round goes straight to the output, where it is most of bfloat16's error (performance.md), and
+  // they are an eighth of the arithmetic.
+  FloatArena ends;
+  EdgePlan head{}, tail{};
+  std::vector<Rsdam> blocks;
+  int64_t channels = 0, up_channels = 0;
+};
+
+std::shared_ptr<const Network> prepare(const Tensor& x, DType dtype,
+                                       const std::vector<Tensor>& head,
+                                       const std::vector<Tensor>& blocks,
+                                       const std::vector<Tensor>& fuse,
+                                       const std::vector<Tensor>& tail,
+                                       const std::vector<Tensor>& up, int64_t scale,
+                                       int64_t block_count, const std::vector<int64_t>& dilations,
+                                       const std::vector<int64_t>& lengths, double eps) {
   const char* op = "sdan";
-  const DType dtype = check_image(x, op);
   STD_TORCH_CHECK(!head.empty(),
                   "sdan: head must hold pw.weight, dw.weight and dw.bias, got 0 tensors");
   check_like(head[0], x, 4, op, "head");
@@ -79,17 +99,22 @@ Tensor sdan(const Tensor& x, std::vector<Tensor> head, std::vector<Tensor> block
                   ", 3, 3), got shape ", shape_of(up[0]));
   check_vector(up[1], x, up_channels, op, "the bias of up");
 
-  FloatArena arena;
-  const int64_t images = x.size(0), height = x.size(2), width = x.size(3);
-  EdgePlan head_plan{}, tail_plan{};
-  make_edge(head_plan, arena, x, colours, channels, head[0].size(1) / colours, head, "head");
-  make_edge(tail_plan, arena, x, channels, channels, 1, tail, "tail");
+  auto network = std::make_shared<Network>(dtype);
+  network->channels = channels;
+  network->up_channels = up_channels;
+  FloatArena& arena = network->arena;
+  FloatArena& ends = network->ends;
+  EdgePlan& head_plan = network->head;
+  EdgePlan& tail_plan = network->tail;
+  make_edge(head_plan, ends, x, colours, channels, head[0].size(1) / colours, head, "head");
+  make_edge(tail_plan, ends, x, channels, channels, 1, tail, "tail");
   tail_plan.gelu_input = true;
   tail_plan.scale = static_cast<int>(scale);
   {
     // (m, k, i, j) to nine 1x1 convolutions side by side: (m, (3 i + j) C + k).
-    const float* w = arena.values(up[0]);
-    float* nine = arena.take(up_channels * 9 * channels);
+    FloatArena rows(ends);
+    const float* w = rows.values(up[0]);
+    float* nine = rows.take(up_channels * 9 * channels);
     for (int64_t m = 0; m < up_channels; ++m) {
       for (int64_t k = 0; k < channels; ++k) {
         for (int64_t tap = 0; tap < 9; ++tap) {
@@ -97,13 +122,14 @@ Tensor sdan(const Tensor& x, std::vector<Tensor> head, std::vector<Tensor> block
         }
       }
     }
-    tail_plan.up = pack(arena, nine, arena.values(up[1]), up_channels, 9 * channels);
+    tail_plan.up = pack(ends, nine, ends.values(up[1]), up_channels, 9 * channels);
   }
-  const float* fuse_weight = arena.values(fuse[0]);
-  const float* fuse_bias = arena.values(fuse[1]);
-  const float* no_bias = arena.zeros(channels);
+  FloatArena whole(ends);
+  const float* fuse_weight = whole.values(fuse[0]);
+  const float* fuse_bias = ends.values(fuse[1]);
+  const float* no_bias = ends.zeros(channels);
   const std::vector<bool> bias_mask(static_cast<size_t>(convs), true);
-  std::vector<Rsdam> prepared;
+  std::vector<Rsdam>& prepared = network->blocks;
   prepared.reserve(static_cast<size_t>(block_count));
   for (int64_t i = 0; i < block_count; ++i) {
     auto next = blocks.begin() + static_cast<std::ptrdiff_t>(per_block) * i;
@@ -124,39 +150,77 @@ Tensor sdan(const Tensor& x, std::vector<Tensor> head, std::vector<Tensor> block
     t.proj = take(2);
     t.norm = take(2);
     prepared.push_back(make_rsdam(arena, x, channels, t, bias_mask, dilations, lengths, eps, op));
-    float* share = arena.take(channels * channels);
+    // A block's input is at hand when its output is collected: every other block takes both.
+    const bool both = i % 2 == 1;
+    if (!both && i + 1 < block_count) continue;
+    const int64_t shares = both ? 2 : 1;
+    FloatArena rows(ends);
+    float* share = rows.take(channels * channels * shares);
     for (int64_t m = 0; m < channels; ++m) {
-      std::copy_n(fuse_weight + (m * block_count + i) * channels, channels, share + m * channels);
+      std::copy_n(fuse_weight + (m * block_count + i + 1 - shares) * channels, channels * shares,
+                  share + m * channels * shares);
     }
-    prepared.back().gate.collect =
-        pack(arena, share, i == 0 ? fuse_bias : no_bias, channels, channels);
-    prepared.back().gate.collect_first = i == 0;
+    GatePlan& gate = prepared.back().gate;
+    gate.collect_both = both;
+    gate.collect_first = i < 2;
+    gate.collect =
+        pack(ends, share, gate.collect_first ? fuse_bias : no_bias, channels, channels * shares);
   }
 
+  return network;
+}
+
+Tensor sdan(const Tensor& x, std::vector<Tensor> head, std::vector<Tensor> blocks,
+            std::vector<Tensor> fuse, std::vector<Tensor> tail, std::vector<Tensor> up,
+            int64_t scale, int64_t block_count, std::vector<int64_t> dilations,
+            std::vector<int64_t> lengths, double eps) {
+  const char* op = "sdan";
+  const DType dtype = check_image(x, op);
+  static PreparedCache<Network> cache;
+  std::vector<const Tensor*> parameters;
+  for (const std::vector<Tensor>* list : {&head, &blocks, &fuse, &tail, &up}) {
+    for (const Tensor& t : *list) parameters.push_back(&t);
+  }
+  int64_t eps_bits;
+  std::memcpy(&eps_bits, &eps, sizeof(eps_bits));
+  std::vector<int64_t> numbers{static_cast<int64_t>(dtype), x.size(1), scale, block_count,
+                               eps_bits};
+  for (const std::vector<Tensor>* list : {&head, &blocks, &fuse, &tail, &up}) {
+    numbers.push_back(static_cast<int64_t>(list->size()));
+  }
+  numbers.push_back(static_cast<int64_t>(dilations.size()));
+  numbers.insert(numbers.end(), dilations.begin(), dilations.end());
+  numbers.insert(numbers.end(), lengths.begin(), lengths.end());
+  const std::shared_ptr<const Network> network = cache.get(parameters, std::move(numbers), [&] {
+    return prepare(x, dtype, head, blocks, fuse, tail, up, scale, block_count, dilations, lengths,
+                   eps);
+  });
+
+  const int64_t images = x.size(0), height = x.size(2), width = x.size(3);
+  const int64_t channels = network->channels, up_channels = network->up_channels;
   const std::vector<int64_t> out_shape{images, up_channels / (scale * scale), height * scale,
                                        width * scale};
   Tensor out = empty_in_format(out_shape, x, output_format(x));
   if (images == 0 || height == 0 || width == 0) return out;
-  const auto image = [&] {
-    const std::vector<int64_t> shape{images, channels, height, width};
-    return torch::stable::empty(shape, torch::headeronly::ScalarType::Float, std::nullopt,
-                                x.device(), std::nullopt,
-                                torch::headeronly::MemoryFormat::Contiguous);
+  const DType between = between_dtype(network->arena);
+  const auto bytes = [&](DType type) {
+    return ImageMemory::bytes_of(images, channels, height, width, type);
   };
-  const Tensor s = image(), f = image(), t = image(), u = image(), sum = image();
-  const auto view = [](const Tensor& tensor) { return view_of(tensor, DType::kFloat32); };
+  ImageMemory memory(3 * bytes(DType::kFloat32) + 2 * bytes(between));
+  const auto image = [&](DType type) { return memory.take(images, channels, height, width, type); };
+  const ImageView s = image(DType::kFloat32), f = image(DType::kFloat32),
+                  sum = image(DType::kFloat32), t = image(between), u = image(between);
+  EdgePlan head_plan = network->head, tail_plan = network->tail;
   head_plan.height = tail_plan.height = height;
   head_plan.width = tail_plan.width = width;
   head_plan.x = view_of(x, dtype);
-  head_plan.out = view(s);
+  head_plan.out = s;
   run_edge(head_plan, images);
-  for (size_t i = 0; i < prepared.size(); ++i) {
-    Rsdam& block = prepared[i];
-    block.gate.collected = view(sum);
-    run_rsdam(block, images, height, width, view(i == 0 ? s : f), view(t), view(u), view(f));
+  for (size_t i = 0; i < network->blocks.size(); ++i) {
+    run_rsdam(network->blocks[i], images, height, width, i == 0 ? s : f, t, u, f, sum);
   }
-  tail_plan.x = view(sum);
-  tail_plan.residual = view(s);
+  tail_plan.x = sum;
+  tail_plan.residual = s;
   tail_plan.out = view_of(out, dtype);
   run_edge(tail_plan, images);
   return out;

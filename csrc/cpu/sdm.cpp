@@ -14,7 +14,7 @@ namespace {
 Tensor sdm(const Tensor& x, std::vector<Tensor> distill, std::vector<Tensor> star,
            std::vector<Tensor> fuse, double eps) {
   const DType dtype = check_image(x, "sdm");
-  FloatArena arena;
+  FloatArena arena(dtype);
   StarChain chain{};
   make_sdm(chain, arena, x, x.size(1), distill, star, fuse, eps, "sdm");
   chain.height = x.size(2);

@@ -25,6 +25,7 @@ inline void make_sdm(StarChain& chain, FloatArena& arena, const Tensor& x, int64
   chain.channels = static_cast<int>(channels);
   chain.level_count = static_cast<int>(levels);
   int64_t ci = channels, gathered = 0;
+  std::vector<int64_t> fused;
   for (size_t i = 0; i < levels; ++i) {
     const Tensor* s = &star[i * kStarTensors];
     StarLevel& level = chain.levels[i];
@@ -35,12 +36,14 @@ inline void make_sdm(StarChain& chain, FloatArena& arena, const Tensor& x, int64
       check_vector(distill[2 * i + 1], x, distill[2 * i].size(0), op, "each bias of distill");
       level.distill = pack(arena, distill[2 * i], distill[2 * i + 1]);
       gathered += level.distill.co;
+      fused.push_back(level.distill.co);
     }
     ci = level.pw1.co;
   }
   check_pointwise(fuse[0], x, -1, gathered + ci, op, "the weight of fuse");
   check_vector(fuse[1], x, fuse[0].size(0), op, "the bias of fuse");
-  chain.fuse = pack(arena, fuse[0], fuse[1]);
+  fused.push_back(ci);
+  chain.fuse = pack(arena, fuse[0], fuse[1], fused);
 }
 
 }  // namespace sdan_fast

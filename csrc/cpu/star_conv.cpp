@@ -9,7 +9,7 @@ Tensor star_conv(const Tensor& x, const Tensor& norm_weight, std::optional<Tenso
                  const Tensor& pw2_weight, std::string outer, double eps) {
   StarChain chain{};
   const DType dtype = check_image(x, "star_conv");
-  FloatArena arena;
+  FloatArena arena(dtype);
   const int64_t ci = x.size(1);
   chain.height = x.size(2);
   chain.width = x.size(3);

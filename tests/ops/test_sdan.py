@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+import os
 import threading
 from collections.abc import Callable
 
@@ -89,17 +91,94 @@ def test_opcheck_and_flops() -> None:
     assert counts[0] == counts[1] > 0
 
 
-def test_weights_are_never_stale() -> None:
+def add_through_numpy(net: SDAN) -> None:
+    net.tail.dw.bias.detach().numpy()[...] += 0.5
+
+
+def replace(net: SDAN) -> None:
+    net.head.dw.bias = torch.nn.Parameter(net.head.dw.bias + 0.25)
+
+
+def make_strided(net: SDAN) -> None:
+    proj = net.blocks[1].proj.weight
+    proj.data = (2 * proj.data).transpose(0, 1).contiguous().transpose(0, 1)
+
+
+def update_in_inference_mode(net: SDAN) -> None:
+    with torch.inference_mode():
+        net.blocks[0].norm.bias.add_(0.5)
+
+
+CHANGES: dict[str, Callable[[SDAN], object]] = {
+    "in place": lambda net: net.blocks[0].sdm.fuse.weight.mul_(1.5),
+    "behind autograd": lambda net: net.up.bias.data.add_(0.25),
+    "through numpy": add_through_numpy,
+    "replaced": replace,
+    "strided": make_strided,
+    "strided, in place": lambda net: net.blocks[1].proj.weight.mul_(0.5),
+    "in inference mode": update_in_inference_mode,
+    "load_state_dict": lambda net: net.load_state_dict({k: 0.9 * v for k, v in model().state_dict().items()}),
+}
+
+
+@pytest.mark.parametrize("mode", (torch.no_grad, torch.inference_mode), ids=lambda m: m.__name__)
+def test_weights_are_never_stale(mode: Callable) -> None:
+    """What is kept prepared is that of the weights at the time of the call, whichever way they changed."""
     net, x = model(), torch.rand(1, 3, 9, 10)
+    with mode():
+        last = net(x)
+        for how, change in CHANGES.items():
+            with torch.no_grad():
+                change(net)
+            changed = net(x)
+            assert not torch.equal(changed, last), how
+            with sdan_fast.use_backend("reference"):
+                torch.testing.assert_close(changed, net(x), rtol=1e-4, atol=1e-5, msg=how)
+            assert torch.equal(changed, net(x)), how
+            last = changed
+
+
+def test_many_models_in_turn() -> None:
+    """More of them than are kept prepared, of one shape, in two dtypes."""
+    nets = [model(groups=g).to(dtype) for dtype in (torch.float32, torch.bfloat16) for g in (1, 2, 3)]
+    nets += [copy.deepcopy(nets[0])]
     with torch.no_grad():
-        net(x)
-        net.blocks[0].sdm.fuse.weight.mul_(1.5)
-        net.up.bias.data.add_(0.25)
-        changed = net(x)
+        nets[-1].fuse.weight.mul_(1.5)
+        x = torch.rand(1, 3, 7, 6)
+        first = [net(x.to(net.fuse.weight.dtype)) for net in nets]
+        for _ in range(2):
+            for net, wanted in zip(nets, first, strict=True):
+                assert torch.equal(net(x.to(wanted.dtype)), wanted)
+    assert len({tuple(y.flatten().tolist()) for y in first}) == len(nets)
+
+
+def test_a_forked_child_may_call_the_model() -> None:
+    net, x = model(), torch.rand(1, 3, 20, 30)
+    with torch.no_grad():
+        expected = net(x)
+        child = os.fork()
+        if child == 0:
+            torch.set_num_threads(1)  # as a DataLoader's worker does: OpenMP's threads are not forked
+            same = torch.equal(net(x), expected)
+            net.up.bias.add_(1.0)
+            os._exit(0 if same and not torch.equal(net(x), expected) else 1)
+        assert os.waitpid(child, 0)[1] == 0
+        assert torch.equal(net(x), expected)
+
+
+def test_bfloat16_is_closer_to_float32_than_eager_is() -> None:
+    net, x = model(channels=24, groups=2, scale=4), torch.rand(1, 3, 24, 24)
+    x = torch.nn.functional.interpolate(x, scale_factor=2, mode="bicubic").clamp(0, 1)
+    half = copy.deepcopy(net).bfloat16()
+    with torch.no_grad():
         with sdan_fast.use_backend("reference"):
-            torch.testing.assert_close(changed, net(x), rtol=1e-4, atol=1e-5)
-        net.load_state_dict(model(blocks=2).state_dict())
-        torch.testing.assert_close(net(x), model()(x), rtol=1e-4, atol=1e-5)
+            exact, eager = net(x), half(x.bfloat16()).float()
+        ours = half(x.bfloat16()).float()
+
+    def psnr(y: torch.Tensor) -> float:
+        return -10 * math.log10((y - exact).square().mean().item())
+
+    assert psnr(ours) >= psnr(eager) + 2
 
 
 def test_several_threads_may_call_one_model() -> None:

@@ -187,10 +187,11 @@ static inline void store_tile(const ImageView& view, int64_t image, int64_t y, i
 // z[c] = (x[c] - mean) / sqrt(var + eps) over the channels, for V vectors of pixels. A mean far
 // above the deviation costs no digits: it is subtracted before squaring, and what its own rounding
 // left over, the mean of the differences, is taken off as well. Two sums at a time, to have more
-// additions in flight. Meanwhile the lines `ahead` floats further on in x are fetched.
-template <int V>
+// additions in flight. Meanwhile the lines `ahead` floats further on in x are fetched. With kPairs
+// z is written as pairs, and x too, unless `raw` is null.
+template <bool kPairs, int V>
 static void normalise_vecs(const float* x, ptrdiff_t x_stride, int channels, float eps, float* z,
-                           ptrdiff_t z_stride, ptrdiff_t ahead) {
+                           ptrdiff_t z_stride, ptrdiff_t ahead, float* raw) {
   const Vec inverse = set1(1.0f / static_cast<float>(channels));
   Vec sum[2][V], square[2][V], mean[V];
 #pragma GCC unroll 2
@@ -246,7 +247,26 @@ static void normalise_vecs(const float* x, ptrdiff_t x_stride, int channels, flo
   }
   p = x;
   float* q = z;
-  for (c = 0; c < channels; ++c, p += x_stride, q += z_stride) {
+  c = 0;
+  if constexpr (kPairs) {
+    for (; c < channels; c += 2, p += 2 * x_stride, q += z_stride) {
+      const bool both = c + 1 < channels;
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) {
+        const Vec even = load(p + v * kLanes);
+        const Vec odd = both ? load(p + x_stride + v * kLanes) : mean[v];
+        if (v * kLanes % 16 == 0) {
+          __builtin_prefetch(p + v * kLanes + ahead);
+          __builtin_prefetch(p + x_stride + v * kLanes + ahead);
+        }
+        store(q + v * kLanes, make_pairs(fma(even - mean[v], scale[v], shift[v]),
+                                         fma(odd - mean[v], scale[v], shift[v])));
+        if (raw != nullptr) store(raw + (q - z) + v * kLanes, make_pairs(even, odd));
+      }
+    }
+    return;
+  }
+  for (; c < channels; ++c, p += x_stride, q += z_stride) {
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
       const Vec y = load(p + v * kLanes);
@@ -256,14 +276,18 @@ static void normalise_vecs(const float* x, ptrdiff_t x_stride, int channels, flo
   }
 }
 
+template <bool kPairs>
 static inline void normalise_block(const float* x, ptrdiff_t x_stride, int channels, float eps,
-                                   float* z, ptrdiff_t z_stride, int vecs, ptrdiff_t ahead = 0) {
+                                   float* z, ptrdiff_t z_stride, int vecs, ptrdiff_t ahead = 0,
+                                   float* raw = nullptr) {
   int v = 0;
   for (; v + 2 <= vecs; v += 2) {
-    normalise_vecs<2>(x + v * kLanes, x_stride, channels, eps, z + v * kLanes, z_stride, ahead);
+    normalise_vecs<kPairs, 2>(x + v * kLanes, x_stride, channels, eps, z + v * kLanes, z_stride,
+                              ahead, raw == nullptr ? raw : raw + v * kLanes);
   }
   for (; v < vecs; ++v) {
-    normalise_vecs<1>(x + v * kLanes, x_stride, channels, eps, z + v * kLanes, z_stride, ahead);
+    normalise_vecs<kPairs, 1>(x + v * kLanes, x_stride, channels, eps, z + v * kLanes, z_stride,
+                              ahead, raw == nullptr ? raw : raw + v * kLanes);
   }
 }
 
@@ -312,6 +336,17 @@ SDAN_INLINE void star_store(Vec (&s)[V], const float* b, float* out) {
   for (int v = 0; v < V; ++v) store(out + v * kLanes, s[v]);
 }
 
+// s += three taps around each pixel of V vectors of a row.
+template <int V>
+SDAN_INLINE void depthwise_3(const float* row, const float* weight, Vec (&s)[V]) {
+  const Vec w[3] = {set1(weight[0]), set1(weight[1]), set1(weight[2])};
+#pragma GCC unroll 3
+  for (int j = 0; j < 3; ++j) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) s[v] = fma(load(row + v * kLanes + j - 1), w[j], s[v]);
+  }
+}
+
 template <Activation kOuter, int V>
 SDAN_INLINE void star_vecs_3x3(const float* const* rows, ptrdiff_t x, const float* weight,
                                float bias, const float* b, float* out) {
@@ -319,15 +354,7 @@ SDAN_INLINE void star_vecs_3x3(const float* const* rows, ptrdiff_t x, const floa
 #pragma GCC unroll 4
   for (int v = 0; v < V; ++v) s[v] = set1(bias);
 #pragma GCC unroll 3
-  for (int i = 0; i < 3; ++i) {
-    const float* row = rows[i] + x - 1;
-#pragma GCC unroll 3
-    for (int j = 0; j < 3; ++j) {
-      const Vec w = set1(weight[3 * i + j]);
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) s[v] = fma(load(row + v * kLanes + j), w, s[v]);
-    }
-  }
+  for (int i = 0; i < 3; ++i) depthwise_3(rows[i] + x, weight + 3 * i, s);
   star_store<kOuter, V>(s, b + x, out + x);
 }
 

@@ -58,15 +58,7 @@ SDAN_INLINE void depthwise_vecs(const float* const* rows, ptrdiff_t x, const flo
 #pragma GCC unroll 4
   for (int v = 0; v < V; ++v) s[v] = set1(bias);
 #pragma GCC unroll 3
-  for (int i = 0; i < 3; ++i) {
-    const float* row = rows[i] + x - 1;
-#pragma GCC unroll 3
-    for (int j = 0; j < 3; ++j) {
-      const Vec w = set1(weight[3 * i + j]);
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) s[v] = fma(load(row + v * kLanes + j), w, s[v]);
-    }
-  }
+  for (int i = 0; i < 3; ++i) depthwise_3(rows[i] + x, weight + 3 * i, s);
 #pragma GCC unroll 4
   for (int v = 0; v < V; ++v) store(out + x + v * kLanes, s[v]);
 }
@@ -119,8 +111,7 @@ void up_row(EdgeBand& band, int64_t p) {
     const int64_t begin = column > skip ? column : skip;
     const int64_t end = column + vecs * kLanes < limit ? column + vecs * kLanes : limit;
     if (begin >= end) continue;
-    pointwise_block(inputs, 9, column, plan.up.weight, plan.up.bias, plan.up.co, band.block, kBlock,
-                    vecs);
+    pointwise_block(inputs, 9, column, plan.up, band.block, kBlock, vecs);
     const float* block = band.block + (begin - column);
     switch (plan.out.dtype) {
       case DType::kFloat32:
@@ -208,8 +199,7 @@ void edge_run(const EdgePlan* plan, const Region* region, void* scratch) {
       const int64_t column = static_cast<int64_t>(j) * kBlock;
       const int vecs = block_vecs(band, j);
       if (plan->gelu_input) gelu_block(band.x + column, band.stride, plan->pw.ci, vecs);
-      pointwise_block(&in, 1, column, plan->pw.weight, plan->pw.bias, co, a + column, band.stride,
-                      vecs);
+      pointwise_block(&in, 1, column, plan->pw, a + column, band.stride, vecs);
     }
     clear_tail(band, a, co);
     if (y - 1 >= f_begin && y - 1 < f_end) f_row(band, y - 1);

@@ -308,7 +308,7 @@ void branch_run(const BranchPlan* plan, int branch, int channel, const Region* r
 namespace {
 
 struct GateScratch {
-  float *u, *x, *p, *q, *r;
+  float *u, *x, *p, *q, *r, *w;
 };
 
 int64_t place_gate(const GatePlan& plan, char* base, GateScratch* s) {
@@ -319,6 +319,7 @@ int64_t place_gate(const GatePlan& plan, char* base, GateScratch* s) {
   s->p = cursor.take(static_cast<int64_t>(plan.gate.co) * kBlock);
   s->q = cursor.take(static_cast<int64_t>(plan.project.co) * kBlock);
   s->r = cursor.take(static_cast<int64_t>(plan.collect.co) * kBlock);
+  s->w = cursor.take(static_cast<int64_t>(plan.collect_both ? plan.project.co : 0) * kBlock);
   return cursor.used;
 }
 
@@ -386,6 +387,25 @@ void add_block(const float* p, const Block& r, const Block& out, int channels) {
   }
 }
 
+// out = x, or its pairs.
+void copy_block(const Block& x, int channels, bool pairs, float* out) {
+  if (pairs) return pack_pairs(x.data, x.stride, channels, kBlockVecs, out, kBlock);
+  for (int c = 0; c < channels; ++c) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kBlock; v += kLanes) {
+      store(out + c * kBlock + v, load(x.data + c * x.stride + v));
+    }
+  }
+}
+
+// out = the 1x1 convolution of a block, which is packed in place where that takes pairs.
+void multiply(float* x, const Pointwise& pw, float* out, int vecs, PrefetchQueue* queue,
+              int lines) {
+  if (pw.pairs) pack_pairs(x, kBlock, pw.ci, vecs, x, kBlock);
+  const PointwiseInput in{x, kBlock, tile_rows(pw.ci, pw.pairs)};
+  pointwise_block(&in, 1, 0, pw, out, kBlock, vecs, queue, lines);
+}
+
 }  // namespace
 
 void gate_scratch(const GatePlan* plan, int64_t* bytes) {
@@ -424,9 +444,7 @@ void gate_run(const GatePlan* plan, const Region* region, void* scratch) {
       const int64_t n = region->x1 - x < kBlock ? region->x1 - x : kBlock;
       const int vecs = static_cast<int>((n + kLanes - 1) / kLanes);
       load_tile(plan->u, region->n, y, x, 0, plan->gate.ci, n, s.u, kBlock);
-      const PointwiseInput u{s.u, kBlock, plan->gate.ci};
-      pointwise_block(&u, 1, 0, plan->gate.weight, plan->gate.bias, channels, s.p, kBlock, vecs,
-                      &queue, lines);
+      multiply(s.u, plan->gate, s.p, vecs, &queue, lines);
       const Block gated = load_block(plan->x, *region, y, x, channels, n, s.x);
       if (plan->project.co == 0) {
         const Block out = block_of(plan->out, *region, y, x, n, s.p);
@@ -436,21 +454,25 @@ void gate_run(const GatePlan* plan, const Region* region, void* scratch) {
       }
       multiply_block(s.p, gated, {s.p, kBlock}, channels);
       const int co = plan->project.co;
-      const PointwiseInput p{s.p, kBlock, channels};
-      pointwise_block(&p, 1, 0, plan->project.weight, plan->project.bias, co, s.q, kBlock, vecs,
-                      &queue, lines);
-      normalise_block(s.q, kBlock, co, plan->eps, s.q, kBlock, vecs);
+      multiply(s.p, plan->project, s.q, vecs, &queue, lines);
+      normalise_block<false>(s.q, kBlock, co, plan->eps, s.q, kBlock, vecs);
       {
         const Block residual = load_block(plan->residual, *region, y, x, co, n, s.x);
+        if (plan->collect_both) {
+          copy_block(residual, co, plan->collect.pairs, s.w);  // `out` may replace it
+        }
         const Block out = block_of(plan->out, *region, y, x, n, s.q);
         affine_block(s.q, residual, plan->norm_weight, plan->norm_bias, out, co);
         finish_block(plan->out, *region, y, x, co, n, out, s.q);
       }
       if (plan->collect.co == 0) continue;
-      const PointwiseInput q{s.q, kBlock, co};
       const int collected = plan->collect.co;
-      pointwise_block(&q, 1, 0, plan->collect.weight, plan->collect.bias, collected, s.r, kBlock,
-                      vecs, &queue, lines);
+      const bool pairs = plan->collect.pairs;
+      if (pairs) pack_pairs(s.q, kBlock, co, vecs, s.q, kBlock);
+      const int rows = tile_rows(co, pairs);
+      const PointwiseInput both[2] = {{s.w, kBlock, rows}, {s.q, kBlock, rows}};
+      pointwise_block(plan->collect_both ? both : both + 1, plan->collect_both ? 2 : 1, 0,
+                      plan->collect, s.r, kBlock, vecs, &queue, lines);
       const Block sum = block_of(plan->collected, *region, y, x, n, s.r);
       if (plan->collect_first) {
         add_block(s.r, {zeros, 0}, sum, collected);

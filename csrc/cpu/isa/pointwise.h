@@ -4,8 +4,13 @@
 // any number of channels is efficient. Each step of the inner loop loads kPointwiseVecs vectors of
 // pixels and kPointwiseRows weights and issues their product, all sums staying in registers: on
 // AVX-512 14 x 2 sums, 28 multiply-adds for 16 loads.
+//
+// Where the processor multiplies pairs of bfloat16 (pairs.h), a row of a tile may hold two
+// channels; rows, strides and the order of the weights stay those of float32, with half as many
+// rows.
 #pragma once
 
+#include "pairs.h"
 #include "prefetch.h"
 #include "vec.h"
 
@@ -46,7 +51,7 @@ static inline void pack_pointwise_weight(const float* weight, int co, int ci, fl
   }
 }
 
-// `count` input channels, `stride` floats from one to the next.
+// `count` rows of input, `stride` floats from one to the next: channels, or pairs of them.
 struct PointwiseInput {
   const float* x;
   ptrdiff_t stride;
@@ -59,7 +64,7 @@ struct PointwiseInput {
 template <int V>
 constexpr int kPointwiseSums = V == 1 ? 2 : 1;
 
-template <int M, int V>
+template <typename Multiply, int M, int V>
 static void pointwise_kernel(const PointwiseInput* inputs, int input_count, ptrdiff_t column,
                              const float* weight, const float* bias, float* out,
                              ptrdiff_t out_stride) {
@@ -87,7 +92,7 @@ static void pointwise_kernel(const PointwiseInput* inputs, int input_count, ptrd
         for (int m = 0; m < M; ++m) {
           const Vec w = set1(weight[m]);
 #pragma GCC unroll 4
-          for (int v = 0; v < V; ++v) acc[s][m][v] = fma(in[v], w, acc[s][m][v]);
+          for (int v = 0; v < V; ++v) acc[s][m][v] = Multiply::add(in[v], w, acc[s][m][v]);
         }
         x += stride;
         weight += M;
@@ -98,7 +103,9 @@ static void pointwise_kernel(const PointwiseInput* inputs, int input_count, ptrd
       for (int m = 0; m < M; ++m) {
         const Vec w = set1(weight[m]);
 #pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) acc[0][m][v] = fma(load(x + v * kLanes), w, acc[0][m][v]);
+        for (int v = 0; v < V; ++v) {
+          acc[0][m][v] = Multiply::add(load(x + v * kLanes), w, acc[0][m][v]);
+        }
       }
       weight += M;
     }
@@ -116,15 +123,16 @@ static void pointwise_kernel(const PointwiseInput* inputs, int input_count, ptrd
   }
 }
 
-template <int V>
+template <typename Multiply, int V>
 SDAN_INLINE void pointwise_group(int rows, const PointwiseInput* inputs, int input_count,
                                  ptrdiff_t column, const float* weight, const float* bias,
                                  float* out, ptrdiff_t out_stride) {
-#define SDAN_POINTWISE_CASE(M)                                                            \
-  case M:                                                                                 \
-    if constexpr (M <= kPointwiseRows) {                                                  \
-      pointwise_kernel<M, V>(inputs, input_count, column, weight, bias, out, out_stride); \
-    }                                                                                     \
+#define SDAN_POINTWISE_CASE(M)                                                         \
+  case M:                                                                              \
+    if constexpr (M <= kPointwiseRows) {                                               \
+      pointwise_kernel<Multiply, M, V>(inputs, input_count, column, weight, bias, out, \
+                                       out_stride);                                    \
+    }                                                                                  \
     break;
   switch (rows) {
     SDAN_POINTWISE_CASE(1)
@@ -149,11 +157,12 @@ SDAN_INLINE void pointwise_group(int rows, const PointwiseInput* inputs, int inp
 
 // out[m][p] = bias[m] + sum over the inputs for `vecs` vectors of pixels; the inputs are read from
 // `column` on, out is written from its own start. Weights packed for co outputs and the inputs'
-// total. Between its steps it takes `lines` cache lines each from the queue.
-static inline void pointwise_block(const PointwiseInput* inputs, int input_count, ptrdiff_t column,
-                                   const float* weight, const float* bias, int co, float* out,
-                                   ptrdiff_t out_stride, int vecs, PrefetchQueue* queue = nullptr,
-                                   int lines = 0) {
+// total of rows. Between its steps it takes `lines` cache lines each from the queue.
+template <typename Multiply>
+static inline void pointwise_block_as(const PointwiseInput* inputs, int input_count,
+                                      ptrdiff_t column, const float* weight, const float* bias,
+                                      int co, float* out, ptrdiff_t out_stride, int vecs,
+                                      PrefetchQueue* queue, int lines) {
   int ci = 0;
   for (int i = 0; i < input_count; ++i) ci += inputs[i].count;
   const int groups = pointwise_groups(co);
@@ -165,16 +174,37 @@ static inline void pointwise_block(const PointwiseInput* inputs, int input_count
     int v = 0;
     for (; v + kPointwiseVecs <= vecs; v += kPointwiseVecs) {
       if (queue != nullptr) queue->step(lines);
-      pointwise_group<kPointwiseVecs>(rows, inputs, input_count, column + v * kLanes, w,
-                                      bias + begin, o + v * kLanes, out_stride);
+      pointwise_group<Multiply, kPointwiseVecs>(rows, inputs, input_count, column + v * kLanes, w,
+                                                bias + begin, o + v * kLanes, out_stride);
     }
     if constexpr (kPointwiseVecs > 1) {
       for (; v < vecs; ++v) {
-        pointwise_group<1>(rows, inputs, input_count, column + v * kLanes, w, bias + begin,
-                           o + v * kLanes, out_stride);
+        pointwise_group<Multiply, 1>(rows, inputs, input_count, column + v * kLanes, w,
+                                     bias + begin, o + v * kLanes, out_stride);
       }
     }
   }
+}
+
+static inline void pointwise_block(const PointwiseInput* inputs, int input_count, ptrdiff_t column,
+                                   const float* weight, const float* bias, int co, float* out,
+                                   ptrdiff_t out_stride, int vecs) {
+  pointwise_block_as<MultiplyAdd>(inputs, input_count, column, weight, bias, co, out, out_stride,
+                                  vecs, nullptr, 0);
+}
+
+// The same for weights of either kind.
+static inline void pointwise_block(const PointwiseInput* inputs, int input_count, ptrdiff_t column,
+                                   const Pointwise& pw, float* out, ptrdiff_t out_stride, int vecs,
+                                   PrefetchQueue* queue = nullptr, int lines = 0) {
+  if constexpr (kHasPairs) {
+    if (pw.pairs) {
+      return pointwise_block_as<MultiplyPairs>(inputs, input_count, column, pw.weight, pw.bias,
+                                               pw.co, out, out_stride, vecs, queue, lines);
+    }
+  }
+  pointwise_block_as<MultiplyAdd>(inputs, input_count, column, pw.weight, pw.bias, pw.co, out,
+                                  out_stride, vecs, queue, lines);
 }
 
 }  // namespace SDAN_ISA

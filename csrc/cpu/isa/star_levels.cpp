@@ -17,11 +17,11 @@ static_assert(sizeof(float*) <= 2 * sizeof(float), "place() makes room for point
 struct LevelState {
   float* a;  // kh rows x co channels x a_stride, each channel with a left margin
   float* b;  // b_rows rows x co channels x stride
-  float* d;  // d_rows rows x distill.co channels x stride
+  float* d;  // d_rows rows x distill.co channels, or pairs of them, x stride
   const float** row_pointers;
   int64_t out_begin, out_end, out_next;
   int64_t in_end;
-  int margin, b_rows, d_rows;
+  int margin, b_rows, d_rows, d_channels;
   int64_t a_stride;
 };
 
@@ -35,6 +35,7 @@ struct Band {
   int64_t stride;
   float* x;      // the row that goes from level to level
   float* z;      // one block of normalised input
+  float* raw;    // the same block before, where it is needed as pairs
   float* block;  // one block of output
   float* zeros;
   PrefetchQueue queue;
@@ -54,7 +55,7 @@ int64_t place(const StarChain& chain, int64_t width, char* base, Band* band) {
   ScratchCursor cursor{base, 0};
   const int64_t padded = round_up(width, kLanes);
   const int64_t stride = tile_stride(padded);
-  int widest = chain.channels;
+  int widest = chain.channels, most_outputs = chain.fuse.co;
   int64_t widest_row = 0;
   band->vecs = static_cast<int>(padded / kLanes);
   band->stride = stride;
@@ -73,14 +74,17 @@ int64_t place(const StarChain& chain, int64_t width, char* base, Band* band) {
     const int co = level.pw1.co;
     s.a = cursor.take(s.a_stride * level.kh * co);
     s.b = cursor.take(stride * s.b_rows * co);
-    s.d = level.distill.co > 0 ? cursor.take(stride * s.d_rows * level.distill.co) : nullptr;
+    s.d_channels = tile_rows(level.distill.co, level.distill.pairs);
+    s.d = s.d_channels > 0 ? cursor.take(stride * s.d_rows * s.d_channels) : nullptr;
+    if (level.distill.co > most_outputs) most_outputs = level.distill.co;
     s.row_pointers =
         reinterpret_cast<const float**>(cursor.take(2 * static_cast<int64_t>(level.kh)));
     if (s.a_stride > widest_row) widest_row = s.a_stride;
   }
   band->zeros = cursor.take(widest_row);
   band->z = cursor.take(static_cast<int64_t>(widest) * kBlock);
-  band->block = cursor.take(static_cast<int64_t>(chain.fuse.co) * kBlock);
+  band->raw = cursor.take(static_cast<int64_t>(tile_rows(widest, true)) * kBlock);
+  band->block = cursor.take(static_cast<int64_t>(most_outputs) * kBlock);
   if (base != nullptr) fill_zero(band->zeros, widest_row);
   return cursor.used;
 }
@@ -138,15 +142,8 @@ void emit(Band& band, int64_t q) {
                chain.levels[chain.level_count - 1].pw1.co, count, band.x + skip, band.stride);
     return;
   }
-  PointwiseInput inputs[kMaxLevels + 1];
-  int n = 0;
-  for (int i = 0; i < chain.level_count; ++i) {
-    const int co = chain.levels[i].distill.co;
-    if (co == 0) continue;
-    const LevelState& s = band.levels[i];
-    inputs[n++] = {s.d + (q % s.d_rows) * co * band.stride, band.stride, co};
-  }
-  inputs[n++] = {band.x, band.stride, chain.levels[chain.level_count - 1].pw1.co};
+  const bool pairs = chain.fuse.pairs;
+  const int last = chain.levels[chain.level_count - 1].pw1.co;
   const int blocks = (band.vecs + kBlockVecs - 1) / kBlockVecs;
   for (int j = 0; j < blocks; ++j) {
     const int64_t column = static_cast<int64_t>(j) * kBlock;
@@ -155,8 +152,20 @@ void emit(Band& band, int64_t q) {
     const int64_t limit = skip + count;
     const int64_t end = column + vecs * kLanes < limit ? column + vecs * kLanes : limit;
     if (begin >= end) continue;
-    pointwise_block(inputs, n, column, chain.fuse.weight, chain.fuse.bias, chain.fuse.co,
-                    band.block, kBlock, vecs, &band.queue, kLinesAStep);
+    PointwiseInput inputs[kMaxLevels + 1];
+    int n = 0;
+    for (int i = 0; i < chain.level_count; ++i) {
+      const LevelState& s = band.levels[i];
+      if (s.d_channels == 0) continue;
+      inputs[n++] = {s.d + (q % s.d_rows) * s.d_channels * band.stride + column, band.stride,
+                     s.d_channels};
+    }
+    inputs[n++] = {band.x + column, band.stride, last};
+    if (pairs) {
+      pack_pairs(band.x + column, band.stride, last, vecs, band.z, kBlock);
+      inputs[n - 1] = {band.z, kBlock, tile_rows(last, true)};
+    }
+    pointwise_block(inputs, n, 0, chain.fuse, band.block, kBlock, vecs, &band.queue, kLinesAStep);
     store_tile(chain.out, band.region.n, q, band.x0 + begin, chain.fuse.co, end - begin,
                band.block + (begin - column), kBlock);
   }
@@ -198,22 +207,36 @@ void push(Band& band, int index, int64_t y) {
   float* a = s.a + (y % level.kh) * co * s.a_stride + s.margin;
   float* b = s.b + (y % s.b_rows) * co * band.stride;
   const bool distil = level.distill.co > 0 && y >= band.region.y0 && y < band.region.y1;
-  const PointwiseInput row{band.x, static_cast<ptrdiff_t>(band.stride), ci};
-  const PointwiseInput block{band.z, kBlock, ci};
+  const bool pairs = level.pw1.pairs;
+  const PointwiseInput block{band.z, kBlock, tile_rows(ci, pairs)};
   for (int j = 0; j < blocks; ++j) {
     const int64_t column = static_cast<int64_t>(j) * kBlock;
     const int vecs = block_vecs(band, j);
-    normalise_block(band.x + column, band.stride, ci, level.eps, band.z, kBlock, vecs, kBlock);
-    if (distil) {
-      float* d = s.d + (y % s.d_rows) * level.distill.co * band.stride + column;
-      pointwise_block(&row, 1, column, level.distill.weight, level.distill.bias, level.distill.co,
-                      d, band.stride, vecs, &band.queue, kLinesAStep);
-      gelu_block(d, band.stride, level.distill.co, vecs);
+    if (pairs) {
+      normalise_block<true>(band.x + column, band.stride, ci, level.eps, band.z, kBlock, vecs,
+                            kBlock, distil ? band.raw : nullptr);
+    } else {
+      normalise_block<false>(band.x + column, band.stride, ci, level.eps, band.z, kBlock, vecs,
+                             kBlock);
     }
-    pointwise_block(&block, 1, 0, level.pw1.weight, level.pw1.bias, co, a + column, s.a_stride,
-                    vecs, &band.queue, kLinesAStep);
-    pointwise_block(&block, 1, 0, level.pw2.weight, level.pw2.bias, co, b + column, band.stride,
-                    vecs, &band.queue, kLinesAStep);
+    if (distil) {
+      const Pointwise& pw = level.distill;
+      float* d = s.d + (y % s.d_rows) * s.d_channels * band.stride + column;
+      if (pairs) {
+        const PointwiseInput raw{band.raw, kBlock, tile_rows(ci, true)};
+        pointwise_block(&raw, 1, 0, pw, band.block, kBlock, vecs, &band.queue, kLinesAStep);
+        gelu_block(band.block, kBlock, pw.co, vecs);
+        pack_pairs(band.block, kBlock, pw.co, vecs, d, band.stride);
+      } else {
+        const PointwiseInput row{band.x + column, static_cast<ptrdiff_t>(band.stride), ci};
+        pointwise_block(&row, 1, 0, pw, d, band.stride, vecs, &band.queue, kLinesAStep);
+        gelu_block(d, band.stride, pw.co, vecs);
+      }
+    }
+    pointwise_block(&block, 1, 0, level.pw1, a + column, s.a_stride, vecs, &band.queue,
+                    kLinesAStep);
+    pointwise_block(&block, 1, 0, level.pw2, b + column, band.stride, vecs, &band.queue,
+                    kLinesAStep);
   }
   if (band.right_edge) {
     // The padding of the depth-wise convolution; PW1 left its bias there.
