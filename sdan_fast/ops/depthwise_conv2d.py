@@ -72,10 +72,10 @@ LARGE = 500_000  # elements from which oneDNN's own channels_last kernels are ah
 def in_large_channels_last(x: Tensor) -> bool:
     """Whether x is a large float32 tensor in channels_last and nothing else."""
     return (
-        x.dtype is torch.float32
+        not torch.compiler.is_compiling()  # first: a size looked at is a size that a graph is bound to
+        and x.dtype is torch.float32
         and x.numel() >= LARGE
         and reference.output_format(x) is torch.channels_last
-        and not torch.compiler.is_compiling()
     )
 
 
