@@ -183,6 +183,7 @@ def inspect_cuda(
     check: Check = False,
     accept: Accept = False,
     recompute: Everything = False,
+    jobs: Jobs = _CORES,
 ) -> None:
     """Registers, spills, shared memory, occupancy, width of loads, FMA share of the hot loop, and PyTorch's own beside.
 
@@ -192,7 +193,7 @@ def inspect_cuda(
     from sdan_fast.inspecting import committed
 
     if update or check:
-        _guarded(lambda: _finish(committed.cuda(arch, recompute=recompute, say=_say), update, accept))
+        _guarded(lambda: _finish(committed.cuda(arch, jobs, recompute=recompute, say=_say), update, accept))
         return
     if counts:
         table = _guarded(lambda: committed.cuda_counts_only(recompute=recompute, say=_say))
