@@ -85,27 +85,24 @@ def _finish(parts: Iterable[Any], update: bool, accept: bool) -> None:
     failed = False
     for part in parts:
         problem = committed.problem(part)
-        if update:
-            regressed = problem is not None and "regression" in problem
-            if problem:
-                print(problem)
-            if part.broken or (regressed and not accept):
-                failed = True
-                terminal.error(
-                    f"{part.path.name} is left as it was" + ("" if part.broken else "; --accept writes it")
-                )
-                continue
-            part.table.write(part.path, part.head)
-            print(f"{part.path}: {len(part.table.rows)} rows, {part.computed} of them computed now")
-        elif problem or part.broken:
-            failed = True
-            print(problem or "")
-        else:
-            print(
-                f"{part.path.name} is of these sources ({len(part.table.rows)} rows, {part.computed} computed now)"
-            )
         for line in part.broken:
             terminal.error(line)
+        if problem:
+            print(problem)
+        if not update:
+            failed = failed or bool(problem or part.broken)
+            if not problem and not part.broken:
+                rows = f"{len(part.table.rows)} rows, {part.computed} computed now"
+                print(f"{part.path.name} is of these sources ({rows})")
+            continue
+        if part.broken or (problem is not None and "regression" in problem and not accept):
+            failed = True
+            terminal.error(
+                f"{part.path.name} is left as it was" + ("" if part.broken else "; --accept writes it")
+            )
+            continue
+        part.table.write(part.path, part.head)
+        print(f"{part.path}: {len(part.table.rows)} rows, {part.computed} of them computed now")
     if failed:
         raise typer.Exit(terminal.FAILED)
 
