@@ -85,27 +85,24 @@ def _finish(parts: Iterable[Any], update: bool, accept: bool) -> None:
     failed = False
     for part in parts:
         problem = committed.problem(part)
-        if update:
-            regressed = problem is not None and "regression" in problem
-            if problem:
-                print(problem)
-            if part.broken or (regressed and not accept):
-                failed = True
-                terminal.error(
-                    f"{part.path.name} is left as it was" + ("" if part.broken else "; --accept writes it")
-                )
-                continue
-            part.table.write(part.path, part.head)
-            print(f"{part.path}: {len(part.table.rows)} rows, {part.computed} of them computed now")
-        elif problem or part.broken:
-            failed = True
-            print(problem or "")
-        else:
-            print(
-                f"{part.path.name} is of these sources ({len(part.table.rows)} rows, {part.computed} computed now)"
-            )
         for line in part.broken:
             terminal.error(line)
+        if problem:
+            print(problem)
+        if not update:
+            failed = failed or bool(problem or part.broken)
+            if not problem and not part.broken:
+                rows = f"{len(part.table.rows)} rows, {part.computed} computed now"
+                print(f"{part.path.name} is of these sources ({rows})")
+            continue
+        if part.broken or (problem is not None and "regression" in problem and not accept):
+            failed = True
+            terminal.error(
+                f"{part.path.name} is left as it was" + ("" if part.broken else "; --accept writes it")
+            )
+            continue
+        part.table.write(part.path, part.head)
+        print(f"{part.path}: {len(part.table.rows)} rows, {part.computed} of them computed now")
     if failed:
         raise typer.Exit(terminal.FAILED)
 
@@ -183,6 +180,7 @@ def inspect_cuda(
     check: Check = False,
     accept: Accept = False,
     recompute: Everything = False,
+    jobs: Jobs = _CORES,
 ) -> None:
     """Registers, spills, shared memory, occupancy, width of loads, FMA share of the hot loop, and PyTorch's own beside.
 
@@ -192,7 +190,7 @@ def inspect_cuda(
     from sdan_fast.inspecting import committed
 
     if update or check:
-        _guarded(lambda: _finish(committed.cuda(arch, recompute=recompute, say=_say), update, accept))
+        _guarded(lambda: _finish(committed.cuda(arch, jobs, recompute=recompute, say=_say), update, accept))
         return
     if counts:
         table = _guarded(lambda: committed.cuda_counts_only(recompute=recompute, say=_say))

@@ -124,10 +124,14 @@ def cuda_figures(archs: list[str] | None = None, *, say: Say = quiet) -> Part:
     return Part(CUDA, fresh, cuda_table.HEAD, computed, "sdan-fast inspect cuda --update", broken)
 
 
-def cuda(archs: list[str] | None = None, *, recompute: bool = False, say: Say = quiet) -> Iterator[Part]:
+def cuda(
+    archs: list[str] | None = None, jobs: int = 1, *, recompute: bool = False, say: Say = quiet
+) -> Iterator[Part]:
     """Both CUDA tables, each when it is ready."""
     figures = cuda_figures(archs, say=say)
     yield figures
-    table, executed = cuda_counts.compute(load(CUDA_COUNTS, cuda_counts.IDENTITY), everything=recompute)
+    table, executed = cuda_counts.compute(
+        load(CUDA_COUNTS, cuda_counts.IDENTITY), everything=recompute, jobs=jobs
+    )
     say(f"{executed} launches had to be executed")
     yield Part(CUDA_COUNTS, table, cuda_counts.HEAD, executed, figures.command)

@@ -13,6 +13,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -193,15 +194,18 @@ class Sequence:
         steps.steps = []
 
 
-def _count_all(committed: dict[str, str], only: str) -> dict[str, Any]:
-    """Rows of counts; `committed`: keys by identity, whose rows need no execution."""
+def _count_all(committed: dict[str, str], only: str, rank: int, of: int) -> dict[str, Any]:
+    """Rows of counts by pass; `committed`: keys by identity, whose rows need no execution.
+
+    Every `of`-th of the passes that do need one is executed, from the one of number `rank`; the others are left out.
+    """
     library, _ = recorder.libraries()
     executor = Executor(
         recorder.Recorder(library), ptx_of_kernels(recorder.build_folder() / "_C_cuda.abi3.so")
     )
     short = demangle(list(executor.ptx))
-    rows: list[Any] = []
-    executed = 0
+    rows: dict[str, list[Any]] = {}
+    executed = stale = 0
     with arguments.blank():
         for case, name, mask, call in passes():
             title = f"{case.name} {name}"
@@ -213,13 +217,16 @@ def _count_all(committed: dict[str, str], only: str) -> dict[str, Any]:
             ]
             at = ["|".join((kernel, title, str(i))) for i, (kernel, _) in enumerate(seen)]
             if all(committed.get(a) == key for a, (_, key) in zip(at, seen)):
-                rows += at
+                rows[title] = at
+                continue
+            stale += 1
+            if stale % of != rank:
                 continue
             print(title, file=sys.stderr, flush=True)
             counts = Sequence(executor, call, executor.execute).entries
             executed += sum(isinstance(c, Counts) for c in counts)
             counted = [Counted(kernel, c, key) for (kernel, key), c in zip(seen, counts, strict=True)]
-            rows += counts_table.rows_of(title, counted, counts_table.needed_multiply_adds(case, mask))
+            rows[title] = counts_table.rows_of(title, counted, counts_table.needed_multiply_adds(case, mask))
     return {"rows": rows, "executed": executed}
 
 
@@ -326,16 +333,37 @@ def launched() -> list[tuple[str, int, int, str]]:
     return [tuple(entry) for entry in json.loads(recorder.run_child("", "launches"))]
 
 
-def compute(committed: Table | None, *, everything: bool = False, only: str = "") -> tuple[Table, int]:
-    """(the table of this build, how many launches were executed)."""
+def compute(
+    committed: Table | None, *, everything: bool = False, only: str = "", jobs: int = 1
+) -> tuple[Table, int]:
+    """(the table of this build, how many launches were executed, by `jobs` processes)."""
     here = toolchain(recorder.build_folder() / "_C_cuda.abi3.so")
     known = {} if committed is None or everything or committed.toolchain != here else committed.rows
     keys = {"|".join(at): row["key"] for at, row in known.items()}
-    answer = json.loads(recorder.run_child(json.dumps(keys), "counts", only))
+    recorder.libraries()  # once, before several processes want them
+
+    def child(rank: int) -> dict[str, Any]:
+        return json.loads(recorder.run_child(json.dumps(keys), "counts", only, str(rank), str(jobs)))
+
+    with ThreadPoolExecutor(jobs) as pool:
+        answers = list(pool.map(child, range(jobs)))
     table = Table(IDENTITY, COLUMNS, here)
-    for row in answer["rows"]:
-        table.add(known[tuple(row.split("|"))] if isinstance(row, str) else row)
-    return table, answer["executed"]
+    passes: dict[str, list[Any]] = {}
+    for answer in answers:
+        passes |= answer["rows"]
+    for title in sorted(passes, key=_order_of_calls()):
+        for row in passes[title]:
+            table.add(known[tuple(row.split("|"))] if isinstance(row, str) else row)
+    return table, sum(answer["executed"] for answer in answers)
+
+
+def _order_of_calls() -> Callable[[str], int]:
+    """The place of a pass in the workload, so that a table's order does not depend on who executed what."""
+    names = []
+    with arguments.blank():
+        for case, _ in calls():
+            names += [f"{case.name} {name}" for name in ("forward", "backward", "backward of x")]
+    return {name: at for at, name in enumerate(names)}.__getitem__
 
 
 def read_committed(path: Path) -> Table:
@@ -349,4 +377,5 @@ if __name__ == "__main__":
     elif sys.argv[1] == "verify":
         print(json.dumps(_verify_all(sys.argv[2])))
     else:
-        print(json.dumps(_count_all(json.loads(sys.stdin.read()), sys.argv[2] if len(sys.argv) > 2 else "")))
+        which, rank, of = sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+        print(json.dumps(_count_all(json.loads(sys.stdin.read()), which, rank, of)))

@@ -36,13 +36,19 @@ def toolchain() -> dict[str, str]:
     }
 
 
-def figures(used: dict[str, int], code: sass.Code) -> dict[str, object]:
+def static_shared(used: dict[str, int], capability: int) -> int:
+    """Bytes of static shared memory: from sm_90 on, kernels with any report the reserved kilobyte with it."""
+    reserved = ARCHITECTURES[capability].shared_reserved if capability >= 90 else 0
+    return max(0, used["shared"] - reserved)
+
+
+def figures(used: dict[str, int], code: sass.Code, capability: int) -> dict[str, object]:
     """What the machine code of one kernel says."""
     kind, body = code.hot_loop
     return {
         "registers": used["reg"],
         "spills": used["stack"] + used["local"] + 4 * code.spill_instructions,
-        "static_shared": used["shared"],
+        "static_shared": static_shared(used, capability),
         "load_bits": code.widest("LDG"),
         "store_bits": code.widest("STG"),
         "wide_loads": number(code.share_of_width("LDG", 128), 3),
@@ -93,10 +99,11 @@ def compute(archs: Iterable[str] | None = None, on_step: Callable[[str], object]
             short = demangle([kernel for kernel, *_ in found])
             for kernel, used, code in found:
                 row: dict[str, object] = {"of": "sdan_fast", "kernel": short[kernel], "arch": arch}
-                row |= figures(used, code)
+                row |= figures(used, code, limits.capability)
                 if kernel in largest:
                     threads, shared, call = largest[kernel]
-                    fit = occupancy(limits, threads, used["reg"], used["shared"] + shared)
+                    shared_of_block = static_shared(used, limits.capability) + shared
+                    fit = occupancy(limits, threads, used["reg"], shared_of_block)
                     row |= {"threads": threads, "dynamic_shared": shared, "launched_by": call}
                     row["occupancy"] = number(fit.share)
                 table.add(row)
@@ -121,7 +128,8 @@ def add_torch(table: Table, archs: Iterable[str], on_step: Callable[[str], objec
         for kernel, used, code in found:
             if re.search(r"\b(double|long)\b", short[kernel]):
                 continue
-            table.add({"of": "PyTorch", "kernel": short[kernel], "arch": arch} | figures(used, code))
+            row = {"of": "PyTorch", "kernel": short[kernel], "arch": arch}
+            table.add(row | figures(used, code, _capability(arch)))
 
 
 def within_limits(row: Row) -> str | None:

@@ -44,7 +44,10 @@ def libraries() -> tuple[Path, Path]:
     cxx = shutil.which(os.environ.get("CXX") or "g++")
     if cxx is None:
         raise Unavailable("recording launches needs a C++ compiler, and g++ was not found")
-    objects = sorted((build_folder() / "obj").glob("*.cuda.o"))
+    # Not all that lies there: objects of sources that are gone stay behind.
+    objects = [build_folder() / "obj" / f"{source.stem}.cuda.o" for source in sorted(CUDA.glob("*.cu"))]
+    if missing := [path.name for path in objects if not path.exists()]:
+        raise Unavailable(f"the last build has no {', '.join(missing)}: make build brings it up to date")
     sides = [p for p in sorted(CUDA.glob("*.cpp")) if p.name != "module.cpp"]
     sources = [CUDA / "host" / "recorder.cpp", *sides]
     include = Path(torch.__file__).parent / "include"

@@ -60,3 +60,11 @@ def test_the_data_sheets_rates_follow_from_lanes_and_clock():
     """The stated TFLOP/s of the units are lanes x clock x SMs x 2 to their printed digits."""
     assert 2 * GPUS["A100"].fma == pytest.approx(19.5e12, rel=0.005)
     assert 2 * GPUS["H100"].fma == pytest.approx(67e12, rel=0.005)
+
+
+def test_the_reserved_kilobyte_is_counted_once():
+    """cuobjdump adds it to the static bytes from sm_90 on, the calculator from sm_80 on."""
+    from sdan_fast.inspecting.cuda_table import static_shared
+
+    assert static_shared({"shared": 1024 + 384}, 90) == static_shared({"shared": 384}, 80) == 384
+    assert static_shared({"shared": 0}, 90) == 0
