@@ -188,9 +188,10 @@ static inline void pointwise_block_as(const PointwiseInput* inputs, int input_co
 
 static inline void pointwise_block(const PointwiseInput* inputs, int input_count, ptrdiff_t column,
                                    const float* weight, const float* bias, int co, float* out,
-                                   ptrdiff_t out_stride, int vecs) {
+                                   ptrdiff_t out_stride, int vecs, PrefetchQueue* queue = nullptr,
+                                   int lines = 0) {
   pointwise_block_as<MultiplyAdd>(inputs, input_count, column, weight, bias, co, out, out_stride,
-                                  vecs, nullptr, 0);
+                                  vecs, queue, lines);
 }
 
 // The same for weights of either kind.
