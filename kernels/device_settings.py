@@ -32,6 +32,7 @@ CHOICES: dict[str, dict[str, tuple[int, ...]]] = {
     "layer_norm2d_backward": {"elements": (1024, 2048, 4096)},
     "pointwise": {"BO": (16, 32, 64), "BI": (16, 32, 64), "BP": (32, 64, 128), "warps": (4, 8)},
     "pointwise_wgrad": {"BP": (32, 64), "TILES": (4, 8, 16)},
+    "pointwise_wgrad_planes": {"CHUNKS": (4, 8, 16, 32)},
     "norm_pointwise": {"BO": (16, 32, 64), "BP": (16, 32, 64)},
     "norm_pointwise_grad": {"BO": (16, 32, 64), "BP": (16, 32, 64)},
 }

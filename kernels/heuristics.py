@@ -175,16 +175,20 @@ def pointwise(out_channels: int, in_channels: int, itemsize: int) -> Settings:
     return Settings(tuned("pointwise", calls, BO=bo, BI=bi, BP=bp, warps=4))
 
 
-def pointwise_wgrad(out_channels: int, in_channels: int, itemsize: int, all_inputs: bool) -> Settings:
-    """First stage of its weight gradient; all_inputs: one tile has to cover all input channels."""
+def pointwise_wgrad(out_channels: int, in_channels: int, itemsize: int) -> Settings:
+    """First stage of its weight gradient, as a product."""
     bo, bi = dot_tile(out_channels, 64), dot_tile(in_channels, 64)
-    if all_inputs:
-        bi = power_of_two(in_channels, 16, 256)
     bp, tiles = 64, 4
     if itemsize == 4:
-        bo, bi, bp, tiles = min(bo, 32), bi if all_inputs else min(bi, 32), 32, 8
-    calls = f"{in_channels} to {out_channels} channels, {itemsize} bytes" + (", normed" if all_inputs else "")
+        bo, bi, bp, tiles = min(bo, 32), min(bi, 32), 32, 8
+    calls = f"{in_channels} to {out_channels} channels, {itemsize} bytes"
     return Settings(tuned("pointwise_wgrad", calls, BP=bp, TILES=tiles), BO=bo, BI=bi, warps=4)
+
+
+def pointwise_wgrad_planes(out_channels: int, in_channels: int) -> Settings:
+    """The same for float32 in NCHW: 8 x 8 sums of each thread in registers, at most 128 roundings of each."""
+    calls = f"{in_channels} to {out_channels} channels"
+    return Settings(tuned("pointwise_wgrad_planes", calls, CHUNKS=8), TO=8, TI=8, BLOCK=128)
 
 
 def norm_pointwise(channels: int, out1: int, out2: int, itemsize: int, backward: bool = False) -> Settings:

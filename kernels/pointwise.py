@@ -1,4 +1,4 @@
-"""The 1x1 convolution as a product over pixels, with what is fused around it: factors, bias, gate, LayerNorm."""
+"""The 1x1 convolution as a product over pixels, with what is fused around it: factors, bias, gate."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from torch import Tensor
 from . import heuristics
 from ._triton import INTERPRETED, jit, tl
 from .launch import ImageLayout, ceil_div, launch
-from .layer_norm2d import normalize
-from .reduce import finish
+from .phases import put, split_phases
+from .reduce import finish, join_all, total
 
 
 @jit
@@ -123,16 +123,14 @@ def pointwise_product(
 
 @jit
 def pointwise_wgrad(
-    g_ptr, factor_ptr, x_ptr, norm_w_ptr, norm_b_ptr, partial_ptr, N, PV, CIV, COV, g_stride, x_stride,
-    g_batch, factor_batch, x_batch, tiles, splits, out_tiles, eps,
+    g_ptr, factor_ptr, x_ptr, partial_ptr, N, PV, CIV, COV, g_stride, x_stride, g_batch, factor_batch, x_batch,
+    tiles, splits, out_tiles,
     BO: tl.constexpr, BI: tl.constexpr, BP: tl.constexpr, VI: tl.constexpr, VO: tl.constexpr, VC: tl.constexpr,
-    VP: tl.constexpr, TILES: tl.constexpr, FACTOR: tl.constexpr, NORM: tl.constexpr, NORM_BIAS: tl.constexpr,
-    NCHW: tl.constexpr, WIDE: tl.constexpr,
+    VP: tl.constexpr, TILES: tl.constexpr, FACTOR: tl.constexpr, NCHW: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """First stage of a 1x1 convolution's weight gradient: sums of (g [* factor]) x^T over TILES tiles of BP pixels.
 
-    Row `split` of partial [splits, Co Ci + Co] is laid out as the weight, then the bias. NORM: LN(x) in the place of x;
-    BI then covers all channels.
+    Row `split` of partial [splits, Co Ci + Co] is laid out as the weight, then the bias.
     """
     pid = tl.program_id(0)
     split = pid % splits
@@ -142,10 +140,6 @@ def pointwise_wgrad(
     CO = COV * VO
     o_ok = o < CO
     i_ok = i < CI
-    if NORM:
-        norm_w = tl.load(norm_w_ptr + i, i_ok, other=0.0).to(tl.float32)
-        if NORM_BIAS:
-            norm_b = tl.load(norm_b_ptr + i, i_ok, other=0.0).to(tl.float32)
     acc = tl.zeros((BO, BI), tl.float32)
     bias = tl.zeros((BO,), tl.float32)
     for tile in range(split * TILES, min(split * TILES + TILES, N * tiles)):
@@ -164,17 +158,74 @@ def pointwise_wgrad(
             bias += tl.sum(g.to(tl.float32), 1)
         at = image_tile(i, p, PV, x_stride, VC, VP, NCHW, WIDE)
         x = tl.load(x_ptr + n * x_batch + at, i_ok[:, None] & p_ok[None, :], other=0.0)
-        if NORM:
-            z, _ = normalize(x.to(tl.float32), i_ok, CI, eps)
-            z *= norm_w[:, None]
-            if NORM_BIAS:
-                z += norm_b[:, None]
-            x = z.to(x_ptr.dtype.element_ty)
         acc = dot(g, tl.trans(x), acc)
     row = partial_ptr + split.to(tl.int64) * (CO * CI + CO)
     tl.store(row + (o * CI)[:, None] + i[None, :], acc, o_ok[:, None] & i_ok[None, :])
     if pid // splits // out_tiles == 0:
         tl.store(row + CO * CI + o, bias, o_ok)
+
+
+@jit
+def load_vectors(ptr, q, ok, V: tl.constexpr):
+    """Pixels V q ... V q + V - 1 of the plane at ptr as V float32 tensors; zero where not ok."""
+    at = ptr + ((q * V)[:, None] + tl.arange(0, V)[None, :])
+    phases = split_phases(tl.load(at, ok[:, None], other=0.0), V)
+    out = ()
+    for v in tl.static_range(V):
+        out = out + (phases[v].to(tl.float32),)
+    return out
+
+
+@jit
+def pointwise_wgrad_planes(
+    g_ptr, factor_ptr, x_ptr, partial_ptr, N, PV, CI, CO, g_batch, factor_batch, x_batch, chunks,
+    out_tiles, in_tiles,
+    TO: tl.constexpr, TI: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
+    FACTOR: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """pointwise_wgrad for float32 in NCHW, where a dot of plain FMAs would read shared memory across its banks.
+
+    A thread owns vectors of V pixels and keeps its own TO x TI sums in registers: no operand goes through shared
+    memory, only the sums do, once a program. Programs of the same pixels are neighbours, and find them in cache.
+    """
+    pid = tl.program_id(0)
+    i0 = (pid % in_tiles) * TI
+    o0 = (pid // in_tiles % out_tiles) * TO
+    split = pid // in_tiles // out_tiles
+    acc = (tl.zeros((BLOCK,), tl.float32),) * (TO * TI)
+    bias = (tl.zeros((BLOCK,), tl.float32),) * TO
+    for chunk in range(split * CHUNKS, min(split * CHUNKS + CHUNKS, N * chunks)):
+        n = (chunk // chunks).to(tl.int64)
+        q = (chunk % chunks) * BLOCK + tl.arange(0, BLOCK)
+        ok = q < PV
+        if WIDE:
+            q = q.to(tl.int64)
+        plane = PV.to(tl.int64) * V
+        g = ()
+        for j in tl.static_range(TO):
+            good = ok & (o0 + j < CO)
+            vector = load_vectors(g_ptr + (n * g_batch + (o0 + j) * plane), q, good, V)
+            if FACTOR:
+                factor = load_vectors(factor_ptr + (n * factor_batch + (o0 + j) * plane), q, good, V)
+                for v in tl.static_range(V):
+                    g = g + (vector[v] * factor[v],)
+            else:
+                g = g + vector
+        if i0 == 0:
+            for j in tl.static_range(TO):
+                bias = put(bias, j, bias[j] + total(g[j * V : j * V + V]))
+        for i in tl.static_range(TI):
+            x = load_vectors(x_ptr + (n * x_batch + (i0 + i) * plane), q, ok & (i0 + i < CI), V)
+            for j in tl.static_range(TO):
+                for v in tl.static_range(V):
+                    acc = put(acc, j * TI + i, acc[j * TI + i] + g[j * V + v] * x[v])
+    row = partial_ptr + split.to(tl.int64) * (CO * CI + CO)
+    column = tl.arange(0, TO * TI)
+    o, i = o0 + column // TI, i0 + column % TI
+    tl.store(row + o * CI + i, tl.sum(join_all(acc, TO * TI), 0), (o < CO) & (i < CI))
+    if i0 == 0:
+        last = o0 + tl.arange(0, TO)
+        tl.store(row + CO * CI + last, tl.sum(join_all(bias, TO), 0), last < CO)
 
 
 def divisor(n: int) -> int:
@@ -204,27 +255,33 @@ def product(
 
 def weight_grad(
     g: Tensor, x: Tensor, gw: Tensor, gb: Tensor | None, g_lay: ImageLayout, x_lay: ImageLayout, *,
-    factor: Tensor | None = None, norm: tuple[Tensor, Tensor | None, float] | None = None, wide: bool = False,
+    factor: Tensor | None = None, wide: bool = False,
 ) -> None:  # fmt: skip
-    """gw (Co, Ci, 1, 1) = (g [* factor]) x^T over all pixels and gb (Co,) the sums of g [* factor]; two launches.
-
-    norm: (weight, bias, eps) of a LayerNorm that x goes through first.
-    """
+    """gw (Co, Ci, 1, 1) = (g [* factor]) x^T over all pixels and gb (Co,) the sums of g [* factor]; two launches."""
     N, CI, H, W = x.shape
     CO = g.shape[1]
     vc, vp = min(g_lay.VC, x_lay.VC), min(g_lay.VP, x_lay.VP)
     vi, vo = divisor(CI), divisor(CO)
-    s = heuristics.pointwise_wgrad(CO, CI, x.element_size(), norm is not None)
-    tiles = ceil_div(H * W, s.BP)
-    splits = ceil_div(N * tiles, s.TILES)
-    out_tiles, in_tiles = ceil_div(CO, s.BO), ceil_div(CI, s.BI)
-    partial = x.new_empty((splits, CO * CI + CO), dtype=torch.float32)
-    norm_w, norm_b, eps = norm if norm is not None else (gw, None, 0.0)
-    launch(pointwise_wgrad, (splits * out_tiles * in_tiles,), g, g if factor is None else factor, x,
-           norm_w.contiguous(), norm_w if norm_b is None else norm_b.contiguous(), partial, N, H * W // vp, CI // vi,
-           CO // vo, g_lay.stride * g_lay.VC // vc, x_lay.stride * x_lay.VC // vc, g.stride(0),
-           g.stride(0) if factor is None else factor.stride(0), x.stride(0), tiles, splits, out_tiles, eps,
-           BO=s.BO, BI=s.BI, BP=s.BP, VI=vi, VO=vo, VC=vc, VP=vp, TILES=s.TILES, FACTOR=factor is not None,
-           NORM=norm is not None, NORM_BIAS=norm_b is not None, NCHW=x_lay.NCHW, WIDE=wide,
-           num_warps=s.warps)  # fmt: skip
+    factors = g if factor is None else factor
+    if x_lay.NCHW and x.dtype == torch.float32:
+        s = heuristics.pointwise_wgrad_planes(CO, CI)
+        chunks = ceil_div(H * W // vp, s.BLOCK)
+        splits = ceil_div(N * chunks, s.CHUNKS)
+        out_tiles, in_tiles = ceil_div(CO, s.TO), ceil_div(CI, s.TI)
+        partial = x.new_empty((splits, CO * CI + CO), dtype=torch.float32)
+        launch(pointwise_wgrad_planes, (splits * out_tiles * in_tiles,), g, factors, x, partial, N, H * W // vp, CI,
+               CO, g.stride(0), factors.stride(0), x.stride(0), chunks, out_tiles, in_tiles, TO=s.TO, TI=s.TI,
+               V=vp, BLOCK=s.BLOCK, CHUNKS=s.CHUNKS, FACTOR=factor is not None, WIDE=wide,
+               num_warps=s.BLOCK // 32)  # fmt: skip
+    else:
+        s = heuristics.pointwise_wgrad(CO, CI, x.element_size())
+        tiles = ceil_div(H * W, s.BP)
+        splits = ceil_div(N * tiles, s.TILES)
+        out_tiles, in_tiles = ceil_div(CO, s.BO), ceil_div(CI, s.BI)
+        partial = x.new_empty((splits, CO * CI + CO), dtype=torch.float32)
+        launch(pointwise_wgrad, (splits * out_tiles * in_tiles,), g, factors, x, partial, N, H * W // vp, CI // vi,
+               CO // vo, g_lay.stride * g_lay.VC // vc, x_lay.stride * x_lay.VC // vc, g.stride(0), factors.stride(0),
+               x.stride(0), tiles, splits, out_tiles, BO=s.BO, BI=s.BI, BP=s.BP, VI=vi, VO=vo, VC=vc, VP=vp,
+               TILES=s.TILES, FACTOR=factor is not None, NCHW=x_lay.NCHW, WIDE=wide,
+               num_warps=s.warps)  # fmt: skip
     finish(partial, gw, gb)

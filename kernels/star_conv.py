@@ -25,12 +25,16 @@ MAX_CHANNELS = 256  # all of a pixel's channels are one side of a product
 
 @jit
 def norm_pointwise(
-    x_ptr, nw_ptr, nb_ptr, w1_ptr, w2_ptr, y1_ptr, y2_ptr, PV, CIV, C1V, C2V, x_stride, y1_stride, y2_stride,
+    x_ptr, nw_ptr, nb_ptr, w1_ptr, w2_ptr, y1_ptr, y2_ptr, z_ptr, PV, CIV, C1V, C2V, x_stride, y1_stride, y2_stride,
     x_batch, y1_batch, y2_batch, tiles, eps,
     BC: tl.constexpr, BO: tl.constexpr, BP: tl.constexpr, VI: tl.constexpr, V1: tl.constexpr, V2: tl.constexpr,
-    VC: tl.constexpr, VP: tl.constexpr, NORM_BIAS: tl.constexpr, NCHW: tl.constexpr, WIDE: tl.constexpr,
+    VC: tl.constexpr, VP: tl.constexpr, NORM_BIAS: tl.constexpr, KEEP: tl.constexpr, NCHW: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
-    """y1 = W1 LN(x) and y2 = W2 LN(x): x is read once, normalized once, and both products start from the same tile."""
+    """y1 = W1 z and y2 = W2 z with z = LN(x): x is read and normalized once, both products start from the same tile.
+
+    KEEP: z itself is written as well; it lies as x does.
+    """
     pid = tl.program_id(0)
     n = (pid // tiles).to(tl.int64)
     i = tl.arange(0, BC)
@@ -44,6 +48,8 @@ def norm_pointwise(
     if NORM_BIAS:
         z += tl.load(nb_ptr + i, i_ok, other=0.0).to(tl.float32)[:, None]
     z = z.to(x_ptr.dtype.element_ty)
+    if KEEP:
+        tl.store(z_ptr + n * x_batch + at, z, i_ok[:, None] & p_ok[None, :])
     PIXELS_FIRST: tl.constexpr = not NCHW and x_ptr.dtype.element_ty == tl.float32
     zero = product_start(BO, BP, PIXELS_FIRST)
     for first in range(0, C1V * V1, BO):
@@ -115,9 +121,9 @@ def norm_pointwise_grad(
 
 def _both_products(
     x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, pw1_weight: Tensor, pw2_weight: Tensor, eps: float,
-    fmt: torch.memory_format,
+    fmt: torch.memory_format, z: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """W1 LN(x) and W2 LN(x), one launch."""
+    """W1 LN(x) and W2 LN(x), one launch, which also writes LN(x) into z if there is one."""
     N, C, H, W = x.shape
     y1, y2 = (empty_image(x, w.shape[0], fmt) for w in (pw1_weight, pw2_weight))
     lays = [image_layout(fmt, t) for t in (x, y1, y2)]
@@ -127,10 +133,11 @@ def _both_products(
     tiles = ceil_div(H * W, s.BP)
     launch(norm_pointwise, (N * tiles,), x, norm_weight.contiguous(),
            norm_weight if norm_bias is None else norm_bias.contiguous(), pw1_weight.contiguous(),
-           pw2_weight.contiguous(), y1, y2, H * W // vp, C // vi, y1.shape[1] // v1, y2.shape[1] // v2,
+           pw2_weight.contiguous(), y1, y2, x if z is None else z, H * W // vp, C // vi, y1.shape[1] // v1,
+           y2.shape[1] // v2,
            *(t.stride * t.VC // vc for t in lays), x.stride(0), y1.stride(0), y2.stride(0), tiles, eps,
            BC=s.BC, BO=s.BO, BP=s.BP, VI=vi, V1=v1, V2=v2, VC=vc, VP=vp, NORM_BIAS=norm_bias is not None,
-           NCHW=lays[0].NCHW, WIDE=wide_plane(x, y1, y2), num_warps=s.warps)  # fmt: skip
+           KEEP=z is not None, NCHW=lays[0].NCHW, WIDE=wide_plane(x, y1, y2), num_warps=s.warps)  # fmt: skip
     return y1, y2
 
 
@@ -174,7 +181,8 @@ def backward(
     """Gradients in [x, norm_weight, norm_bias, pw1_weight, dw_weight, dw_bias, pw2_weight] where `output_mask` asks.
 
     All of them: both products again, the star's gradients, DW's input gradient, x and the norm (2), DW's weight (2),
-    and 2 for each 1x1. Workspace: five tensors of the result's size.
+    and 2 for each 1x1, from LN(x), which the first launch keeps. Workspace: one tensor of x's size and five of the
+    result's.
     """
     need_x, need_nw, need_nb, need_w1, need_dw, need_db, need_w2 = output_mask
     fmt = output_format(x)
@@ -193,7 +201,8 @@ def backward(
             gw2,
         ]
         return [t.zero_() for t, need in zip(grads, output_mask, strict=True) if need]
-    t, b = _both_products(x, norm_weight, norm_bias, pw1_weight, pw2_weight, eps, fmt)
+    z = torch.empty_like(x, memory_format=fmt) if need_w1 or need_w2 else None
+    t, b = _both_products(x, norm_weight, norm_bias, pw1_weight, pw2_weight, eps, fmt, z)
     ga, gb = torch.empty_like(t, memory_format=fmt), torch.empty_like(b, memory_format=fmt)
     depthwise.convolve(
         t, dw_weight, dw_bias, ga, (1, 1), star="backward", outer=outer, gate=b, grad=g, gate_grad=gb
@@ -204,18 +213,15 @@ def backward(
         else (None, None)
     )
     wide = wide_plane(x, t)
+    gt = t  # which is no longer needed itself
     if need_x or need_nw or need_nb or need_w1:
-        gt = t  # no longer needed itself
         depthwise.convolve(ga, dw_weight, None, gt, (1, 1), flip=True)
-    norm = (norm_weight, norm_bias, eps)
-    if need_w1:
-        pointwise.weight_grad(
-            gt, x, gw1, None, image_layout(fmt, gt), image_layout(fmt, x), norm=norm, wide=wide
-        )
-    if need_w2:
-        pointwise.weight_grad(
-            gb, x, gw2, None, image_layout(fmt, gb), image_layout(fmt, x), norm=norm, wide=wide
-        )
+    if z is not None:
+        for grad, gw, need in ((gt, gw1, need_w1), (gb, gw2, need_w2)):
+            if need:
+                pointwise.weight_grad(
+                    grad, z, gw, None, image_layout(fmt, grad), image_layout(fmt, z), wide=wide
+                )
     if need_x or need_nw or need_nb:
         N, C, H, W = x.shape
         lays = [image_layout(fmt, v) for v in (x, gt, gb)]
