@@ -53,6 +53,11 @@ def depthwise_conv2d(
     dh, dw = pair(dilation)
     kh, kw = weight.shape[-2:]
     padding = (dh * (kh - 1) // 2, dw * (kw - 1) // 2)
+    if x.dtype == torch.bfloat16 and x.is_cpu and kw > 13 and output_format(x) == torch.channels_last:
+        # PyTorch 2.14.1 may never return from this call on processors with AVX512-BF16 (docs/decisions.md).
+        return depthwise_conv2d(x.contiguous(), weight, bias, dilation=dilation).contiguous(
+            memory_format=torch.channels_last
+        )
     return F.conv2d(x, weight, bias, padding=padding, dilation=(dh, dw), groups=weight.shape[0])
 
 
