@@ -370,7 +370,7 @@ __global__ void __launch_bounds__(kFewThreads, 1)
     const float s = warp_sum(acc[k]);
     if (threadIdx.x % 32 == 0) sums[warp * (K + 1) + k] = s;
   }
-  const float all = warp_sum(total.sum);
+  const float all = warp_sum(total);
   if (threadIdx.x % 32 == 0) sums[warp * (K + 1) + K] = all;
   __syncthreads();
   if (unit < units && lane <= K) {  // the first lanes of the unit's first warp

@@ -394,4 +394,18 @@ struct CarefulSum {
   }
 };
 
+// The sum over a warp. Sums of lanes that cancel leave little, so the rounding errors of adding
+// them are carried along as well: each pair's is found exactly.
+__device__ __forceinline__ float warp_sum(CarefulSum v) {
+  SDAN_UNROLL
+  for (int d = 16; d > 0; d >>= 1) {
+    const float sum = __shfl_xor_sync(0xffffffffu, v.sum, d),
+                lost = __shfl_xor_sync(0xffffffffu, v.lost, d);
+    const float t = v.sum + sum, z = t - v.sum;
+    v.lost = (v.lost + lost) - ((v.sum - (t - z)) + (sum - z));
+    v.sum = t;
+  }
+  return v.sum - v.lost;
+}
+
 }  // namespace sdan_fast::cuda

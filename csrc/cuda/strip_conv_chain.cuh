@@ -50,8 +50,9 @@ struct StripParams {
   int32_t before[2];  // conv_column: steps before the first output: with rows, with first results
 };
 
-constexpr int kRowOutputs = 9;    // per thread and row of conv_row; 1 modulo 4, for the banks
-constexpr int kRowPairs = 4;      // pairs of rows of a conv_row tile
+constexpr int kRowOutputs = 9;  // per thread and row of conv_row; 1 modulo 4, for the banks
+constexpr int kRowPairs = 4;    // pairs of rows of a conv_row tile
+constexpr int kRowAlign = 16;   // columns: where they begin, a sector of 32 bytes does in all types
 constexpr int kStripOutputs = 8;  // rows per thread of conv_column
 constexpr int kStripThreads = 256;
 
@@ -71,11 +72,17 @@ struct Taps {
   static constexpr int value = K;
 };
 
-// Calls f(Taps<some>, the first of them) for all `taps`: K at once or, for K = 0, Some (4 or 8) at
-// a time and then the rest.
+// Calls f(Taps<some>, the first of them) for all `taps`: K at once; many, which are not kept in
+// registers for each column (Some is 4), in two parts, or the compiler runs out of registers; for
+// K = 0, Some (4 or 8) at a time and then the rest.
 template <int K, int Some, typename F>
 __device__ __forceinline__ void each_taps(int taps, F&& f) {
-  if constexpr (K > 0) {
+  if constexpr (K > 23 && Some == 8) {
+    int k = 0;
+    SDAN_UNROLL_BY(1)
+    for (; k + 20 <= taps; k += 20) f(Taps<20>{}, k);  // once; a loop keeps the parts apart
+    f(Taps<K - 20>{}, k);
+  } else if constexpr (K > 0) {
     f(Taps<K>{}, 0);
   } else {
     int k = 0;
@@ -149,7 +156,7 @@ __device__ __forceinline__ void row_step(const float2* in, float2* out, const fl
 }
 
 // Reads rows [y, y + 2 kRowPairs) and columns [x, x + columns) of a plane, with zeros outside the
-// image. x and `columns` are multiples of 4.
+// image. x and `columns` are multiples of kRowAlign.
 __device__ __forceinline__ void stage_pairs(const void* tensor, int64_t base, float2* tile,
                                             const StripParams& p, int y, int x, int columns) {
   if (!p.wide) {
@@ -205,7 +212,7 @@ __global__ void __launch_bounds__(kStripThreads, 3)
   const int in_plane = static_cast<int>(blockIdx.x % per_plane);
   const int ty = in_plane / p.tiles * (2 * kRowPairs), tx = in_plane % p.tiles * p.tile;
   const int64_t base = plane * p.length * p.width;
-  const int left = round_down(tx - halo, 4), shift = tx - halo - left;
+  const int left = round_down(tx - halo, kRowAlign), shift = tx - halo - left;
   SDAN_UNROLL
   for (int i = 0; i < 2; ++i) {
     if (i >= p.steps) break;
@@ -215,7 +222,7 @@ __global__ void __launch_bounds__(kStripThreads, 3)
       (i ? taps1 : taps)[k] = k < s.taps ? strip_tap(p, s, i ? weight1 : weight0, c, k) : 0.0f;
   }
   const int region = two ? p.rows : p.tile;
-  stage_pairs(x, base, a, p, ty, left, round_up(region + 2 * strip_halo(s0) + shift, 4));
+  stage_pairs(x, base, a, p, ty, left, round_up(region + 2 * strip_halo(s0) + shift, kRowAlign));
   // Of the first of two steps, what lies outside the image is zero.
   int first = 0, end = region;
   if (two) {
@@ -293,9 +300,9 @@ __device__ __forceinline__ void column_step(const float* ring, int head, int rin
             groups = static_cast<int>(blockDim.x) / lanes;
   const int phase_step = groups % d, row_step = groups / d * (P * d) + phase_step;
   int phase = g % d, row = g / d * (P * d) + phase;
-  const float4 offset = *reinterpret_cast<const float4*>(offsets + column);
   while (row < p.rows) {
     if (row < live_end && row + (P - 1) * d >= live) {
+      const float4 offset = *reinterpret_cast<const float4*>(offsets + column);
       float acc[P][4];
       SDAN_UNROLL
       for (int j = 0; j < P; ++j)

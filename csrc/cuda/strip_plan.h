@@ -60,8 +60,9 @@ inline StripPlan plan_row(DType dtype, const StripPass& s) {
   const auto shared_bytes = [&](int64_t tile) {
     const int64_t region =
         s.steps == 2 ? round_up64(tile + 2 * h1, int64_t{kRowOutputs} * first.dilation) : tile;
-    const int64_t staged = round_up64(region + 2 * h0 * first.dilation + 3, 4);
-    const int64_t pitch = round_up64(staged, 16) + 4;  // 4 modulo 16, for the banks
+    // The first column is rounded down to a multiple of kRowAlign.
+    const int64_t staged = region + 2 * h0 * first.dilation + kRowAlign - 1;
+    const int64_t pitch = round_up64(staged, kRowAlign) + 4;  // 4 modulo 16, for the banks
     int64_t taps = 0;
     for (int i = 0; i < s.steps; ++i) taps += round_up64(p.step[i].taps, 4);
     p.tile = static_cast<int32_t>(tile), p.rows = static_cast<int32_t>(region);
