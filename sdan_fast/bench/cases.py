@@ -148,6 +148,11 @@ def _chain(draw: Draw, shape: Sequence[int], k: int = 11, dilation: int | None =
     return (draw(*shape), [_strips(draw, shape[1], k, d) for d in (1, second)]), {}
 
 
+def _gated_chain(draw: Draw, shape: Sequence[int], k: int = 11) -> Arguments:
+    (x, stages), kwargs = _chain(draw, shape, k)
+    return (draw(*shape), x, stages), kwargs
+
+
 def _star(draw: Draw, shape: Sequence[int], activation: str = "gelu", outer: str = "none") -> Arguments:
     return (draw(*shape), draw(*shape)), {"activation": activation, "outer": outer}
 
@@ -228,6 +233,12 @@ SUBJECTS: dict[str, Subject] = {
     for subject in (
         Subject("depthwise_conv2d", CHUNK, _depthwise, tuple(_filters())),
         Subject("strip_conv_chain", CHUNK, _chain, tuple(_chains())),
+        Subject(
+            "gated_strip_conv_chain",
+            CHUNK,
+            _gated_chain,
+            tuple(Variant(f"k{k}", {"k": k}, usual=k == 11) for k in (11, 21, 35)),
+        ),
         Subject(
             "star",
             CHANNELS,

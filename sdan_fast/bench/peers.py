@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from sdan_fast import backends, explain, use_backend
+from sdan_fast.ops._op import OPS
 
 from .cases import LAYOUTS, Arguments, Case, tensors
 
@@ -86,7 +87,9 @@ def _contender(
         args, kwargs = arguments
         with use_backend(name):
             choice = explain(case.subject.op, *args, **kwargs)
-        refused = choice.reasons.get(name) if choice.backend != name else None
+        # A composed op without a kernel there is its parts, which have theirs.
+        parts = OPS[choice.op].composed and backends.BACKENDS[name].missing is None
+        refused = None if choice.backend == name or parts else choice.reasons.get(name)
         return Contender(name, layout, True, call, functools.partial(use_backend, name), refused)
     if name == "Inductor":
         return Contender(name, layout, False, calling(compiled(case.subject.plain), arguments, training))

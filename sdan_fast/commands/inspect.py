@@ -21,8 +21,12 @@ app = typer.Typer(
     help="The GPU kernels without a GPU: registers, occupancy, machine code, executed PTX, modelled times.",
 )
 
-Arch = Annotated[list[str] | None, typer.Option("--arch", help="Only these architectures (sm_90, gfx942).")]
-Kernel = Annotated[str, typer.Option("--kernel", help="Only kernels whose name has this in it.")]
+Arch = Annotated[
+    list[str] | None, typer.Option("--arch", metavar="NAME", help="Only these architectures (sm_90, gfx942).")
+]
+Kernel = Annotated[
+    str, typer.Option("--kernel", metavar="TEXT", help="Only kernels whose name has this in it.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")]
 Csv = Annotated[bool, typer.Option("--csv", help="Print the rows as CSV.")]
 Counts = Annotated[
@@ -34,7 +38,7 @@ Accept = Annotated[bool, typer.Option("--accept", help="With --update: write reg
 Everything = Annotated[
     bool, typer.Option("--recompute", help="Trust no committed row: compute each one anew.")
 ]
-Jobs = Annotated[int, typer.Option("--jobs", min=1, help="Compiler processes.")]
+Jobs = Annotated[int, typer.Option("--jobs", min=1, metavar="N", help="Compiler processes.")]
 
 _CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
 _HIDDEN = ("configuration", "key", "launched_by")  # too wide for a terminal; JSON and CSV have them
@@ -213,7 +217,8 @@ def inspect_cuda(
 @app.command("model", short_help="The modelled times of SDAN's ops beside PyTorch's unfused sequence.")
 def inspect_model(
     out: Annotated[
-        Path | None, typer.Option("--out", help="Write the page here (docs/gpu-model.md) instead.")
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="Write the page here (docs/gpu-model.md) instead."),
     ] = None,
 ) -> None:
     """A Markdown page made of the committed tables: modelled, not measured."""

@@ -204,11 +204,14 @@ def tune_command(
     output: Annotated[
         Path | None,
         typer.Option(
-            help="The folder to write <device>.json to. Default: $SDAN_FAST_SETTINGS, else this one."
+            metavar="FOLDER",
+            help="The folder to write <device>.json to. Default: $SDAN_FAST_SETTINGS, else this one.",
         ),
     ] = None,
-    rounds: Annotated[int, typer.Option(min=3, help="Measurements of each candidate.")] = ROUNDS,
-    op: Annotated[list[str] | None, typer.Option(help="Only these ops (may be repeated).")] = None,
+    rounds: Annotated[int, typer.Option(min=3, metavar="N", help="Measurements of each candidate.")] = ROUNDS,
+    op: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Only these ops (may be repeated).")
+    ] = None,
 ) -> None:
     """Time the Triton kernels' settings on this GPU, at SDAN's shapes, and write those that beat the defaults.
 

@@ -128,8 +128,14 @@ def _rsdam(r: Make, n: int, h: int, w: int) -> Iterator[Arguments]:
         yield (r(n, _CHANNELS, h, w), *_filled(RSDAM(_CHANNELS, groups), r).parameters_in_order()), {}
 
 
+def _gated_chain(r: Make, n: int, h: int, w: int) -> Iterator[Arguments]:
+    for (x, stages), kwargs in _chain(r, n, h, w):
+        yield (r(n, _CHANNELS, h, w), x, stages), kwargs
+
+
 CASES: dict[str, Callable[[Make, int, int, int], Iterator[Arguments]]] = {
     "depthwise_conv2d": _depthwise,
+    "gated_strip_conv_chain": _gated_chain,
     "layer_norm2d": _norm,
     "mm_lka": _mm_lka,
     "pointwise_gate": _gate,
