@@ -146,7 +146,7 @@ class Images:
             groups = ceil_div(H, r * conv.dilations[0]) * conv.dilations[0] if r > 1 else H
             return Shape("square", r, 1, 1, False, ceil_div(groups * QW, BLOCK))
         if conv.axis == "w":
-            r = 1 if H == 1 else self.x.element_size()
+            r = 1 if H == 1 else 4  # two rows of 16 bits: ptxas spills to save a step of occupancy
             rows = 1 if QW >= BLOCK else BLOCK // QW
             return Shape("rows", r, 1, 1, QW > BLOCK, ceil_div(ceil_div(H, r), rows))
         for r, most in ((4, 8), (4, 4), (4, 2), (8, 2), (4, 4)):

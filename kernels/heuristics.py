@@ -199,6 +199,8 @@ def norm_pointwise(channels: int, out1: int, out2: int, itemsize: int, backward:
         bo, bp = min(bo, 32), 16 if bc > 64 else 32
     else:
         bo, bp = min(bo, 32) if bc > 64 else bo, 32 if bc > 64 or backward else 64
+    if backward and bc == 16:
+        bp = 16  # with 32, ptxas spills to save a step of occupancy
     kernel = "norm_pointwise_grad" if backward else "norm_pointwise"
     calls = f"{channels} to {out1} and {out2} channels, {itemsize} bytes"
     return Settings(tuned(kernel, calls, BO=bo, BP=bp), BC=bc, TILES=4, warps=4)

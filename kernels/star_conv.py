@@ -1,4 +1,4 @@
-"""Triton kernels of StarConv: two launches forward (LayerNorm with both 1x1s, then DW3x3 with GELU and star), eight
+"""Triton kernels of StarConv: two launches forward (LayerNorm with both 1x1s, then DW3x3 with GELU and star), eleven
 backward.
 
 Nothing but the inputs is kept for backward, which forms the two 1x1 results and the statistics again.

@@ -95,6 +95,15 @@ def test_float32_products_have_no_bank_conflicts(fmt):
         assert conflicts([st]) < 0.1, (st.kernel, conflicts([st]))
 
 
+def test_float32_weight_gradient_in_planes():
+    """Eight chunks of pixels, as a program has them in SDAN's images: mostly FMAs, whole sectors, no bank conflicts."""
+    args = gate_args((1, 8, 64, 64), 8, torch.float32, NCHW)
+    with ptx_interpreted() as stats:
+        check_op(pointwise_gate, reference.pointwise_gate, args, needed=[False, False, True, True])
+    st = next(s for s in stats if s.kernel == "pointwise_wgrad_planes")
+    assert fma_share(st) >= 0.3 and conflicts([st]) < 0.1 and unshifted(st) >= 0.85, fma_share(st)
+
+
 STAGES, MASK = [(3, 1), (3, 2)], [True] * 4
 
 
