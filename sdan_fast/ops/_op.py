@@ -187,6 +187,7 @@ class Op:
     def define(self, backend: str) -> None:
         """Define the overload of one backend, with its fake kernel, autograd and vmap rule."""
         qualified = _qualified(self.name, backend)
+        _forget_flops(self.name)
         LIBRARY.define(f"{qualified}({self.arguments}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
         overload = getattr(getattr(torch.ops.sdan_fast, self.name), backend or "default")
         self.overloads[backend] = overload
@@ -217,6 +218,7 @@ class Op:
         keyword = f"{keyword.strip()}, bool[] output_mask" if keyword else "bool[] output_mask"
         arguments = f"Tensor grad_output, {positional.rstrip(', ')}, *, {keyword}"
         qualified = _qualified(f"{self.name}_backward", backend)
+        _forget_flops(f"{self.name}_backward")
         LIBRARY.define(f"{qualified}({arguments}) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,))
         overload = getattr(getattr(torch.ops.sdan_fast, f"{self.name}_backward"), backend or "default")
         self.backward_overloads[backend] = overload
@@ -264,7 +266,7 @@ class Op:
             LIBRARY.impl(self.name, self.reference if self.composed else autocast, key)
 
     def _register_flops(self, overload: Any, formula: Callable[..., int]) -> None:
-        """Torch keeps FLOP formulas by op, whose hash may change with every overload: so after each one, anew."""
+        """Torch keeps FLOP formulas by op, whose hash changes with every overload: so after each one, anew."""
 
         def flops(*args: Any, out_shape: Any = None, **kwargs: Any) -> int:
             return formula(*args, **kwargs)
@@ -413,6 +415,17 @@ class _Call:
             )
         found = iter(second)
         return [next(found) if needed else None for needed in needs]
+
+
+def _forget_flops(name: str) -> None:
+    """Take an op's formula out of torch's table before an overload is added, which changes the op's hash.
+
+    A dict finds a key by identity along the way of its new hash too, and so would now and then keep the entry where the
+    old hash had put it, to be lost when the table grows.
+    """
+    packet = getattr(torch.ops.sdan_fast, name, None)
+    if packet is not None:
+        flop_registry.pop(packet, None)
 
 
 class _Function(torch.autograd.Function):
