@@ -36,9 +36,10 @@ def results(dtype, backend, model, x):
     "fmt",
     [
         pytest.param(torch.contiguous_format, id="nchw"),
-        pytest.param(torch.channels_last, id="channels_last", marks=pytest.mark.slow),
+        pytest.param(torch.channels_last, id="channels_last"),
     ],
 )
+@pytest.mark.slow  # minutes in the interpreter
 def test_model(fmt):
     """Values and all gradients against float64 at the error bound; no op of it ran on another backend."""
     torch.manual_seed(0)
