@@ -52,6 +52,7 @@ def test_on_a_gpu_everything_competes() -> None:
     assert covered == set(functional.__all__)
 
 
+@pytest.mark.slow
 def test_a_rehearsal_of_the_benchmarks(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

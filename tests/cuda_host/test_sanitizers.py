@@ -13,6 +13,7 @@ import pytest
 HERE = Path(__file__).resolve().parent
 
 
+@pytest.mark.slow  # a minute of compiling
 def test_kernels_are_clean():
     cxx = host_build.compiler()
     # libstdc++ as well: AddressSanitizer looks for its __cxa_throw when the process starts.

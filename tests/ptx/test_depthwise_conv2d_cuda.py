@@ -163,8 +163,8 @@ def test_channels_last(text, dtype):
     )  # fmt: skip
     kwargs, exact = {"dilation": list(dilation)}, [t.double() for t in (x, weight, bias)]
     assert_bound(y, CONV.reference(x, weight, bias, **kwargs), CONV.reference(*exact, **kwargs))
-    # Also of 24 16-bit channels, a sector and a half: neighbouring threads have neighbouring pixels. The loads of a tap are
-    # shifted by whole pixels, so that in 16 bits they begin in the middle of a sector.
+    # Also of 24 16-bit channels, a sector and a half: neighbouring threads have neighbouring pixels. The loads of a tap
+    # are shifted by whole pixels, so that in 16 bits they begin in the middle of a sector.
     assert st.store_efficiency >= 0.85
     assert st.load_efficiency >= (0.85 if dtype == torch.float32 else 0.8)
 
