@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import arguments, counts_table, workload
-from .counts import Counts, count, interpreter_hash
+from .counts import Counts, count, interpreter, interpreter_hash
 from .counts_table import COLUMNS, IDENTITY, Counted
 from .table import Row, Table
 from .triton_kernels import Launch, Specialized, compile_specialized, launches_of
@@ -60,8 +60,15 @@ def key_of(launch: Launch, s: Specialized) -> str:
 
 
 def execute(launch: Launch, s: Specialized, *, whole: bool = False) -> Counts:
-    """Run a launch's compiled PTX on its own tensors."""
+    """Run a launch's compiled PTX on its own tensors, set to zero: a launch before it did not fill them.
+
+    What a NaN of unwritten memory becomes depends on the order of operands, so that two warps that write a sum twice
+    would look like a race.
+    """
     compiled = compile_specialized(s)
+    for v in s.passed:
+        if isinstance(v, Tensor):
+            v.zero_()
     values = [memory_of(v) if isinstance(v, Tensor) else v for v in s.passed]
     sizes = {
         n: float(v.numel() * v.element_size()) for n, v in zip(s.names, s.passed) if isinstance(v, Tensor)
@@ -108,6 +115,7 @@ def compute(committed: Table | None, on_pass: Callable[[str], object] = lambda n
                 made[title] = kept if len(kept) == len(pairs) else None
     stale = [title for title, rows in made.items() if rows is None]
     if jobs > 1 and len(stale) > 1:
+        interpreter()  # whose exceptions a process may send
         with concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
             futures = {pool.submit(execute_passes, stale[rank::jobs]): rank for rank in range(jobs)}
             for future in concurrent.futures.as_completed(futures):

@@ -1,8 +1,8 @@
 """Runs `*_interpreted.py` in a process of its own with TRITON_INTERPRET=1, whatever process `pytest tests` is.
 
 Triton decides when a kernel is decorated whether it is interpreted, so one process cannot both interpret and compile.
-In an ordinary process each such file is one test, which runs the file in a child pytest and fails if anything in it
-fails, is skipped, or is not there.
+In an ordinary process each such file is one test, and a slow one if it has slow tests, which runs the file in a child
+pytest and fails if anything in it fails, is skipped, or is not there.
 """
 
 from __future__ import annotations
@@ -22,28 +22,33 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 class InterpretedFile(pytest.File):
-    """A test file that needs a process with the interpreter."""
+    """A test file that needs a process with the interpreter: one test for its fast tests, one for its slow ones."""
 
     def collect(self):
-        yield ChildRun.from_parent(self, name="TRITON_INTERPRET=1")
+        fast = ChildRun.from_parent(self, name="TRITON_INTERPRET=1")
+        fast.expression = "not slow"
+        yield fast
+        if "pytest.mark.slow" in self.path.read_text(encoding="utf-8"):
+            slow = ChildRun.from_parent(self, name="TRITON_INTERPRET=1 slow")
+            slow.expression = "slow"
+            slow.add_marker(pytest.mark.slow)
+            yield slow
 
 
 class ChildRun(pytest.Item):
-    """The child pytest over one file, with the marker expression of this run."""
+    """The child pytest over one file, with one marker expression."""
+
+    expression: str
 
     def runtest(self):
         pytest.importorskip("triton")
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--rootdir",
-                   str(self.config.rootpath), str(self.path)]  # fmt: skip
-        if expression := self.config.getoption("markexpr", ""):
-            command += ["-m", expression]
+                   str(self.config.rootpath), str(self.path), "-m", self.expression]  # fmt: skip
         environment = {**os.environ, "TRITON_INTERPRET": "1"}
         done = subprocess.run(
             command, env=environment, cwd=self.config.rootpath, capture_output=True, text=True
         )
         counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped|error)", done.stdout)}
-        if done.returncode == 5 and counts.get("passed", 0) == 0 and " deselected" in done.stdout:
-            pytest.skip("every test of this file is deselected by -m")
         if done.returncode != 0 or not counts.get("passed") or counts.get("skipped"):
             raise AssertionError(
                 f"{self.path.name} under TRITON_INTERPRET=1:\n{done.stdout[-8000:]}\n{done.stderr[-2000:]}"
@@ -55,7 +60,7 @@ class ChildRun(pytest.Item):
         )
 
     def reportinfo(self):
-        return self.path, None, f"{self.path.name} [TRITON_INTERPRET=1]"
+        return self.path, None, f"{self.path.name} [{self.name}]"
 
 
 def pytest_pycollect_makemodule(module_path, parent):
