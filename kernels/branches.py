@@ -157,11 +157,12 @@ class Images:
         return Shape("columns", r, lines, 1, groups * lines > BLOCK, ceil_div(QW, lines))
 
     def _shape_nhwc(self, step: Step) -> Shape:
-        """24 values a thread (32 spill), up to 128 bytes of channels a program; whole rows, or 256 bytes of columns."""
+        """24 values a thread (32 spill), up to 128 bytes of channels a program; whole rows, or 128 bytes of columns."""
         _, _, H, W = self.x.shape
         conv, itemsize = step.convs[0], self.x.element_size()
         channels = conv.weight.shape[0]
-        p = min(8, 24 // self.v)
+        most = 64 if conv.axis != "hw" and max(max(c.weight.shape[2:]) for c in step.convs) <= 5 else 24
+        p = min(16, most // self.v)
         tiles = ceil_div(channels * itemsize, 128)
         groups = ceil_div(channels // self.v, tiles)
         along = H if conv.axis == "h" else W
@@ -172,7 +173,7 @@ class Images:
         fitting = power_of_two_below(BLOCK // items)
         if conv.axis == "w":
             return Shape("rows", p, fitting, groups, items > BLOCK, ceil_div(H, fitting))
-        wide = ceil_div(256, groups * self.v * itemsize) if channels == self.x.shape[1] else 1
+        wide = ceil_div(128, groups * self.v * itemsize) if channels == self.x.shape[1] else 1
         lines = min(max(fitting, heuristics.power_of_two(wide, 1, 64)), heuristics.power_of_two(W, 1, 64))
         return Shape("columns", p, lines, groups, items * lines > BLOCK, ceil_div(W, lines))
 

@@ -305,6 +305,29 @@ def pixel_groups(block, S, F, P: tl.constexpr, DA: tl.constexpr, BP: tl.constexp
 
 
 @jit
+def pixel_tile(
+    block,
+    GROUPS,
+    LINES,
+    P: tl.constexpr,
+    DA: tl.constexpr,
+    BG: tl.constexpr,
+    BL: tl.constexpr,
+    ALONG_H: tl.constexpr,
+):
+    """The same for tiles of BG groups by BL lines, of GROUPS and LINES; neighbouring threads are neighbours along W."""
+    i = tl.arange(0, BG * BL)
+    tiles = tl.cdiv(LINES, BL)
+    if ALONG_H:
+        group, line = i // BL, i % BL
+    else:
+        group, line = i % BG, i // BG
+    group += (block // tiles) * BG
+    line += (block % tiles) * BL
+    return first_row(group, P, DA), line, (group < GROUPS) & (line < LINES)
+
+
+@jit
 def inside(a, L):
     """Whether 0 <= a < L: negative numbers are large without their sign."""
     return a.to(tl.uint32, bitcast=True) < L
@@ -331,18 +354,19 @@ def store_pixel(ptr, mask, ok, x):
 
 @jit
 def conv_nhwc(
-    x_ptr, w_ptr, bias_ptr, y_ptr, gate_ptr, grad_ptr, gate_grad_ptr, CV, H, W, S, F,
+    x_ptr, w_ptr, bias_ptr, y_ptr, gate_ptr, grad_ptr, gate_grad_ptr, CV, H, W, GROUPS, LINES,
     x_batch, x_pixel, y_batch, y_pixel, blocks, tiles,
     KA: tl.constexpr, KB: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr, ALONG_H: tl.constexpr,
-    KT: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr, VEC: tl.constexpr,
+    KT: tl.constexpr, P: tl.constexpr, BG: tl.constexpr, BL: tl.constexpr, BC: tl.constexpr, VEC: tl.constexpr,
     FLIP: tl.constexpr, BIAS: tl.constexpr, STAR: tl.constexpr, OUTER: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """conv_nchw for channels_last: channel c of pixel i of image n at n x_batch + i x_pixel VEC + c, C = CV VEC
     channels.
 
-    The filter, [taps, C], has KA taps along its main axis (H if ALONG_H, then KB is 1) and KB along the other; KT of
-    the KA are in registers at a time. gate, grad and gate_grad lie as y does.
+    The filter has KA taps along its main axis, which is H if ALONG_H, and KB along the other; it is stored as
+    [KH, KW, C]. KT of the KA are in registers at a time. gate, grad and gate_grad lie as y does.
     """
+    BP: tl.constexpr = BG * BL
     NT: tl.constexpr = (KA + KT - 1) // KT
     pid = tl.program_id(0)
     n = (pid // tiles // blocks).to(tl.int64)
@@ -352,7 +376,7 @@ def conv_nhwc(
     LA, LB, SA, SB = W, H, 1, W
     if ALONG_H:
         LA, LB, SA, SB = H, W, W, 1
-    a0, b, ok = pixel_groups((pid // tiles) % blocks, S, F, P, DA, BP, ALONG_H)
+    a0, b, ok = pixel_tile((pid // tiles) % blocks, GROUPS, LINES, P, DA, BG, BL, ALONG_H)
     x_ptr += n * x_batch
     hop = DA * SA * x_pixel  # from one of a thread's positions to the next
     start = tl.zeros((BP, BC), tl.float32)
@@ -365,7 +389,7 @@ def conv_nhwc(
         bb = b + (kb - KB // 2) * DB
         weights = ()
         for t in tl.static_range(KT):
-            tap = kb * KA + first + t
+            tap = (first + t) * KB + kb if ALONG_H else kb * KA + first + t
             if FLIP:
                 tap = KA * KB - 1 - tap
             if KA % KT == 0:  # what a channel out of range gets is stored nowhere
@@ -490,18 +514,17 @@ def convolve(
                *extra, C, H, W, QW, groups, x.stride(0), y.stride(0), blocks, KH=KH, KW=KW, DH=DH, DW=DW, R=s.R, V=s.V,
                BG=s.BG, BQ=s.BQ, FLAT=s.FLAT, VECTOR=s.VECTOR, M=s.M, S=s.S, **flags, num_warps=s.warps)  # fmt: skip
         return
-    along_h = KW == 1 and KH > 1
-    KA, KB, DA, DB = (KH, 1, DH, 1) if along_h else (KW, KH, DW, DH)
-    length = H if along_h else W
-    s = heuristics.conv_nhwc(KA, length, DA, C, channel_vector(x, y, *extra))
+    along_h = KH > 1  # squares too, whose neighbouring threads then have neighbouring pixels
+    KA, KB, DA, DB = (KH, KW, DH, DW) if along_h else (KW, 1, DW, 1)
+    length, lines = (H, W) if along_h else (W, H)
+    s = heuristics.conv_nhwc(KA, KB, length, DA, C, channel_vector(x, y, *extra), along_h)
     taps = weight.reshape(C, KH * KW).t().contiguous()
     groups = ceil_div(length, s.P * DA) * DA if s.P > 1 else length
-    slow, fast = (groups, W) if along_h else (H, groups)
-    blocks, tiles = ceil_div(slow * fast, s.BP), ceil_div(C, s.BC)
+    blocks, tiles = ceil_div(groups, s.BG) * ceil_div(lines, s.BL), ceil_div(C, s.BC)
     launch(conv_nhwc, (N * blocks * tiles,), x, taps, taps if bias is None else bias.contiguous(), y, *extra,
-           C // s.VEC, H, W, slow, fast, x.stride(0), pixel_stride(x) // s.VEC, y.stride(0), pixel_stride(y) // s.VEC,
-           blocks, tiles, KA=KA, KB=KB, DA=DA, DB=DB, ALONG_H=along_h, KT=s.KT, P=s.P, BP=s.BP, BC=s.BC, VEC=s.VEC,
-           **flags, num_warps=s.warps)  # fmt: skip
+           C // s.VEC, H, W, groups, lines, x.stride(0), pixel_stride(x) // s.VEC, y.stride(0),
+           pixel_stride(y) // s.VEC, blocks, tiles, KA=KA, KB=KB, DA=DA, DB=DB, ALONG_H=along_h, KT=s.KT, P=s.P, BG=s.BG,
+           BL=s.BL, BC=s.BC, VEC=s.VEC, **flags, num_warps=s.warps)  # fmt: skip
 
 
 def weight_grad(

@@ -123,14 +123,34 @@ def positions(length: int, dilation: int, most: int) -> int:
     return next((p for p in (16, 8) if p <= most and length >= 2 * p * dilation), 4)
 
 
-def conv_nhwc(taps: int, length: int, dilation: int, channels: int, vector: int) -> Settings:
-    """A depth-wise convolution in channels_last: a thread owns `vector` channels of its positions."""
+def conv_nhwc(
+    taps: int, across: int, length: int, dilation: int, channels: int, vector: int, along_h: bool
+) -> Settings:
+    """A depth-wise convolution in channels_last: a thread owns `vector` channels of P positions along the main axis.
+
+    A program owns BG groups of P positions by BL lines. taps: along the main axis; across: the others, 1 of a strip. The
+    groups of a strip reach so far that a quarter of what is read is read twice at most, or over the whole axis.
+    """
     bc = max(channel_tile(channels), vector)
     kt = taps_at_a_time(taps, 6 if vector == 8 else 11)
-    p = positions(length, dilation, 16 if taps <= 5 and vector <= 4 else 8)
+    p = positions(length, dilation, 16 if taps <= 5 and across == 1 and vector <= 4 else 8)
     t = tuned("conv_nhwc", f"{taps} taps d{dilation}, {channels} channels by {vector}", P=p, warps=4)
-    warps = max(t["warps"], -(-bc // (32 * vector)))  # at least one position
-    return Settings(P=t["P"], KT=kt, BC=bc, BP=32 * warps * vector // bc, VEC=vector, warps=warps)
+    p = t["P"]
+    threads = bc // vector  # of a pixel
+    wide = (
+        128 if across > 1 and taps <= 3 else 256
+    )  # of more threads ptxas wants fewer registers than 16 bytes need
+    most = max(1, (wide if vector == 8 else 512) // threads)
+    if across == 1:
+        overlap = 4 * (taps - 1) * dilation // p
+        bg = power_of_two(min(overlap, -(-length // (p * dilation)) * dilation), 1, min(64, most))
+        bl = min(4, most // bg) if along_h else 1
+    else:
+        bl = min(16, max(1, most // 2))
+        bg = min(4, most // bl)
+    while bg * bl * threads < 32 * t["warps"]:
+        bl *= 2
+    return Settings(P=p, KT=kt, BC=bc, BG=bg, BL=bl, VEC=vector, warps=bg * bl * threads // 32)
 
 
 def wgrad_nhwc(taps: int, rows: int, length: int, dilation: int, channels: int, vector: int) -> Settings:

@@ -76,7 +76,7 @@ class Counts:
     mma_flops: float = 0.0
     loads: tuple[float, float] = (0.0, 0.0)  # bytes that warps need, bytes of sectors
     stores: tuple[float, float] = (0.0, 0.0)
-    best_load: float = 1.0  # sector efficiency of the best wide load: the one that is not shifted
+    best_load: float = 1.0  # sector efficiency of the best of the widest loads: the one that is not shifted
     wavefronts: float = 0.0
     conflicts: float = 0.0
     tensors: dict[str, tuple[float, float, float]] = field(default_factory=dict)
@@ -170,12 +170,9 @@ def count(
     )
     result.loads = (scale * st.global_load_unique_bytes, scale * st.global_load_sector_bytes)
     result.stores = (scale * st.global_store_unique_bytes, scale * st.global_store_sector_bytes)
-    wide = [
-        s.efficiency
-        for s in st.sites
-        if s.space == "global" and s.kind in ("ld", "cp.async") and s.size == 16 and s.requests
-    ]  # fmt: skip
-    result.best_load = max(wide, default=st.load_efficiency)
+    loads = [s for s in st.sites if s.space == "global" and s.kind in ("ld", "cp.async") and s.requests]
+    widest = max((s.size for s in loads), default=0)  # of activations: parameters are read one by one
+    result.best_load = max((s.efficiency for s in loads if s.size == widest), default=1.0)
     result.wavefronts, result.conflicts = scale * st.shared_wavefronts, scale * st.bank_conflicts
     for region, (read, written) in st.traffic.items():
         if not (read or written):
