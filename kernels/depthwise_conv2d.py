@@ -523,8 +523,8 @@ def convolve(
     blocks, tiles = ceil_div(groups, s.BG) * ceil_div(lines, s.BL), ceil_div(C, s.BC)
     launch(conv_nhwc, (N * blocks * tiles,), x, taps, taps if bias is None else bias.contiguous(), y, *extra,
            C // s.VEC, H, W, groups, lines, x.stride(0), pixel_stride(x) // s.VEC, y.stride(0),
-           pixel_stride(y) // s.VEC, blocks, tiles, KA=KA, KB=KB, DA=DA, DB=DB, ALONG_H=along_h, KT=s.KT, P=s.P, BG=s.BG,
-           BL=s.BL, BC=s.BC, VEC=s.VEC, **flags, num_warps=s.warps)  # fmt: skip
+           pixel_stride(y) // s.VEC, blocks, tiles, KA=KA, KB=KB, DA=DA, DB=DB, ALONG_H=along_h, KT=s.KT, P=s.P,
+           BG=s.BG, BL=s.BL, BC=s.BC, VEC=s.VEC, **flags, num_warps=s.warps)  # fmt: skip
 
 
 def weight_grad(

@@ -128,8 +128,8 @@ def conv_nhwc(
 ) -> Settings:
     """A depth-wise convolution in channels_last: a thread owns `vector` channels of P positions along the main axis.
 
-    A program owns BG groups of P positions by BL lines. taps: along the main axis; across: the others, 1 of a strip. The
-    groups of a strip reach so far that a quarter of what is read is read twice at most, or over the whole axis.
+    A program owns BG groups of P positions by BL lines. taps: along the main axis; across: the others, 1 of a strip.
+    The groups of a strip reach so far that a quarter of what is read is read twice at most, or over the whole axis.
     """
     bc = max(channel_tile(channels), vector)
     kt = taps_at_a_time(taps, 6 if vector == 8 else 11)
@@ -211,16 +211,30 @@ def pointwise_wgrad_planes(out_channels: int, in_channels: int) -> Settings:
     return Settings(tuned("pointwise_wgrad_planes", calls, CHUNKS=8), TO=8, TI=8, BLOCK=128)
 
 
-def norm_pointwise(channels: int, out1: int, out2: int, itemsize: int, backward: bool = False) -> Settings:
-    """LayerNorm and two 1x1 convolutions from one tile of all channels of BP pixels, or the gradient of that."""
+def stacked_side(channels: int, bc: int, outputs: int) -> int:
+    """The largest side of a tl.dot that leaves less than a third of it empty, beside bc rows for `channels`."""
+    filled = {b: channels * outputs / (bc * -(-outputs // b) * b) for b in (64, 32, 16)}
+    return next((b for b, share in filled.items() if share >= 2 / 3), max(filled, key=lambda b: filled[b]))
+
+
+def norm_pointwise(
+    channels: int, out1: int, out2: int, itemsize: int, backward: bool = False, planes: bool = True
+) -> Settings:
+    """LayerNorm and two 1x1 convolutions from one tile of all channels of BP pixels, or the gradient of that.
+
+    planes: NCHW, where plain FMAs of 64 pixels share what they read from shared memory; in channels_last they spill.
+    """
     bc = power_of_two(channels, 16, 256)
-    bo = dot_tile(max(out1, out2), 64)
+    bo = stacked_side(channels, bc, out1 + out2)
     if itemsize == 4:
-        bo, bp = min(bo, 32), 16 if bc > 64 else 32
+        bo, bp = min(bo, 32), 16 if bc > 64 else 64 if planes else 32
     else:
         bo, bp = min(bo, 32) if bc > 64 else bo, 32 if bc > 64 or backward else 64
+    # Where ptxas would spill to save a step of occupancy:
     if backward and bc == 16:
-        bp = 16  # with 32, ptxas spills to save a step of occupancy
+        bo, bp = min(bo, 32), 16
+    elif not (backward or planes) and itemsize == 2 and bo == 16:
+        bp = 128
     kernel = "norm_pointwise_grad" if backward else "norm_pointwise"
     calls = f"{channels} to {out1} and {out2} channels, {itemsize} bytes"
     return Settings(tuned(kernel, calls, BO=bo, BP=bp), BC=bc, TILES=4, warps=4)

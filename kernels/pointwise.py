@@ -47,35 +47,69 @@ def weight_tile(
 
 
 @jit
-def product_tile(
-    w_ptr, x, acc, o, i, o_ok, i_ok, COV, CIV, PV, VO: tl.constexpr, VI: tl.constexpr, TRANSPOSED: tl.constexpr,
+def matrix_tile(
+    w_ptr, o, i, o_ok, i_ok, COV, CIV, PV, VO: tl.constexpr, VI: tl.constexpr, TRANSPOSED: tl.constexpr,
     PIXELS_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """acc [outputs, pixels] + W[o, i] x [inputs, pixels]; PIXELS_FIRST: acc is [pixels, outputs].
+    """W[o, i], or its transpose if PIXELS_FIRST; see product_of and weight_tile.
 
-    A dot of plain FMAs reads its second operand from shared memory as it was loaded, and without bank conflicts only
-    if its columns are contiguous. Where channels are contiguous in memory those of x are not, so x comes first there.
-    The weights then have to be loaded with neighbouring outputs in neighbouring threads: not along their rows, whose
-    contiguity the factor hides.
+    Where pixels are first the weights have to be loaded with neighbouring outputs in neighbouring threads: not along
+    their rows, whose contiguity the factor hides.
     """
     if PIXELS_FIRST:
         one = tl.minimum(PV, 1)
         w = weight_tile(w_ptr, i * one, o, i_ok, o_ok, CIV, COV, VI, VO, not TRANSPOSED)
-        acc = dot(tl.trans(x), w, acc)
     else:
-        acc = dot(weight_tile(w_ptr, o, i, o_ok, i_ok, COV, CIV, VO, VI, TRANSPOSED), x, acc)
-    return acc
+        w = weight_tile(w_ptr, o, i, o_ok, i_ok, COV, CIV, VO, VI, TRANSPOSED)
+    return w
+
+
+@jit
+def stacked_tile(
+    w1_ptr, w2_ptr, o, i, i_ok, C1V, C2V, CIV, PV, V1: tl.constexpr, V2: tl.constexpr, VI: tl.constexpr,
+    TRANSPOSED: tl.constexpr, PIXELS_FIRST: tl.constexpr,
+):  # fmt: skip
+    """matrix_tile of W1 above W2: rows from C1V V1 on are those of W2, which has C2V V2 of them."""
+    C1 = C1V * V1
+    first, second = o < C1, (o >= C1) & (o < C1 + C2V * V2)
+    if TRANSPOSED:  # [i, o]: the stacked index is the one that is summed over
+        w1 = matrix_tile(w1_ptr, i, o, i_ok, first, CIV, C1V, PV, VI, V1, True, PIXELS_FIRST)
+        w2 = matrix_tile(w2_ptr, i, o - C1, i_ok, second, CIV, C2V, PV, VI, V2, True, PIXELS_FIRST)
+    else:
+        w1 = matrix_tile(w1_ptr, o, i, first, i_ok, C1V, CIV, PV, V1, VI, False, PIXELS_FIRST)
+        w2 = matrix_tile(w2_ptr, o - C1, i, second, i_ok, C2V, CIV, PV, V2, VI, False, PIXELS_FIRST)
+    return tl.where(first[:, None] if TRANSPOSED == PIXELS_FIRST else first[None, :], w1, w2)
+
+
+@jit
+def product_of(w, x, acc, PIXELS_FIRST: tl.constexpr):
+    """acc [outputs, pixels] + w x [inputs, pixels]; PIXELS_FIRST: acc is [pixels, outputs] and w transposed.
+
+    A dot of plain FMAs reads its second operand from shared memory as it was loaded, and without bank conflicts only
+    if its columns are contiguous. Where channels are contiguous in memory those of x are not, so x comes first there.
+    """
+    return dot(tl.trans(x), w, acc) if PIXELS_FIRST else dot(w, x, acc)
+
+
+@jit
+def product_tile(
+    w_ptr, x, acc, o, i, o_ok, i_ok, COV, CIV, PV, VO: tl.constexpr, VI: tl.constexpr, TRANSPOSED: tl.constexpr,
+    PIXELS_FIRST: tl.constexpr,
+):  # fmt: skip
+    """product_of the tile W[o, i]."""
+    w = matrix_tile(w_ptr, o, i, o_ok, i_ok, COV, CIV, PV, VO, VI, TRANSPOSED, PIXELS_FIRST)
+    return product_of(w, x, acc, PIXELS_FIRST)
 
 
 @jit
 def product_start(BO: tl.constexpr, BP: tl.constexpr, PIXELS_FIRST: tl.constexpr):
-    """An empty accumulator of product_tile."""
+    """An empty accumulator of product_of."""
     return tl.zeros((BP, BO) if PIXELS_FIRST else (BO, BP), tl.float32)
 
 
 @jit
 def product_end(acc, PIXELS_FIRST: tl.constexpr):
-    """product_tile's accumulator as [outputs, pixels]."""
+    """product_of's accumulator as [outputs, pixels]."""
     if PIXELS_FIRST:
         acc = tl.trans(acc)
     return acc

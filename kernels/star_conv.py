@@ -16,7 +16,7 @@ from . import heuristics, pointwise
 from ._triton import jit, tl
 from .launch import ceil_div, empty_image, image_layout, launch, output_format, unavailable, wide_plane
 from .layer_norm2d import normalize, normalize_grad
-from .pointwise import divisor, image_tile, product_end, product_start, product_tile
+from .pointwise import divisor, image_tile, product_end, product_of, product_start, stacked_tile
 from .reduce import finish
 from .star import ACTIVATIONS
 
@@ -31,7 +31,7 @@ def norm_pointwise(
     VC: tl.constexpr, VP: tl.constexpr, NORM_BIAS: tl.constexpr, KEEP: tl.constexpr, NCHW: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    """y1 = W1 z and y2 = W2 z with z = LN(x): x is read and normalized once, both products start from the same tile.
+    """y1 = W1 z and y2 = W2 z with z = LN(x): x is read and normalized once, and both matrices are one, W1 above W2.
 
     KEEP: z itself is written as well; it lies as x does.
     """
@@ -52,20 +52,16 @@ def norm_pointwise(
         tl.store(z_ptr + n * x_batch + at, z, i_ok[:, None] & p_ok[None, :])
     PIXELS_FIRST: tl.constexpr = not NCHW and x_ptr.dtype.element_ty == tl.float32
     zero = product_start(BO, BP, PIXELS_FIRST)
-    for first in range(0, C1V * V1, BO):
+    C1 = C1V * V1
+    CO = C1 + C2V * V2
+    for first in range(0, CO, BO):
         o = first + tl.arange(0, BO)
-        o_ok = o < C1V * V1
-        y = product_tile(w1_ptr, z, zero, o, i, o_ok, i_ok, C1V, CIV, PV, V1, VI, False, PIXELS_FIRST)
-        y = product_end(y, PIXELS_FIRST)
-        out = image_tile(o, p, PV, y1_stride, VC, VP, NCHW, WIDE)
-        tl.store(y1_ptr + n * y1_batch + out, y.to(y1_ptr.dtype.element_ty), o_ok[:, None] & p_ok[None, :])
-    for first in range(0, C2V * V2, BO):
-        o = first + tl.arange(0, BO)
-        o_ok = o < C2V * V2
-        y = product_tile(w2_ptr, z, zero, o, i, o_ok, i_ok, C2V, CIV, PV, V2, VI, False, PIXELS_FIRST)
-        y = product_end(y, PIXELS_FIRST)
-        out = image_tile(o, p, PV, y2_stride, VC, VP, NCHW, WIDE)
-        tl.store(y2_ptr + n * y2_batch + out, y.to(y2_ptr.dtype.element_ty), o_ok[:, None] & p_ok[None, :])
+        w = stacked_tile(w1_ptr, w2_ptr, o, i, i_ok, C1V, C2V, CIV, PV, V1, V2, VI, False, PIXELS_FIRST)
+        y = product_end(product_of(w, z, zero, PIXELS_FIRST), PIXELS_FIRST).to(y1_ptr.dtype.element_ty)
+        at1 = image_tile(o, p, PV, y1_stride, VC, VP, NCHW, WIDE)
+        tl.store(y1_ptr + n * y1_batch + at1, y, (o < C1)[:, None] & p_ok[None, :])
+        at2 = image_tile(o - C1, p, PV, y2_stride, VC, VP, NCHW, WIDE)
+        tl.store(y2_ptr + n * y2_batch + at2, y, ((o >= C1) & (o < CO))[:, None] & p_ok[None, :])
 
 
 @jit
@@ -82,6 +78,8 @@ def norm_pointwise_grad(
     """
     pid = tl.program_id(0)
     C = CIV * VI
+    C1 = C1V * V1
+    CO = C1 + C2V * V2
     i = tl.arange(0, BC)
     i_ok = i < C
     nw = tl.load(nw_ptr + i, i_ok, other=0.0).to(tl.float32)
@@ -93,18 +91,16 @@ def norm_pointwise_grad(
         p = (tile % tiles) * BP + tl.arange(0, BP)
         p_ok = p < PV * VP
         gz = product_start(BC, BP, PIXELS_FIRST)
-        for first in range(0, C1V * V1, BO):
+        for first in range(0, CO, BO):
             o = first + tl.arange(0, BO)
-            o_ok = o < C1V * V1
             at1 = image_tile(o, p, PV, g1_stride, VC, VP, NCHW, WIDE)
-            g = tl.load(g1_ptr + n * g1_batch + at1, o_ok[:, None] & p_ok[None, :], other=0.0)
-            gz = product_tile(w1_ptr, g, gz, i, o, i_ok, o_ok, CIV, C1V, PV, VI, V1, True, PIXELS_FIRST)
-        for first in range(0, C2V * V2, BO):
-            o = first + tl.arange(0, BO)
-            o_ok = o < C2V * V2
-            at2 = image_tile(o, p, PV, g2_stride, VC, VP, NCHW, WIDE)
-            g = tl.load(g2_ptr + n * g2_batch + at2, o_ok[:, None] & p_ok[None, :], other=0.0)
-            gz = product_tile(w2_ptr, g, gz, i, o, i_ok, o_ok, CIV, C2V, PV, VI, V2, True, PIXELS_FIRST)
+            g1 = tl.load(g1_ptr + n * g1_batch + at1, (o < C1)[:, None] & p_ok[None, :], other=0.0)
+            at2 = image_tile(o - C1, p, PV, g2_stride, VC, VP, NCHW, WIDE)
+            second = (o >= C1) & (o < CO)
+            g2 = tl.load(g2_ptr + n * g2_batch + at2, second[:, None] & p_ok[None, :], other=0.0)
+            g = tl.where((o < C1)[:, None], g1, g2)
+            w = stacked_tile(w1_ptr, w2_ptr, o, i, i_ok, C1V, C2V, CIV, PV, V1, V2, VI, True, PIXELS_FIRST)
+            gz = product_of(w, g, gz, PIXELS_FIRST)
         gz = product_end(gz, PIXELS_FIRST)
         mask = i_ok[:, None] & p_ok[None, :]
         at = image_tile(i, p, PV, x_stride, VC, VP, NCHW, WIDE)
@@ -128,7 +124,7 @@ def _both_products(
     y1, y2 = (empty_image(x, w.shape[0], fmt) for w in (pw1_weight, pw2_weight))
     lays = [image_layout(fmt, t) for t in (x, y1, y2)]
     vc, vp = min(t.VC for t in lays), min(t.VP for t in lays)
-    s = heuristics.norm_pointwise(C, y1.shape[1], y2.shape[1], x.element_size())
+    s = heuristics.norm_pointwise(C, y1.shape[1], y2.shape[1], x.element_size(), planes=lays[0].NCHW)
     vi, v1, v2 = (divisor(t.shape[1]) for t in (x, y1, y2))
     tiles = ceil_div(H * W, s.BP)
     launch(norm_pointwise, (N * tiles,), x, norm_weight.contiguous(),
@@ -227,7 +223,7 @@ def backward(
         lays = [image_layout(fmt, v) for v in (x, gt, gb)]
         vc, vp = min(v.VC for v in lays), min(v.VP for v in lays)
         vi, v1, v2 = (divisor(v.shape[1]) for v in (x, gt, gb))
-        s = heuristics.norm_pointwise(C, gt.shape[1], gb.shape[1], x.element_size(), backward=True)
+        s = heuristics.norm_pointwise(C, gt.shape[1], gb.shape[1], x.element_size(), True, lays[0].NCHW)
         tiles = ceil_div(H * W, s.BP)
         programs = ceil_div(N * tiles, s.TILES)
         partial = x.new_empty((programs, 2 * C), dtype=torch.float32)

@@ -110,7 +110,7 @@ def test_chain_longer_than_a_program(fmt, monkeypatch):
     monkeypatch.setattr(branches, "BLOCK", 8)
     args, kwargs = chain_args((1, 1, 37, 36), *CHAINS[1], torch.float32, fmt)
     args, kwargs = (
-        (args, kwargs) if fmt == NCHW else chain_args((1, 3, 18, 26), *CHAINS[1], torch.float32, fmt)
+        (args, kwargs) if fmt == NCHW else chain_args((1, 3, 18, 40), *CHAINS[1], torch.float32, fmt)
     )
     images = branches.Images.of(args[0], args[0], [strip_conv_chain._convs(*args[1:], **kwargs)], fmt)
     steps = branches.steps_of(strip_conv_chain._convs(*args[1:], **kwargs), fused=True, flip=False)
