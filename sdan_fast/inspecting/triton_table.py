@@ -19,7 +19,8 @@ from .devices import ARCHITECTURES
 from .occupancy import occupancy
 from .table import Row, Table, number
 from .tools import version_of
-from .triton_kernels import TARGETS, Compiled, Specialized, compile_specialized, launches_of, shared_limit
+from .triton_kernels import Compiled, Specialized, compile_specialized, launches_of, shared_limit
+from .triton_scope import committed_scope
 
 IDENTITY = ("kernel", "call", "launch", "target")
 COLUMNS = (
@@ -79,40 +80,11 @@ def target_name(target: int | str) -> str:
     return target if isinstance(target, str) else f"sm_{target}"
 
 
-Scope = tuple[Iterable[workload.Case], bool, tuple[int | str, ...]]  # calls, their backwards too, targets
-
-
-def committed_scope() -> Iterator[Scope]:
-    """What the committed table has: SDAN's own calls on one picture.
-
-    bfloat16 NCHW forward for every target, and backward for sm_80; the other dtype and layout forward for sm_80.
-    """
-    half, single = torch.bfloat16, torch.float32
-    yield workload.own_cases(half, "nchw", workload.PICTURE), True, (80,)
-    yield workload.own_cases(single, "nchw", workload.PICTURE), False, (80,)
-    yield workload.own_cases(half, "nhwc", workload.PICTURE), False, (80,)
-    yield workload.own_cases(half, "nchw", workload.PICTURE), False, TARGETS
-
-
-def whole_scope() -> Iterator[Scope]:
-    """Everything: both dtypes, layouts and sizes, forward and backward, other models' filters, every target.
-
-    Some 8,000 compilations, of a second each.
-    """
-    for dtype in (torch.float32, torch.bfloat16):
-        for layout in workload.FORMATS:
-            for size in (workload.PICTURE, workload.PATCHES):
-                yield workload.own_cases(dtype, layout, size), True, TARGETS
-            for channels in (48, 40):
-                yield workload.own_cases(dtype, layout, workload.PICTURE, channels), True, TARGETS
-            yield workload.other_cases(dtype, layout), True, TARGETS
-
-
-def wanted_rows(whole: bool = False) -> list[Wanted]:
+def wanted_rows() -> list[Wanted]:
     """All rows, one for each configuration and target: the first call that leads to it names it."""
     rows: dict[str, Wanted] = {}
     with arguments.blank():
-        for cases, backward, targets in whole_scope() if whole else committed_scope():
+        for cases, backward, targets in committed_scope():
             for case in cases:
                 for name, call in passes_of(case):
                     if name != "forward" and not backward:
@@ -169,12 +141,12 @@ def compute(wanted: Iterable[Wanted], on_row: Callable[[], object] = lambda: Non
     return table
 
 
-def _share(keys: frozenset[str], whole: bool, rank: int, of: int) -> list[Row]:
-    chosen = [w for w in wanted_rows(whole) if w.specialized.key in keys]
+def _share(keys: frozenset[str], rank: int, of: int) -> list[Row]:
+    chosen = [w for w in wanted_rows() if w.specialized.key in keys]
     return list(compute(chosen[rank::of]).rows.values())
 
 
-def compute_in_parallel(wanted: list[Wanted], jobs: int, whole: bool = False) -> Table:
+def compute_in_parallel(wanted: list[Wanted], jobs: int) -> Table:
     """Compile rows in `jobs` processes, which find the launches for themselves (kernels cannot be sent)."""
     if jobs == 1 or len(wanted) < 8:
         return compute(wanted)
@@ -182,7 +154,7 @@ def compute_in_parallel(wanted: list[Wanted], jobs: int, whole: bool = False) ->
     table = Table(IDENTITY, COLUMNS, toolchain())
     made: dict[tuple[str, ...], Row] = {}
     with concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        for rows in pool.map(_share, [keys] * jobs, [whole] * jobs, range(jobs), [jobs] * jobs):
+        for rows in pool.map(_share, [keys] * jobs, range(jobs), [jobs] * jobs):
             made |= {tuple(row[c] for c in IDENTITY): row for row in rows}
     for w in wanted:
         table.add(made[w.identity])

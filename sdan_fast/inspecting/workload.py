@@ -123,24 +123,30 @@ def small_cases() -> Iterator[Case]:
         yield from own_cases(dtype, layout, (1, 9, 24), 8)
 
 
+def attentions(dtype: torch.dtype, layout: str) -> Iterator[Case]:
+    """The attention with SDAN's other numbers of branches and channels, at the size of a picture."""
+    for groups, channels in ((1, 56), (3, 48), (4, 56)):
+        shape = (PICTURE[0], channels, *PICTURE[1:])
+        make = partial(attention_args, shape, branches_of(groups), dtype, FORMATS[layout], biases_of_all=True)
+        yield Case("mm_lka", f"{groups} groups", dtype, layout, shape, make)
+
+
+def chains(dtype: torch.dtype, layout: str) -> Iterator[Case]:
+    """Other models' chains, at the size of a picture."""
+    shape = (PICTURE[0], 64, *PICTURE[1:])
+    for label, stages in OTHER_CHAINS.items():
+        make = partial(chain_args, shape, stages, [True] * 4, dtype, FORMATS[layout])
+        yield Case("strip_conv_chain", label, dtype, layout, shape, make)
+
+
 def other_cases(dtype: torch.dtype, layout: str) -> Iterator[Case]:
     """SDAN's other numbers of branches and channels, and other models' filters, at the size of a picture."""
-    fmt, (n, h, w) = FORMATS[layout], PICTURE
-    for groups, channels in ((1, 56), (3, 48), (4, 56)):
-        shape = (n, channels, h, w)
-        yield Case(
-            "mm_lka", f"{groups} groups", dtype, layout, shape,
-            partial(attention_args, shape, branches_of(groups), dtype, fmt, biases_of_all=True),
-        )  # fmt: skip
-    shape = (n, 64, h, w)
-    for label, stages in OTHER_CHAINS.items():
-        yield Case(
-            "strip_conv_chain", label, dtype, layout, shape,
-            partial(chain_args, shape, stages, [True] * 4, dtype, fmt),
-        )  # fmt: skip
+    yield from attentions(dtype, layout)
+    yield from chains(dtype, layout)
+    shape = (PICTURE[0], 64, *PICTURE[1:])
     filters = [(a, b) for k in STRIPS for a, b in ((1, k), (k, 1))] + [(k, k) for k in (3, 5, 7, 9)]
     for kernel in filters:
         yield Case(
             "depthwise_conv2d", f"{kernel[0]}x{kernel[1]}", dtype, layout, shape,
-            partial(depthwise_args, shape, kernel, 1, dtype, fmt),
+            partial(depthwise_args, shape, kernel, 1, dtype, FORMATS[layout]),
         )  # fmt: skip
