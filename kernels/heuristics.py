@@ -90,7 +90,7 @@ def conv_nchw(
 def wgrad_nchw(kh: int, kw: int, width: int, itemsize: int, aligned: bool, dw: int = 1) -> Settings:
     """First stage of a weight gradient in NCHW: up to 81 taps in registers, CHUNKS chunks of 128 threads a program."""
     v, vector = row_vector(width, itemsize, aligned)
-    th = kh if kh * kw <= 81 else max(1, 63 // kw)
+    th = -(-kh // 2) if kw == 1 and kh > 35 else kh if kh * kw <= 81 else max(1, 63 // kw)
     m, s = row_vectors(kw, dw, width, v, itemsize) if kh == 1 else (1, 1)
     if kh == 1:
         r = (4 if v == 4 else 2) if m == 1 else 2 if kw <= 5 else 1

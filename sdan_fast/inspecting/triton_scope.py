@@ -30,7 +30,7 @@ CHANNELS = ((48, 48), (48, 24), (28, 28), (12, 28))  # of star_conv beside SDAN'
 
 
 def strips(dtype: torch.dtype, layout: str, lengths: Iterable[int]) -> Iterator[Case]:
-    """1xk and kx1 filters of 64 channels, plain and (3, 11 taps) dilated, and of an image whose rows are not aligned."""
+    """1xk and kx1 filters of 64 channels, of 3 and 11 taps also dilated; and of an image whose rows are not aligned."""
     for k in lengths:
         for kernel in ((1, k), (k, 1)):
             dilations = (1, (k + 1) // 2) if k in (3, 11) else (1,)

@@ -1,0 +1,203 @@
+"""The committed tables are those of these sources: a regression fails, an improvement asks to be committed.
+
+The default tests compile and execute only what changed, and a few rows besides, so that a table that somebody edited by
+hand is found out. The slow ones compute a larger share anew.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import zlib
+
+import pytest
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET", "0") == "1":
+    pytest.skip(
+        "this process interprets kernels; compilation needs one without TRITON_INTERPRET",
+        allow_module_level=True,
+    )
+
+from sdan_fast.inspecting import (
+    committed,
+    cuda_counts,
+    cuda_table,
+    recorder,
+    report,
+    triton_counts,
+    triton_table,
+)
+from sdan_fast.inspecting.table import Table, compare, differing_tools, read, verdict
+from sdan_fast.inspecting.tools import Unavailable
+
+TRITON_UPDATE, CUDA_UPDATE = "sdan-fast inspect triton --update", "sdan-fast inspect cuda --update"
+
+
+def chosen(name: str, of: int) -> bool:
+    """One in `of`, always the same ones."""
+    return zlib.crc32(name.encode()) % of == 0
+
+
+def assert_same(committed_table: Table, fresh: Table, command: str, *, complete: bool = False) -> None:
+    """Equal, with equal tools; with others, say so and leave the numbers alone."""
+    other = differing_tools(committed_table, fresh.toolchain)
+    if other:
+        print("\n".join(other))  # shown with -s, and if a hard limit breaks
+        return
+    difference = verdict(compare(committed_table, fresh, complete=complete), command)
+    assert difference is None, difference
+
+
+# -- Triton ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def triton_rows():
+    return read(committed.TRITON, triton_table.IDENTITY)
+
+
+@pytest.fixture(scope="module")
+def wanted():
+    return triton_table.wanted_rows()
+
+
+def test_every_row_of_the_triton_table_is_clean(triton_rows):
+    assert len(triton_rows.rows) > 3000
+    assert not [reason for r in triton_rows.rows.values() if (reason := triton_table.within_limits(r))]
+
+
+def test_the_triton_table_is_of_these_kernels(triton_rows, wanted):
+    """Every configuration that the heuristics emit has its row, made from the source that stands here now."""
+    stale = [
+        w.identity for w in wanted if triton_rows.rows.get(w.identity, {}).get("key") != w.specialized.key
+    ]
+    gone = set(triton_rows.rows) - {w.identity for w in wanted}
+    assert not stale and not gone, (
+        f"{len(stale)} rows of {committed.TRITON.name} are of other kernels, {len(gone)} of none: {TRITON_UPDATE}\n"
+        + "\n".join(map(str, [*stale[:10], *sorted(gone)[:10]]))
+    )
+
+
+def recompiled(triton_rows, wanted, of):
+    rows = [w for w in wanted if chosen("|".join(w.identity), of)]
+    assert rows
+    fresh = triton_table.compute_in_parallel(rows, len(os.sched_getaffinity(0)))
+    broken = [reason for r in fresh.rows.values() if (reason := triton_table.within_limits(r))]
+    assert not broken, broken
+    assert_same(triton_rows, fresh, TRITON_UPDATE)
+
+
+def test_some_triton_rows_compiled_again(triton_rows, wanted):
+    recompiled(triton_rows, wanted, 150)
+
+
+@pytest.mark.slow
+def test_more_triton_rows_compiled_again(triton_rows, wanted):
+    recompiled(triton_rows, wanted, 30)
+
+
+def counted_again(of, only=lambda call: True):
+    """The committed counts with every pass whose kernels changed executed anew, and one in `of` of the others."""
+    table = read(committed.TRITON_COUNTS, triton_counts.IDENTITY)
+    kept = Table(table.identity, table.columns, table.toolchain, dict(table.rows))
+    for at in list(kept.rows):
+        if chosen(at[1], of):
+            del kept.rows[at]
+    fresh, executed = triton_counts.compute(kept, only=only)
+    assert executed
+    return table, fresh
+
+
+def test_some_triton_counts_executed_again():
+    """The strips of one picture in bfloat16; a pass whose kernels changed counts as one to execute."""
+    table, fresh = counted_again(
+        4, lambda call: re.search(r"conv2d 11?x11? .*bf16 nchw 1x.* forward", call) is not None
+    )
+    assert_same(table, fresh, TRITON_UPDATE)
+
+
+@pytest.mark.slow
+def test_triton_counts_are_of_these_kernels():
+    table, fresh = counted_again(12)
+    assert_same(table, fresh, TRITON_UPDATE, complete=True)
+
+
+# -- CUDA C++ --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def module():
+    try:
+        return recorder.build_folder() / "_C_cuda.abi3.so"
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+
+
+@pytest.fixture(scope="module")
+def cuda_rows():
+    return read(committed.CUDA, cuda_table.IDENTITY)
+
+
+def test_every_row_of_the_cuda_table_is_clean(cuda_rows):
+    assert not [reason for r in cuda_rows.rows.values() if (reason := cuda_table.within_limits(r))]
+    assert any(r["of"] == "PyTorch" for r in cuda_rows.rows.values())
+
+
+def check_archs(cuda_rows, archs):
+    fresh = cuda_table.compute(archs, torch_too=False)
+    broken = [reason for r in fresh.rows.values() if (reason := cuda_table.within_limits(r))]
+    assert not broken, broken
+    ours = {at: r for at, r in cuda_rows.rows.items() if r["of"] == "sdan_fast" and r["arch"] in archs}
+    assert_same(
+        Table(cuda_rows.identity, cuda_rows.columns, cuda_rows.toolchain, ours),
+        fresh,
+        CUDA_UPDATE,
+        complete=True,
+    )
+
+
+def test_the_cuda_table_is_of_this_build(cuda_rows, module):
+    """sm_90, or the first architecture where another was built."""
+    archs = cuda_table.built_archs(module)
+    check_archs(cuda_rows, ["sm_90"] if "sm_90" in archs else archs[:1])
+
+
+@pytest.mark.slow
+def test_the_cuda_table_for_the_other_architectures(cuda_rows, module):
+    """Of those that both the build and the committed table have; `make build` makes sm_90 alone."""
+    committed_archs = {r["arch"] for r in cuda_rows.rows.values() if r["of"] == "sdan_fast"}
+    archs = [a for a in cuda_table.built_archs(module) if a != "sm_90" and a in committed_archs]
+    if archs:
+        check_archs(cuda_rows, archs)
+
+
+def test_cuda_counts_are_of_this_build(module):
+    """Launch by launch: what changed is executed anew."""
+    table = read(committed.CUDA_COUNTS, cuda_counts.IDENTITY)
+    fresh, _ = cuda_counts.compute(table)
+    assert_same(table, fresh, CUDA_UPDATE, complete=True)
+
+
+@pytest.mark.slow
+def test_some_cuda_counts_executed_again(module):
+    table = read(committed.CUDA_COUNTS, cuda_counts.IDENTITY)
+    kept = Table(
+        table.identity,
+        table.columns,
+        table.toolchain,
+        {k: r for k, r in table.rows.items() if not chosen(k[1], 6)},
+    )
+    fresh, executed = cuda_counts.compute(kept)
+    assert executed
+    assert_same(table, fresh, CUDA_UPDATE, complete=True)
+
+
+# -- the model -------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_of_modelled_times_is_generated():
+    path = committed.FOLDER.parents[1] / "docs" / "gpu-model.md"
+    assert path.read_text(encoding="utf-8") == report.page(), (
+        "docs/gpu-model.md is not of the committed counts: sdan-fast inspect model --out docs/gpu-model.md"
+    )
