@@ -13,6 +13,10 @@ BUILD_ARCH := $(or $(TORCH_CUDA_ARCH_LIST),$(if $(GPU_ARCH),$(GPU_ARCH)+PTX,9.0+
 
 ARGS ?=
 
+# Tests run in a process for each core, whole files at a time; two threads of OpenMP each, which do not spin.
+WORKERS ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$((cores < 8 ? cores : 8)))
+PYTEST  := OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(WORKERS) --dist loadfile --durations=8
+
 .DEFAULT_GOAL := help
 .PHONY: help env build run test test-slow lint format bench gpu-check wheel-check wheel clean distclean
 
@@ -26,11 +30,11 @@ run: build  ## environment, build, then SDAN x4 on a real photograph through eve
 
 test: build  ## environment, build, then the fast tests (ARGS: for pytest)
 	@echo "==> tests"
-	$(PY) -m pytest -m "not slow" --durations=8 $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 test-slow: build  ## the tests that make test leaves out (ARGS: for pytest)
 	@echo "==> slow tests"
-	$(PY) -m pytest -m slow --durations=8 $(ARGS)
+	$(PYTEST) -m slow $(ARGS)
 
 bench: build  ## every benchmark under pytest-benchmark: benchmarks/bench_*.py (ARGS: for pytest)
 	$(PY) -m pytest benchmarks/bench_*.py --benchmark-columns=median,iqr,rounds --benchmark-sort=name $(ARGS)

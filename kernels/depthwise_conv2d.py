@@ -378,7 +378,9 @@ def conv_nhwc(
         LA, LB, SA, SB = H, W, W, 1
     a0, b, ok = pixel_tile((pid // tiles) % blocks, GROUPS, LINES, P, DA, BG, BL, ALONG_H)
     x_ptr += n * x_batch
-    hop = DA * SA * x_pixel  # from one of a thread's positions to the next
+    # From one of a thread's positions to the next. Each address is made of the first: of a chain of additions AMD's
+    # compiler asks at every link what the whole may be, which takes it minutes and gigabytes.
+    hop = DA * SA * x_pixel * VEC
     start = tl.zeros((BP, BC), tl.float32)
     if BIAS:
         start += tl.load(bias_ptr + c, c_ok).to(tl.float32)[None, :]
@@ -401,30 +403,29 @@ def conv_nhwc(
         a = a0 + (first - KA // 2) * DA
         at = x_ptr + pixel_offsets(a, bb, c, SA, SB, x_pixel, VEC, WIDE)
         for e in tl.static_range(P + KT - 1):
-            x = load_pixel(at, mask, inside(a + e * DA, LA))
+            x = load_pixel(at + e * hop, mask, inside(a + e * DA, LA))
             for p in tl.static_range(P):
                 if e - p >= 0 and e - p < KT:
                     acc = put(acc, p, acc[p] + weights[e - p] * x)
-            at += hop * VEC
     y_ptr += n * y_batch
     at = pixel_offsets(a0, b, c, SA, SB, y_pixel, VEC, WIDE)
-    hop = DA * SA * y_pixel
+    hop = DA * SA * y_pixel * VEC
     mask = ok[:, None] & c_ok[None, :]
     for p in tl.static_range(P):
         good = a0 + p * DA < LA
+        here = at + p * hop
         y = acc[p]
         if STAR != "none":
-            gate = load_pixel(gate_ptr + n * y_batch + at, mask, good)
+            gate = load_pixel(gate_ptr + n * y_batch + here, mask, good)
             if STAR == "forward":
                 y = activate(activate(y, "gelu") * gate, OUTER)
             else:
-                g = load_pixel(grad_ptr + n * y_batch + at, mask, good)
+                g = load_pixel(grad_ptr + n * y_batch + here, mask, good)
                 act = activate(y, "gelu")
                 g = activate_grad(act * gate, g, OUTER)
-                store_pixel(gate_grad_ptr + n * y_batch + at, mask, good, g * act)
+                store_pixel(gate_grad_ptr + n * y_batch + here, mask, good, g * act)
                 y = activate_grad(y, g * gate, "gelu")
-        store_pixel(y_ptr + at, mask, good, y)
-        at += hop * VEC
+        store_pixel(y_ptr + here, mask, good, y)
 
 
 @jit
@@ -452,7 +453,7 @@ def wgrad_nhwc(
         LA, LB, SA, SB = H, W, W, 1
     acc = (tl.zeros((BP, BC), tl.float32),) * (TB * KT)
     bias = tl.zeros((BP, BC), tl.float32)
-    g_hop, x_hop = DA * SA * g_pixel, DA * SA * x_pixel
+    g_hop, x_hop = DA * SA * g_pixel * VEC, DA * SA * x_pixel * VEC
     for chunk in range(split * CHUNKS, min(split * CHUNKS + CHUNKS, N * chunks)):
         n = (chunk // chunks).to(tl.int64)
         a0, b, ok = pixel_groups(chunk % chunks, S, F, P, DA, BP, ALONG_H)
@@ -460,8 +461,7 @@ def wgrad_nhwc(
         mask = ok[:, None] & c_ok[None, :]
         g = ()
         for p in tl.static_range(P):
-            g = g + (load_pixel(at, mask, a0 + p * DA < LA),)
-            at += g_hop * VEC
+            g = g + (load_pixel(at + p * g_hop, mask, a0 + p * DA < LA),)
         if step == 0:
             bias += total(g)
         a = a0 + (first - KA // 2) * DA
@@ -470,11 +470,10 @@ def wgrad_nhwc(
             at = x_ptr + n * x_batch + pixel_offsets(a, bb, c, SA, SB, x_pixel, VEC, WIDE)
             mask = (ok & inside(bb, LB))[:, None] & c_ok[None, :]
             for e in tl.static_range(P + KT - 1):
-                x = load_pixel(at, mask, inside(a + e * DA, LA))
+                x = load_pixel(at + e * x_hop, mask, inside(a + e * DA, LA))
                 for p in tl.static_range(P):
                     if e - p >= 0 and e - p < KT:
                         acc = put(acc, row * KT + e - p, acc[row * KT + e - p] + g[p] * x)
-                at += x_hop * VEC
     # As wgrad_nchw's: row `split` of [splits, C taps + C], the weight's layout first, then the bias's.
     out = partial_ptr + split.to(tl.int64) * (C * (KA * KB + 1))
     for t in tl.static_range(TB * KT):
