@@ -8,7 +8,7 @@ reads it back from cache.
 from __future__ import annotations
 
 from ._triton import jit, tl
-from .depthwise_conv2d import accumulate, first_row
+from .depthwise_nchw import accumulate, first_row
 from .phases import compile_time, load_phases, put, store_phases
 
 

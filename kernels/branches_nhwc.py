@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from ._triton import jit, tl
 from .branches_nchw import groups_of, length, rounds_of
-from .depthwise_conv2d import first_row
+from .depthwise_nchw import first_row
 from .phases import compile_time, load_phases, put, store_phases
 
 
