@@ -93,7 +93,7 @@ def wgrad_nchw(kh: int, kw: int, width: int, itemsize: int, aligned: bool, dw: i
     th = -(-kh // 2) if kw == 1 and kh > 35 else kh if kh * kw <= 81 else max(1, 63 // kw)
     m, s = row_vectors(kw, dw, width, v, itemsize) if kh == 1 else (1, 1)
     if kh == 1:
-        r = (4 if v == 4 else 2) if m == 1 else 2 if kw <= 5 else 1
+        r = (4 if v == 4 else 2) if m == 1 else (4 if v == 8 else 2) if kw <= 5 else 1
     elif kw == 1:
         r = 8 if kh <= 5 else 4
     else:

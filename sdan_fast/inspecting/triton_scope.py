@@ -56,10 +56,10 @@ def squares(dtype: torch.dtype, layout: str) -> Iterator[Case]:
         yield depthwise(dtype, layout, (k, k), 1, (PICTURE[0], 64, *PICTURE[1:]))
 
 
-def products(dtype: torch.dtype, layout: str) -> Iterator[Case]:
+def products(dtype: torch.dtype, layout: str, channel_counts: Iterable[tuple[int, int]]) -> Iterator[Case]:
     """The ops that hold all channels of a pixel, with other numbers of channels than SDAN's 56."""
     fmt = FORMATS[layout]
-    for channels, out in CHANNELS:
+    for channels, out in channel_counts:
         shape = (PICTURE[0], channels, *PICTURE[1:])
 
         def case(op: str, label: str, make: object, shape: tuple[int, ...] = shape) -> Case:
@@ -92,7 +92,7 @@ def committed_scope() -> Iterator[Scope]:
         yield stars(dtype, True), True, whole
     for n, (dtype, layout) in enumerate(itertools.product((half, single), FORMATS)):
         yield workload.own_cases(dtype, layout, PICTURE), True, TARGETS if n == 0 else whole
-        yield workload.own_cases(dtype, layout, PATCHES), True, whole
+        yield workload.own_cases(dtype, layout, PATCHES), False, whole
         yield strips(dtype, layout, ELSEWHERE), True, whole
         # One dtype of each layout for each of the other targets; sm_80 has all four.
         rotation = tuple(t for i, t in enumerate(TARGETS) if t == 80 or (i + n // 2 + n % 2) % 2)
@@ -100,7 +100,8 @@ def committed_scope() -> Iterator[Scope]:
             yield workload.own_cases(dtype, layout, PICTURE), True, rotation
         yield strips(dtype, layout, EVERYWHERE), True, rotation
         yield squares(dtype, layout), True, rotation
-        yield products(dtype, layout), True, rotation
+        yield products(dtype, layout, CHANNELS[:2]), True, rotation
+        yield products(dtype, layout, CHANNELS[2:]), True, whole
         yield workload.attentions(dtype, layout), True, whole
         yield workload.attentions(dtype, layout), False, rotation
         yield workload.chains(dtype, layout), False, rotation
