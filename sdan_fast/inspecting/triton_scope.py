@@ -21,7 +21,8 @@ from .triton_kernels import TARGETS
 from .workload import FORMATS, PATCHES, PICTURE, Case
 
 Target = int | str
-Scope = tuple[Iterable[Case], bool, tuple[Target, ...]]  # calls, their backwards too, targets
+# Calls, targets, and whose launches in their backwards count: the beginning of kernels' names, None for no backward.
+Scope = tuple[Iterable[Case], tuple[Target, ...], str | None]
 
 EVERYWHERE = (3, 7, 9, 11, 23, 63)
 ELSEWHERE = (5, 13, 17, 19, 21, 31, 35)  # on sm_80 alone
@@ -85,25 +86,26 @@ def stars(dtype: torch.dtype, every: bool) -> Iterator[Case]:
 
 
 def committed_scope() -> Iterator[Scope]:
-    """Everything that the committed table has."""
-    whole = (80,)
+    """Everything that the committed table has. An input's gradient is the forward kernel with its filter flipped."""
+    sm_80 = (80,)
     half, single = torch.bfloat16, torch.float32
+    yield workload.own_cases(half, "nchw", PICTURE), TARGETS, ""
     for dtype in (half, single, torch.float16):
-        yield stars(dtype, True), True, whole
+        yield stars(dtype, True), sm_80, ""
+    for layout in FORMATS:
+        yield workload.own_cases(torch.float16, layout, PICTURE), sm_80, None
     for n, (dtype, layout) in enumerate(itertools.product((half, single), FORMATS)):
-        yield workload.own_cases(dtype, layout, PICTURE), True, TARGETS if n == 0 else whole
-        yield workload.own_cases(dtype, layout, PATCHES), False, whole
-        yield strips(dtype, layout, ELSEWHERE), True, whole
         # One dtype of each layout for each of the other targets; sm_80 has all four.
         rotation = tuple(t for i, t in enumerate(TARGETS) if t == 80 or (i + n // 2 + n % 2) % 2)
-        if n:
-            yield workload.own_cases(dtype, layout, PICTURE), True, rotation
-        yield strips(dtype, layout, EVERYWHERE), True, rotation
-        yield squares(dtype, layout), True, rotation
-        yield products(dtype, layout, CHANNELS[:2]), True, rotation
-        yield products(dtype, layout, CHANNELS[2:]), True, whole
-        yield workload.attentions(dtype, layout), True, whole
-        yield workload.attentions(dtype, layout), False, rotation
-        yield workload.chains(dtype, layout), False, rotation
-    for layout in FORMATS:
-        yield workload.own_cases(torch.float16, layout, PICTURE), False, whole
+        yield workload.own_cases(dtype, layout, PICTURE), rotation, None
+        yield strips(dtype, layout, EVERYWHERE), rotation, "wgrad"
+        yield squares(dtype, layout), rotation, "wgrad"
+        yield products(dtype, layout, CHANNELS[:2]), rotation, None
+        yield workload.attentions(dtype, layout), rotation, None
+        yield workload.chains(dtype, layout), rotation, None
+        yield workload.own_cases(dtype, layout, PICTURE), sm_80, ""
+        yield workload.own_cases(dtype, layout, PATCHES), sm_80, None
+        yield products(dtype, layout, CHANNELS), sm_80, ""
+        if n in (0, 3):
+            yield strips(dtype, layout, ELSEWHERE), sm_80, "wgrad"
+            yield workload.attentions(dtype, layout), sm_80, ""

@@ -84,12 +84,14 @@ def wanted_rows() -> list[Wanted]:
     """All rows, one for each configuration and target: the first call that leads to it names it."""
     rows: dict[str, Wanted] = {}
     with arguments.blank():
-        for cases, backward, targets in committed_scope():
+        for cases, targets, backward in committed_scope():
             for case in cases:
                 for name, call in passes_of(case):
-                    if name != "forward" and not backward:
+                    if name != "forward" and backward is None:
                         continue
                     for i, launch in enumerate(launches_of(call)):
+                        if name != "forward" and not launch.name.startswith(backward or ""):
+                            continue
                         for target in targets:
                             s = dataclasses.replace(launch.specialized(target), passed=[])  # frees tensors
                             rows.setdefault(s.key, Wanted(f"{case.name} {name}", i, target, s))
