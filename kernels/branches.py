@@ -161,8 +161,9 @@ class Images:
         _, _, H, W = self.x.shape
         conv, itemsize = step.convs[0], self.x.element_size()
         channels = conv.weight.shape[0]
-        most = 64 if conv.axis != "hw" and max(max(c.weight.shape[2:]) for c in step.convs) <= 5 else 24
-        p = min(16, most // self.v)
+        p = 24 // self.v if self.v > 2 else 7 if itemsize == 2 else 5
+        if conv.axis != "hw" and max(max(c.weight.shape[2:]) for c in step.convs) <= 5:
+            p = min(16, (64 if itemsize == 2 else 48) // self.v)  # of few taps a thread needs few registers
         tiles = ceil_div(channels * itemsize, 128)
         groups = ceil_div(channels // self.v, tiles)
         along = H if conv.axis == "h" else W

@@ -68,7 +68,10 @@ def accumulate_pixels(
     if COLUMNS:
         extent_a, extent_b, stride_a, stride_b = H, W, W, 1
     w_ptr += channel * (V * KA * KB)
-    for kb in range(KB):
+    rows = KB
+    if V <= 2:  # the same, but AMD's compiler cannot know and unroll it: it would spill
+        rows = tl.minimum(KB, KB + H)
+    for kb in range(rows):
         bb = b + (kb - KB // 2) * DB
         good = ok & (bb.to(tl.uint32, bitcast=True) < extent_b)
         if WIDE:

@@ -95,7 +95,7 @@ def wgrad_nchw(kh: int, kw: int, width: int, itemsize: int, aligned: bool, dw: i
     if kh == 1:
         r = (4 if v == 4 else 2) if m == 1 else (4 if v == 8 else 2) if kw <= 5 else 1
     elif kw == 1:
-        r = 8 if kh <= 5 else 4
+        r = 8 if kh <= 5 else 2 if v == 8 else 4  # 4 of 8 pixels: ptxas spills to save a step of occupancy
     else:
         r = 4 if kh * kw <= 9 else 2 if kh * kw <= 49 else 1
     columns = power_of_two(th * kw, 2, 128)

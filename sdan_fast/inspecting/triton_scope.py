@@ -1,8 +1,8 @@
-"""Which calls the committed table of Triton kernels is made of, and for which targets each is compiled.
+"""Which calls the table of Triton kernels is made of, and for which targets each is compiled.
 
-What differs between targets is the code generator and not the kernel. sm_80 gets every dtype and layout; the other
-targets get SDAN's own calls in bfloat16 NCHW, and of everything else each filter, axis and layout, with the dtypes in
-rotation. Filters' lengths that are not in EVERYWHERE go to sm_80 alone.
+What differs between targets is the code generator and not the kernel. Of the wide scope sm_80 gets every dtype and
+layout, the other targets SDAN's own calls in bfloat16 NCHW, and of everything else each filter, axis and layout, with
+the dtypes in rotation. Filters' lengths that are not in EVERYWHERE go to sm_80 alone.
 """
 
 from __future__ import annotations
@@ -86,7 +86,19 @@ def stars(dtype: torch.dtype, every: bool) -> Iterator[Case]:
 
 
 def committed_scope() -> Iterator[Scope]:
-    """Everything that the committed table has. An input's gradient is the forward kernel with its filter flipped."""
+    """What the committed table has: SDAN's own calls on one picture, and strips of every length of EVERYWHERE.
+
+    bfloat16 NCHW for every target, forward and backward; the other dtype and layout for sm_80.
+    """
+    half, single = torch.bfloat16, torch.float32
+    yield workload.own_cases(half, "nchw", PICTURE), TARGETS, ""
+    for dtype, layout in ((single, "nchw"), (half, "nhwc"), (single, "nhwc")):
+        yield workload.own_cases(dtype, layout, PICTURE), (80,), ""
+    yield strips(half, "nchw", EVERYWHERE), TARGETS, None
+
+
+def wide_scope() -> Iterator[Scope]:
+    """Some 2,200 configurations, of two seconds each. An input's gradient is the forward kernel, its filter flipped."""
     sm_80 = (80,)
     half, single = torch.bfloat16, torch.float32
     yield workload.own_cases(half, "nchw", PICTURE), TARGETS, ""
