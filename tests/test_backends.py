@@ -108,6 +108,42 @@ def test_explain_takes_a_model() -> None:
         sdan_fast.explain(torch.nn.Identity(), torch.ones(1))
 
 
+@needs_cpu
+def test_auto_leaves_to_pytorch_what_it_does_faster() -> None:
+    """In large channels_last images only; docs/performance.md has the measurements."""
+
+    def chosen(
+        name: str, shape: tuple[int, ...], dtype: torch.dtype, *args: object, **kwargs: object
+    ) -> str | None:
+        x = torch.empty(shape, dtype=dtype, device="cpu").to(memory_format=torch.channels_last)
+        images = 2 if name == "pointwise_gate" else 1
+        explanation = sdan_fast.explain(name, *[x] * images, *args, **kwargs)
+        assert explanation.backend == "cpu" or "faster" in explanation.reasons["cpu"]
+        return explanation.backend
+
+    large, small = (1, 28, 180, 320), (1, 28, 64, 64)
+    for kernel, dilation, expected in (
+        ((1, 3), 1, "reference"),
+        ((1, 3), 6, "reference"),
+        ((1, 11), 2, "cpu"),
+        ((5, 1), 1, "cpu"),
+        ((5, 1), 4, "reference"),
+        ((3, 3), 1, "cpu"),
+        ((7, 7), 1, "reference"),
+        ((7, 7), 4, "cpu"),
+    ):
+        weight = torch.empty(28, 1, *kernel)
+        assert chosen("depthwise_conv2d", large, torch.float32, weight, dilation=dilation) == expected, kernel
+        assert chosen("depthwise_conv2d", small, torch.float32, weight, dilation=dilation) == "cpu", kernel
+
+    low = "reference" if torch.cpu._is_avx512_bf16_supported() else "cpu"
+    weight = torch.empty(28, 28, 1, 1, dtype=torch.bfloat16)
+    assert chosen("pointwise_gate", large, torch.bfloat16, weight) == low
+    assert chosen("pointwise_gate", (1, 28, 16, 16), torch.bfloat16, weight) == "cpu"
+    weight = torch.empty(28, 1, 3, 3, dtype=torch.bfloat16)
+    assert chosen("depthwise_conv2d", large, torch.bfloat16, weight) == low
+
+
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", code],

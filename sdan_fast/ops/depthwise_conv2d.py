@@ -66,26 +66,46 @@ depthwise_conv2d = Op(
 )
 
 
-LARGE = 500_000  # elements from which oneDNN's own channels_last kernels are ahead where they are
+LARGE = 400_000  # elements from which oneDNN's own channels_last kernels are ahead where they are
+_REACH = 12  # columns between the outermost taps up to which they are used for dilated kernels
 
 
-def in_large_channels_last(x: Tensor) -> bool:
-    """Whether x is a large float32 tensor in channels_last and nothing else."""
+# Where a processor multiplies pairs of bfloat16; elsewhere nobody measured PyTorch's bfloat16 against ours.
+_PAIRS: bool = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+
+
+def in_large_channels_last(x: Tensor, dtype: torch.dtype, least: int = LARGE) -> bool:
+    """Whether x is a tensor of that dtype, of so many elements at least, in channels_last and nothing else."""
     return (
         not torch.compiler.is_compiling()  # first: a size looked at is a size that a graph is bound to
-        and x.dtype is torch.float32
-        and x.numel() >= LARGE
+        and x.dtype is dtype
+        and (dtype is torch.float32 or _PAIRS)
+        and x.numel() >= least
         and reference.output_format(x) is torch.channels_last
     )
 
 
+def short(taps: int, dilation: int) -> bool:
+    """Whether a horizontal strip is one of those that oneDNN is fast for."""
+    return taps <= 11 and (taps - 1) * dilation <= _REACH
+
+
 def slower(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, dilation: Pair = (1, 1)) -> str | None:
-    """Undilated kernels of few taps on large channels_last images: PyTorch's convolution is a tenth faster there, but
-    for 3x3 and vertical strips."""
+    """Kernels of few taps on large channels_last images: how few, was measured for each form and dtype."""
     kh, kw = weight.shape[2], weight.shape[3]
-    few = kh <= 7 and 1 < kw <= (11 if kh == 1 else 7) and (kh, kw) != (3, 3)
-    if few and tuple(reference.pair(dilation)) == (1, 1) and in_large_channels_last(x):
-        return f"PyTorch's own convolution is faster with {kh}x{kw} taps in channels_last"
+    dh, dw = reference.pair(dilation)
+    for dtype in (torch.float32, torch.bfloat16):
+        low = dtype is torch.bfloat16
+        if kh == 1:
+            few = kw > 1 and short(kw, dw)
+        elif kw == 1:
+            few = kh <= 11 or dh >= 4 if low else kh <= 7 and dh >= 4
+        elif (kh, kw) == (3, 3):
+            few = short(kw, dw) and (low or dh >= 3)
+        else:
+            few = max(kh, kw) <= 7 and (dh, dw) == (1, 1)
+        if few and in_large_channels_last(x, dtype):
+            return f"PyTorch's own convolution is faster with {kh}x{kw} taps in channels_last"
     return None
 
 

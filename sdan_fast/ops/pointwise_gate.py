@@ -12,10 +12,31 @@ from torch import Tensor
 from .. import reference
 from . import _check
 from ._conv import Shape, conv_backward, conv_backward_flops, conv_flops
-from ._op import Op
+from ._op import FLOATING, Op
+from .depthwise_conv2d import in_large_channels_last
 
 
 def check(u: Any, x: Any, weight: Any, bias: Any = None) -> None:
+    try:  # small calls are mostly their checks: one look where nothing is wrong
+        n, co, h, w = u.shape
+        dtype, device = u.dtype, u.device
+        if (
+            dtype in FLOATING
+            and x.dtype is dtype
+            and weight.dtype is dtype
+            and x.device == device
+            and weight.device == device
+            and u.layout is torch.strided
+            and x.layout is torch.strided
+            and weight.layout is torch.strided
+            and x.shape == (n, weight.shape[1], h, w)
+            and weight.shape == (co, x.shape[1], 1, 1)
+            and (bias is None or (bias.shape == (co,) and bias.dtype is dtype and bias.device == device))
+            and (bias is None or bias.layout is torch.strided)
+        ):
+            return
+    except (AttributeError, ValueError):
+        pass
     _check.image("u", u)
     _check.image("x", x, like=u, like_name="u")
     if u.shape[0] != x.shape[0] or u.shape[2:] != x.shape[2:]:
@@ -76,3 +97,16 @@ pointwise_gate = Op(
     flops=flops,
     backward_flops=backward_flops,
 )
+
+
+_WORK = 3_000_000  # multiply-adds from which PyTorch's product of bfloat16 is ahead
+
+
+def slower(u: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | None:
+    """bfloat16 in channels_last: PyTorch multiplies pairs of bfloat16 there, this kernel float32."""
+    if in_large_channels_last(u, torch.bfloat16, _WORK // max(weight.shape[1], 1)):
+        return "PyTorch's own product is faster in channels_last and bfloat16"
+    return None
+
+
+pointwise_gate.slower["cpu"] = slower

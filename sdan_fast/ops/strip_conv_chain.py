@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import _check
 from ._conv import Conv, Shape, chain, chain_backward, chain_backward_flops, chain_flops, with_absent
 from ._op import Op
-from .depthwise_conv2d import convolution_autocast, in_large_channels_last
+from .depthwise_conv2d import convolution_autocast, in_large_channels_last, short
 
 
 def check(x: Any, weights: Any, biases: Any, *, bias_mask: Any, dilations: Any) -> None:
@@ -124,12 +125,14 @@ def slower(
     bias_mask: Sequence[bool],
     dilations: Sequence[int],
 ) -> str | None:
-    """One stage of few taps on large channels_last images: PyTorch's two convolutions are faster there."""
-    if len(weights) > 2 or not in_large_channels_last(x):
-        return None
+    """Few taps on large channels_last images: PyTorch's convolutions one after the other are faster there."""
     taps = max(weights[0].shape[3], weights[1].shape[2])
-    if taps <= 3 or (taps <= 11 and max(dilations) == 1):
+    few = len(weights) == 2 and (taps <= 3 or (taps <= 11 and max(dilations) == 1))
+    if few and in_large_channels_last(x, torch.float32):
         return f"PyTorch's own convolutions are faster with {taps} taps in channels_last"
+    taps = max(max(weight.shape[2], weight.shape[3]) for weight in weights)
+    if len(weights) <= 4 and short(taps, max(dilations)) and in_large_channels_last(x, torch.bfloat16):
+        return f"PyTorch's own convolutions are faster with {taps} taps in channels_last and bfloat16"
     return None
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -138,3 +141,19 @@ X = torch.ones(1, 4, 5, 5)
 def test_refusals(args: tuple, kwargs: dict, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         F.depthwise_conv2d(*args, **kwargs)
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="the CPU kernels are not built")
+def test_strips_in_channels_last_stay_within_their_scratch() -> None:
+    """A tile of 4 n + 3 rows once read a row beyond; in a fresh process and a new thread's memory that is fatal."""
+    code = """
+import torch
+from sdan_fast import functional as F, use_backend
+torch.set_num_threads(2)
+x = torch.randn(1, 28, 180, 320).contiguous(memory_format=torch.channels_last)
+with use_backend("cpu"), torch.no_grad():
+    for _ in range(5):
+        F.depthwise_conv2d(x, torch.randn(28, 1, 1, 35), torch.randn(28))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

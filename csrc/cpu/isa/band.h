@@ -336,37 +336,68 @@ SDAN_INLINE void star_store(Vec (&s)[V], const float* b, float* out) {
   for (int v = 0; v < V; ++v) store(out + v * kLanes, s[v]);
 }
 
-// s += three taps around each pixel of V vectors of a row.
-template <int V>
-SDAN_INLINE void depthwise_3(const float* row, const float* weight, Vec (&s)[V]) {
-  const Vec w[3] = {set1(weight[0]), set1(weight[1]), set1(weight[2])};
-#pragma GCC unroll 3
-  for (int j = 0; j < 3; ++j) {
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) s[v] = fma(load(row + v * kLanes + j - 1), w[j], s[v]);
-  }
-}
-
+// out = outer(gelu(out) * b)
 template <Activation kOuter, int V>
-SDAN_INLINE void star_vecs_3x3(const float* const* rows, ptrdiff_t x, const float* weight,
-                               float bias, const float* b, float* out) {
+SDAN_INLINE void star_vecs(const float* b, float* out) {
   Vec s[V];
 #pragma GCC unroll 4
-  for (int v = 0; v < V; ++v) s[v] = set1(bias);
+  for (int v = 0; v < V; ++v) s[v] = load(out + v * kLanes);
+  star_store<kOuter, V>(s, b, out);
+}
+
+// A row of the depth-wise 3x3 convolution of one channel: out = dw(rows) + bias. Each tap column is
+// summed over the three rows where it stands, from aligned loads only, and the sums of the outer
+// two are shifted by a lane: two shifts a vector, where taps loaded at their own place would be six
+// loads that each touch two cache lines. Nothing beyond the `vecs` vectors is read, it counts as
+// zero.
+static inline void depthwise_row_3x3(const float* const* rows, const float* weight, float bias,
+                                     float* out, int vecs) {
+  Vec w[3][3];
 #pragma GCC unroll 3
-  for (int i = 0; i < 3; ++i) depthwise_3(rows[i] + x, weight + 3 * i, s);
-  star_store<kOuter, V>(s, b + x, out + x);
+  for (int i = 0; i < 3; ++i) {
+#pragma GCC unroll 3
+    for (int j = 0; j < 3; ++j) w[i][j] = set1(weight[3 * i + j]);
+  }
+  const Vec last = set1(bias);
+  Vec before = zero();  // the left column's sums of the vector before;
+  Vec left = zero();    // what that vector has of its own result already;
+  Vec right = zero();   // its right column's sums, which wait for those of this vector
+  const auto step = [&](int v) __attribute__((always_inline)) {
+    Vec u[3];
+    const Vec a = load(rows[0] + v * kLanes), b = load(rows[1] + v * kLanes),
+              c = load(rows[2] + v * kLanes);
+#pragma GCC unroll 3
+    for (int j = 0; j < 3; ++j) u[j] = fma(c, w[2][j], fma(b, w[1][j], a * w[0][j]));
+    if (v > 0) store(out + (v - 1) * kLanes, (left + lanes_left(right, u[2])) + last);
+    left = u[1] + lanes_right(before, u[0]);
+    before = u[0];
+    right = u[2];
+  };
+  step(0);
+  int v = 1;
+  for (; v + 4 <= vecs; v += 4) {
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) step(v + k);
+  }
+  for (; v < vecs; ++v) step(v);
+  store(out + (vecs - 1) * kLanes, (left + lanes_left(right, zero())) + last);
 }
 
 // out = outer(gelu(dw(rows) + bias) * b) for one channel and `vecs` vectors. rows[i] is already
-// advanced to this channel and to this block's first pixel.
+// advanced to this channel and to this block's first pixel. A loop for each step: one of all of
+// them is so long that a processor overlaps hardly any of the next pass with its chain of dependent
+// instructions.
 template <Activation kOuter>
 static void star_channel_3x3(const float* const* rows, const float* weight, float bias,
                              const float* b, float* out, int vecs) {
+  depthwise_row_3x3(rows, weight, bias, out, vecs);
   int v = 0;
-  for (; v + 4 <= vecs; v += 4) star_vecs_3x3<kOuter, 4>(rows, v * kLanes, weight, bias, b, out);
-  for (; v + 2 <= vecs; v += 2) star_vecs_3x3<kOuter, 2>(rows, v * kLanes, weight, bias, b, out);
-  for (; v < vecs; ++v) star_vecs_3x3<kOuter, 1>(rows, v * kLanes, weight, bias, b, out);
+  constexpr bool kTwice = kOuter == Activation::kGelu;
+  constexpr Activation kFirst = kTwice ? Activation::kNone : kOuter;
+  for (; v + 4 <= vecs; v += 4) star_vecs<kFirst, 4>(b + v * kLanes, out + v * kLanes);
+  for (; v + 2 <= vecs; v += 2) star_vecs<kFirst, 2>(b + v * kLanes, out + v * kLanes);
+  for (; v < vecs; ++v) star_vecs<kFirst, 1>(b + v * kLanes, out + v * kLanes);
+  if constexpr (kTwice) gelu_block(out, 0, 1, vecs);
 }
 
 template <Activation kOuter>

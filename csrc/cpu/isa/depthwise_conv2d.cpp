@@ -152,7 +152,10 @@ void run_tile(const DepthwiseArgs& a, int64_t n, int64_t group, int64_t tile) {
   // A staged row's length is a multiple of a vector, plus one so that rows do not share cache sets.
   const int64_t row_floats = round_up((whole.w1 - whole.w0 + 2 * pad_w) * step) + kLanes;
   const int64_t weight_floats = round_up(a.kh_used * a.kw_used * pixel_floats<kLanewise>());
-  const int64_t total = count * weight_floats + (whole.h1 - whole.h0 + 2 * pad_h) * row_floats +
+  // Horizontal strips of channels read kConvVecs rows where only one less is left (conv_rows).
+  const int64_t spare_rows = kLanewise && a.kh_used == 1 ? 1 : 0;
+  const int64_t total = count * weight_floats +
+                        (whole.h1 - whole.h0 + 2 * pad_h + spare_rows) * row_floats +
                         kConvSlack * (kLanewise ? step : kLanes);
   float* weights = static_cast<float*>(thread_scratch(static_cast<size_t>(total) * sizeof(float)));
   float* staged = weights + count * weight_floats;

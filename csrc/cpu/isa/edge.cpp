@@ -51,18 +51,6 @@ TileRow ring_row(const EdgeBand& band, const float* ring, int64_t y) {
           static_cast<ptrdiff_t>(band.stride)};
 }
 
-template <int V>
-SDAN_INLINE void depthwise_vecs(const float* const* rows, ptrdiff_t x, const float* weight,
-                                float bias, float* out) {
-  Vec s[V];
-#pragma GCC unroll 4
-  for (int v = 0; v < V; ++v) s[v] = set1(bias);
-#pragma GCC unroll 3
-  for (int i = 0; i < 3; ++i) depthwise_3(rows[i] + x, weight + 3 * i, s);
-#pragma GCC unroll 4
-  for (int v = 0; v < V; ++v) store(out + x + v * kLanes, s[v]);
-}
-
 void depthwise_row(const EdgeBand& band, int64_t q, float* out) {
   const EdgePlan& plan = *band.plan;
   const TileRow rows[3] = {ring_row(band, band.a, q - 1), ring_row(band, band.a, q),
@@ -70,11 +58,7 @@ void depthwise_row(const EdgeBand& band, int64_t q, float* out) {
   for (int c = 0; c < plan.pw.co; ++c) {
     const float* at[3];
     for (int i = 0; i < 3; ++i) at[i] = rows[i].data + c * rows[i].channel_stride;
-    const float* w = plan.dw + c * 9;
-    float* o = out + c * band.stride;
-    int v = 0;
-    for (; v + 4 <= band.vecs; v += 4) depthwise_vecs<4>(at, v * kLanes, w, plan.dw_bias[c], o);
-    for (; v < band.vecs; ++v) depthwise_vecs<1>(at, v * kLanes, w, plan.dw_bias[c], o);
+    depthwise_row_3x3(at, plan.dw + c * 9, plan.dw_bias[c], out + c * band.stride, band.vecs);
   }
 }
 

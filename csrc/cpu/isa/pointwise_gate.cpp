@@ -128,7 +128,10 @@ void tile_nchw(const PointwiseGateArgs& a, int64_t image, int64_t first, int64_t
     queue.add_rows(x + n, a.pixels, ci, n, false);
     constexpr int64_t kStepFloats = static_cast<int64_t>(kPointwiseVecs) * kLanes;
     const int64_t lines = (a.ci + 2 * a.co) * (n * static_cast<int64_t>(sizeof(T)) / 64 + 1);
-    const int64_t steps = pointwise_groups(co) * (n / kStepFloats);
+    // Small images are in the second-level cache, and asking for each of their lines would take a
+    // third of the time of the product.
+    const bool cached = a.pixels * (a.ci + 2 * a.co) * static_cast<int64_t>(sizeof(T)) < (2 << 20);
+    const int64_t steps = cached ? 0 : pointwise_groups(co) * (n / kStepFloats);
     stage_planes(staged, stride, x, a.pixels, a.ci, n);
     const PointwiseInput input = {staged, static_cast<ptrdiff_t>(stride), ci};
     pointwise_block(&input, 1, 0, a.packed, zeros, co, product, static_cast<ptrdiff_t>(stride),

@@ -189,6 +189,17 @@ SDAN_INLINE Vec reciprocal(Vec a) {
   return {_mm512_mul_ps(r, _mm512_fnmadd_ps(a.v, r, _mm512_set1_ps(2.0f)))};
 }
 
+// Lanes moved up by one, the last of `before` coming in below.
+SDAN_INLINE Vec lanes_right(Vec before, Vec a) {
+  return {_mm512_castsi512_ps(
+      _mm512_alignr_epi32(_mm512_castps_si512(a.v), _mm512_castps_si512(before.v), kLanes - 1))};
+}
+// Lanes moved down by one, the first of `after` coming in above.
+SDAN_INLINE Vec lanes_left(Vec a, Vec after) {
+  return {_mm512_castsi512_ps(
+      _mm512_alignr_epi32(_mm512_castps_si512(after.v), _mm512_castps_si512(a.v), 1))};
+}
+
 // a < b ? x : y
 SDAN_INLINE Vec select_lt(Vec a, Vec b, Vec x, Vec y) {
   return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), y.v, x.v)};
@@ -312,6 +323,16 @@ SDAN_INLINE float hsum(Vec a) {
 
 SDAN_INLINE Vec reciprocal(Vec a) {
   return {_mm256_div_ps(_mm256_set1_ps(1.0f), a.v)};
+}
+
+// alignr works within halves: the middle is what stands between them.
+SDAN_INLINE Vec lanes_right(Vec before, Vec a) {
+  const __m256i middle = _mm256_castps_si256(_mm256_permute2f128_ps(before.v, a.v, 0x21));
+  return {_mm256_castsi256_ps(_mm256_alignr_epi8(_mm256_castps_si256(a.v), middle, 12))};
+}
+SDAN_INLINE Vec lanes_left(Vec a, Vec after) {
+  const __m256i middle = _mm256_castps_si256(_mm256_permute2f128_ps(a.v, after.v, 0x21));
+  return {_mm256_castsi256_ps(_mm256_alignr_epi8(middle, _mm256_castps_si256(a.v), 4))};
 }
 
 SDAN_INLINE Vec select_lt(Vec a, Vec b, Vec x, Vec y) {
@@ -452,6 +473,14 @@ SDAN_INLINE float hsum(Vec a) {
 }
 SDAN_INLINE Vec reciprocal(Vec a) {
   return set1(1.0f) / a;
+}
+SDAN_INLINE Vec lanes_right(Vec before, Vec a) {
+  return {Float4{before.hi[3], a.lo[0], a.lo[1], a.lo[2]},
+          Float4{a.lo[3], a.hi[0], a.hi[1], a.hi[2]}};
+}
+SDAN_INLINE Vec lanes_left(Vec a, Vec after) {
+  return {Float4{a.lo[1], a.lo[2], a.lo[3], a.hi[0]},
+          Float4{a.hi[1], a.hi[2], a.hi[3], after.lo[0]}};
 }
 
 // Round to nearest through the bits of 1.5 * 2^23; exact for |a| < 2^22, all that is asked of it
