@@ -55,6 +55,10 @@ constexpr int kRowPairs = 4;    // pairs of rows of a conv_row tile
 constexpr int kRowAlign = 16;   // columns: where they begin, a sector of 32 bytes does in all types
 constexpr int kStripOutputs = 8;  // rows per thread of conv_column
 constexpr int kStripThreads = 256;
+// conv_column in channels_last keeps the taps of four columns: more registers, fewer threads.
+constexpr int column_threads(bool last) {
+  return last ? 192 : kStripThreads;
+}
 
 __device__ __forceinline__ int strip_halo(const StripStep& s) {
   return (s.taps - 1) / 2 * s.dilation;
@@ -72,12 +76,11 @@ struct Taps {
   static constexpr int value = K;
 };
 
-// Calls f(Taps<some>, the first of them) for all `taps`: K at once; many, which are not kept in
-// registers for each column (Some is 4), in two parts, or the compiler runs out of registers; for
-// K = 0, Some (4 or 8) at a time and then the rest.
+// Calls f(Taps<some>, the first of them) for all `taps`: K at once; many in two parts, or the
+// compiler runs out of registers; for K = 0, Some (4 or 8) at a time and then the rest.
 template <int K, int Some, typename F>
 __device__ __forceinline__ void each_taps(int taps, F&& f) {
-  if constexpr (K > 23 && Some == 8) {
+  if constexpr (K > 23) {
     int k = 0;
     SDAN_UNROLL_BY(1)
     for (; k + 20 <= taps; k += 20) f(Taps<20>{}, k);  // once; a loop keeps the parts apart
@@ -362,7 +365,7 @@ __device__ __forceinline__ void column_step(const float* ring, int head, int rin
 // floats and its taps (rounded up to 4; with Last taps * (tile + 4)); the rings; unless p.reuse,
 // rows * tile floats for the outputs; of 16-bit tensors, rows * tile elements for cp.async.
 template <int K, bool Last>
-__global__ void __launch_bounds__(kStripThreads, K ? 2 : 1)
+__global__ void __launch_bounds__(column_threads(Last), K ? 2 : 1)
     conv_column_kernel(const void* __restrict__ x, const void* __restrict__ weight0,
                        const void* __restrict__ bias0, const void* __restrict__ weight1,
                        const void* __restrict__ bias1, const void* __restrict__ edge_bias,
