@@ -45,24 +45,30 @@ SumsPlan plan_sums(const ChainShape& s) {
   return plan;
 }
 
+// Of all fields once, in whole accesses of 4.
+int64_t field_floats(const ChainShape& s) {
+  return ceil_div(s.stages * s.c * (s.h + s.w), 4) * 4;
+}
+
 }  // namespace
 
 int64_t chain_bias_floats(const ChainShape& s) {
-  return 2 * s.stages * s.c * (s.h + s.w) + 4 * plan_sums(s).partials;
+  return 2 * field_floats(s) + 4 * plan_sums(s).partials;
 }
 
 void chain_bias_gradients(DType dtype, const void* grad, const Strip* strips, float* scratch,
                           void* const* grad_biases, const ChainShape& s, Stream stream) {
-  const int64_t floats = s.stages * s.c * (s.h + s.w);
+  const int64_t floats = field_floats(s);
+  // Those across come first: their rows of 4 columns are aligned then.
   float *fields = scratch, *before = scratch + floats, *partial = scratch + 2 * floats;
   for (int64_t stage = 0; stage < s.stages; ++stage) {
     const Strip &h = strips[2 * stage], &v = strips[2 * stage + 1];
     FieldParams p{dtype,
                   static_cast<int32_t>(stage),
                   static_cast<int32_t>(s.c),
-                  {static_cast<int32_t>(s.h), static_cast<int32_t>(s.w)},
-                  {v.taps, h.taps},
-                  {v.dilation, h.dilation},
+                  {static_cast<int32_t>(s.w), static_cast<int32_t>(s.h)},
+                  {h.taps, v.taps},
+                  {h.dilation, v.dilation},
                   s.channels_last};
     Config c;
     c.block = dim3(kBiasThreads);
@@ -70,7 +76,7 @@ void chain_bias_gradients(DType dtype, const void* grad, const Strip* strips, fl
         ceil_div((stage + 1) * s.c * std::max(s.h, s.w), kBiasThreads), 1, 1 << 20)));
     c.stream = stream;
     std::swap(fields, before);
-    launch("chain_fields", chain_fields_kernel, c, v.weight, h.weight,
+    launch("chain_fields", chain_fields_kernel, c, h.weight, v.weight,
            static_cast<const float*>(before), fields, s.stages, p);
   }
   SumsPlan plan = plan_sums(s);
@@ -83,8 +89,8 @@ void chain_bias_gradients(DType dtype, const void* grad, const Strip* strips, fl
     if (std::none_of(grads.to, grads.to + 4, [](const void* g) { return g; })) continue;
     BiasFields behind{};
     for (int i = 0; i <= stages && first + i < s.stages; ++i) {
-      behind.down[i] = fields + (first + i) * s.c * s.h;
-      behind.across[i] = fields + s.stages * s.c * s.h + (first + i) * s.c * s.w;
+      behind.across[i] = fields + (first + i) * s.c * s.w;
+      behind.down[i] = fields + s.stages * s.c * s.w + (first + i) * s.c * s.h;
     }
     const BiasParams p{s.n,
                        dtype,

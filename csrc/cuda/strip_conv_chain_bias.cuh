@@ -23,14 +23,14 @@ constexpr int kBiasThreads = 256, kBiasColumns = 4;
 struct FieldParams {
   DType dtype;
   int32_t stage;  // whose convolutions these are: fields [0, stage] pass through them
-  int32_t channels, length[2], taps[2], dilation[2];  // of H and of W
+  int32_t channels, length[2], taps[2], dilation[2];  // of W and of H
   int32_t last;
 };
 
-// `from` and `to` hold, for H and then for W, a field of every stage; the one of this stage is all
+// `from` and `to` hold, for W and then for H, a field of every stage; the one of this stage is all
 // ones before it. A thread computes one value.
 __global__ void __launch_bounds__(kBiasThreads)
-    chain_fields_kernel(const void* __restrict__ down, const void* __restrict__ across,
+    chain_fields_kernel(const void* __restrict__ across, const void* __restrict__ down,
                         const float* __restrict__ from, float* __restrict__ to, int64_t stages,
                         const FieldParams p) {
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kBiasThreads)
   for (int axis = 0; axis < 2; ++axis) {
     const int length = p.length[axis], taps = p.taps[axis];
     const int64_t field = static_cast<int64_t>(p.channels) * length;
-    const void* weight = axis ? across : down;
+    const void* weight = axis ? down : across;
     for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
          i < (p.stage + 1) * field; i += step) {
       const int64_t in_field = i % field;
@@ -65,7 +65,7 @@ struct BiasParams {
   int32_t channels, height, width;
   int32_t stages;   // of this launch: 1 or 2
   int32_t segment;  // rows of a column that are summed at a time
-  int32_t wide;     // 1: 4 columns may be read at once
+  int32_t wide;     // 1: 4 columns may be read at once, of the gradient and of the fields
 };
 
 // The fields of a launch's stages s and s + 1, and of the one behind: down[i] and across[i] of
@@ -108,8 +108,8 @@ __global__ void __launch_bounds__(kBiasThreads)
             abreast = groups < threads ? groups : threads, rows = threads / abreast;
   const int row = static_cast<int>(threadIdx.x) / abreast;
   const int64_t base = plane * p.height * p.width;
-  const auto field = [&](const float* f, int length, int at) {
-    return f ? f[c * length + at] : 1.0f;
+  const auto down_at = [&](int s, int y) {
+    return fields.down[s] ? fields.down[s][c * p.height + y] : 1.0f;
   };
   BiasSums mine;
   for (int g = static_cast<int>(threadIdx.x) % abreast; row < rows && g < groups; g += abreast) {
@@ -128,21 +128,32 @@ __global__ void __launch_bounds__(kBiasThreads)
       SDAN_UNROLL
       for (int s = 0; s < 3; ++s) {
         if (s > p.stages) continue;
-        const float down = field(fields.down[s], p.height, y);
+        const float down = down_at(s, y);
         SDAN_UNROLL
         for (int e = 0; e < V; ++e) columns[s][e].add(v[e] * down);
       }
     }
+    float across[3][V];
     SDAN_UNROLL
-    for (int e = 0; e < V; ++e) {
-      if (x + e >= p.width) continue;
-      float across[3] = {1, 1, 1};
+    for (int s = 0; s < 3; ++s) {
       SDAN_UNROLL
-      for (int s = 1; s < 3; ++s)
-        if (s <= p.stages) across[s] = field(fields.across[s], p.width, x + e);
+      for (int e = 0; e < V; ++e) across[s][e] = 1;
+      if (s == 0 || s > p.stages || !fields.across[s]) continue;
+      const float* from = fields.across[s] + c * p.width + x;
+      if (p.wide) {
+        load<V>(from, across[s]);
+      } else {
+        SDAN_UNROLL
+        for (int e = 0; e < V; ++e)
+          if (x + e < p.width) across[s][e] = from[e];
+      }
+    }
+    SDAN_UNROLL
+    for (int e = 0; e < V; ++e) {  // columns beyond the image are zero
+      const float at[3] = {across[0][e], across[1][e], across[2][e]};
       SDAN_UNROLL
       for (int s = 0; s < 3; ++s) mine.column[s] = columns[s][e];
-      mine.add_column(across);
+      mine.add_column(at);
     }
   }
   const int warp = static_cast<int>(threadIdx.x) / 32;
