@@ -46,8 +46,7 @@ struct StripParams {
   int32_t segment, segments;  // conv_column: rows of a block, blocks along the axis
   int32_t ring[2];            // conv_column: rows of the rings
   int32_t ahead;              // conv_column: the next rows are fetched during this step
-  int32_t whole;              // conv_column: the image is one step
-  int32_t reuse;              // conv_column: the outputs take the place of the input
+  int32_t reuse;              // conv_column: one step, whose outputs take the place of its input
   int32_t before[2];  // conv_column: steps before the first output: with rows, with first results
 };
 
@@ -446,35 +445,28 @@ __global__ void __launch_bounds__(column_threads(Last), K ? 2 : 1)
   }
   __syncthreads();
 
-  // A thread's part of wide rows: `per` elements at its column, of every `down`-th row from its
-  // own.
-  const int per = half && p.wide ? p.wide : 4, across = tile / per;
-  const int column = static_cast<int>(threadIdx.x) % across * per,
-            mine = static_cast<int>(threadIdx.x) / across, stride = static_cast<int>(blockDim.x),
-            down = stride / across;
-  const bool in_width = x0 + column < p.width;
   // The rows of step n to the ring's rows from `slot` on, in floats: fetch() starts, arrive()
   // ends.
+  const int per = half && p.wide ? p.wide : 4;
   const auto fetch = [&](int row0, int slot) {
     if (!p.wide) return;
-    int64_t from = base + static_cast<int64_t>(row0 + mine) * p.width + x0 + column;
-    int to = slot + mine * tile;
-    for (int row = mine; row < p.rows; row += down) {
-      const bool inside = in_width && row0 + row >= low && row0 + row < high;
+    for (Walk at(tile / per); at.row < p.rows; at.advance()) {
+      const int r = row0 + at.row, c = x0 + at.column * per;
+      const bool inside = r >= low && r < high && c < p.width;
+      const int64_t from = inside ? base + static_cast<int64_t>(r) * p.width + c : 0;
       if (!half) {
+        int to = slot + at.row * tile;
         if (to >= floats0) to -= floats0;
-        cp_async<16>(ring0 + to + column, static_cast<const float*>(x) + (inside ? from : 0),
+        cp_async<16>(ring0 + to + 4 * at.column, static_cast<const float*>(x) + from,
                      inside ? 16 : 0);
-        to += down * tile;
       } else {
-        uint16_t* landing = fetched + row * tile + column;
-        const uint16_t* source = static_cast<const uint16_t*>(x) + (inside ? from : 0);
+        uint16_t* to = fetched + at.row * tile + at.column * per;
+        const uint16_t* source = static_cast<const uint16_t*>(x) + from;
         if (per == 8)
-          cp_async<16>(landing, source, inside ? 16 : 0);
+          cp_async<16>(to, source, inside ? 16 : 0);
         else
-          cp_async<8>(landing, source, inside ? 8 : 0);
+          cp_async<8>(to, source, inside ? 8 : 0);
       }
-      from += static_cast<int64_t>(down) * p.width;
     }
     cp_async_commit();
   };
@@ -494,21 +486,21 @@ __global__ void __launch_bounds__(column_threads(Last), K ? 2 : 1)
       return;
     }
     // 16-bit: every thread converts what it fetched itself.
-    int to = slot + mine * tile;
-    for (int row = mine; row < p.rows; row += down) {
+    for (Walk at(tile / per); at.row < p.rows; at.advance()) {
+      int to = slot + at.row * tile;
       if (to >= floats0) to -= floats0;
-      const uint16_t* from = fetched + row * tile + column;
+      to += at.column * per;
+      const uint16_t* from = fetched + at.row * tile + at.column * per;
       if (per == 8) {
         float v[8];
         unpack4(p.dtype, from, v);
         unpack4(p.dtype, from + 4, v + 4);
-        put_shared<8>(ring0 + to + column, v);
+        put_shared<8>(ring0 + to, v);
       } else {
         float v[4];
         unpack4(p.dtype, from, v);
-        put_shared<4>(ring0 + to + column, v);
+        put_shared<4>(ring0 + to, v);
       }
-      to += down * tile;
     }
   };
 
@@ -517,25 +509,22 @@ __global__ void __launch_bounds__(column_threads(Last), K ? 2 : 1)
     const int to = head + rows * tile;
     return to >= floats ? to - floats : to;
   };
-  // How far the rows that a step loads, and the first convolution's, are ahead of its outputs, and
-  // where they go in the windows: not ahead if there is but one step, between zeros.
-  const int lead0 = p.whole ? 0 : h0 + h1, lead1 = p.whole ? 0 : h1;
-  const int place0 = h0 + lead0 - lead1, place1 = h1 + lead1;
-  if (p.ahead) fetch(begin + lead0 - p.before[0] * p.rows, forward(0, place0, floats0));
+  const int ahead = begin + h0 + h1;  // the first row that step 0 loads
+  if (p.ahead) fetch(ahead - p.before[0] * p.rows, forward(0, 2 * h0, floats0));
   for (int n = -p.before[0], first = begin + n * p.rows; first < end; ++n, first += p.rows) {
     // Outputs of this step: rows [first, first + rows), if first >= begin.
     if (!p.ahead) {
       __syncthreads();
-      fetch(first + lead0, forward(head0, place0, floats0));
+      fetch(first + h0 + h1, forward(head0, 2 * h0, floats0));
     }
-    arrive(first + lead0, forward(head0, place0, floats0));
+    arrive(first + h0 + h1, forward(head0, 2 * h0, floats0));
     __syncthreads();
     if (p.ahead && first + p.rows < end) {
       const int next = forward(head0, p.rows, floats0);
-      fetch(first + p.rows + lead0, forward(next, place0, floats0));
+      fetch(first + p.rows + h0 + h1, forward(next, 2 * h0, floats0));
     }
     if (two && n >= -p.before[1]) {
-      const int row0 = first + lead1, slot = forward(head1, place1, floats1);  // in image, in ring
+      const int row0 = first + h1, slot = forward(head1, 2 * h1, floats1);  // in image, in ring
       column_step<K, Last>(ring0, head0, floats0, taps, offsets, p, s0.taps, s0.dilation,
                            (begin > h1 ? begin - h1 : 0) - row0,
                            (p.length - end < h1 ? p.length : end + h1) - row0,
@@ -550,7 +539,7 @@ __global__ void __launch_bounds__(column_threads(Last), K ? 2 : 1)
                              }
                            });
       // The ring turns: where rows outside of the image come, others were.
-      if (!p.whole && row0 + p.rows > p.length) {
+      if (row0 + p.rows > p.length) {
         for (Walk at(lanes); at.row < p.rows; at.advance()) {
           if (row0 + at.row < p.length) continue;
           const float zeros[4] = {0, 0, 0, 0};
@@ -577,15 +566,14 @@ __global__ void __launch_bounds__(column_threads(Last), K ? 2 : 1)
     if (n >= -p.before[1]) head1 = forward(head1, p.rows, floats1);
     if (n < 0) continue;
     __syncthreads();
-    const int wanted = end - first < p.rows ? end - first : p.rows;
-    if (p.wide) {
-      const int column = static_cast<int>(threadIdx.x) % lanes * 4, each = stride / lanes;
-      if (x0 + column >= p.width) continue;
-      int row = static_cast<int>(threadIdx.x) / lanes;
-      int64_t i = base + static_cast<int64_t>(first + row) * p.width + x0 + column;
-      for (; row < wanted; row += each, i += static_cast<int64_t>(each) * p.width) {
+    for (Walk at(p.wide ? lanes : tile); at.row < p.rows; at.advance()) {
+      const int column = p.wide ? 4 * at.column : at.column;
+      if (first + at.row >= end || x0 + column >= p.width) continue;
+      const int64_t i = base + static_cast<int64_t>(first + at.row) * p.width + x0 + column;
+      const float* from = out + at.row * tile + column;
+      if (p.wide) {
         float v[4];
-        get_shared<4>(out + row * tile + column, v);
+        get_shared<4>(from, v);
         if (gate) {
           float u[4];
           load4_any(p.dtype, gate, i, u);
@@ -593,14 +581,9 @@ __global__ void __launch_bounds__(column_threads(Last), K ? 2 : 1)
           for (int e = 0; e < 4; ++e) v[e] *= u[e];
         }
         store4_any(p.dtype, y, i, v);
+      } else {
+        store_any(p.dtype, y, i, gate ? *from * load_any(p.dtype, gate, i) : *from);
       }
-      continue;
-    }
-    for (Walk at(tile); at.row < wanted; at.advance()) {
-      if (x0 + at.column >= p.width) continue;
-      const int64_t i = base + static_cast<int64_t>(first + at.row) * p.width + x0 + at.column;
-      const float v = out[at.row * tile + at.column];
-      store_any(p.dtype, y, i, gate ? v * load_any(p.dtype, gate, i) : v);
     }
   }
 }

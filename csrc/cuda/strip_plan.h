@@ -102,12 +102,11 @@ inline int64_t set_rows(StripParams& p, bool last, int64_t rows, bool ahead) {
   const auto halo = [&](int i) { return (p.step[i].taps - 1) / 2 * p.step[i].dilation; };
   const int64_t h0 = halo(0), h1 = p.steps == 2 ? halo(1) : 0;
   p.rows = static_cast<int32_t>(rows), p.ahead = ahead;
-  p.whole = !ahead && rows >= p.length;
-  p.reuse = p.whole && p.steps == 2;
+  p.reuse = p.steps == 2 && rows >= p.length;
   p.ring[0] = static_cast<int32_t>(2 * h0 + rows * (ahead ? 2 : 1));
   p.ring[1] = static_cast<int32_t>(p.steps == 2 ? 2 * h1 + rows : 0);
-  p.before[0] = p.whole ? 0 : static_cast<int32_t>(ceil_div(2 * (h0 + h1), rows));
-  p.before[1] = p.whole ? 0 : static_cast<int32_t>(ceil_div(2 * h1, rows));
+  p.before[0] = static_cast<int32_t>(ceil_div(2 * (h0 + h1), rows));
+  p.before[1] = static_cast<int32_t>(ceil_div(2 * h1, rows));
   return column_bytes(p, last);
 }
 

@@ -66,14 +66,13 @@ def one_pass(
         tile = 32 if width > 64 else max(8, 1 << (width - 1).bit_length())
         segment = segment or up(length, rows)
         ring = [2 * halo[0] + rows * (2 if ahead else 1), 2 * h1 + rows if two else 0]
-        whole = int(not ahead and rows >= length)
-        before = [0, 0] if whole else [-(-2 * (halo[0] + h1) // rows), -(-2 * h1 // rows)]
-        reuse = int(two and whole)
+        before = [-(-2 * (halo[0] + h1) // rows), -(-2 * h1 // rows)]
+        reuse = int(two and rows >= length)
         floats = 2 * tile + sum(ring) * tile + (0 if reuse else rows * tile)
         floats += sum(u * (tile + 4) if last else up(u, 4) for u in used)
         shared = 4 * floats + (2 * rows * tile if half else 0)
         tiles, segments = -(-width // tile), -(-length // segment)
-        place = [tile, tiles, rows, 0, segment, segments, *ring, int(ahead), whole, reuse, *before]
+        place = [tile, tiles, rows, 0, segment, segments, *ring, int(ahead), reuse, *before]
         blocks, items = planes * tiles * segments, rows // 8 * (tile // 4)
         name = entry(text, "conv_column_kernel", f"ILi{k}ELb{int(last)}E")
     else:
@@ -83,16 +82,16 @@ def one_pass(
         region = up(tile + 2 * h1, 9 * dilation[0]) if two else tile
         pitch = up(region + 2 * halo[0] + 15, 16) + 4
         shared = 4 * sum(up(u, 4) for u in used) + 2 * 4 * pitch * 8
-        place = [tile, 1, region, pitch, *[0] * 9]
+        place = [tile, 1, region, pitch, *[0] * 8]
         blocks, items = planes * -(-h // 8), max(region, tile) // 9 * 4
         name = entry(text, "conv_row_kernel", f"ILi{k}E")
     steps_packed = [
         v for i in range(2) for v in ([taps[i][0], used[i], dilation[i]] if i < steps else [0] * 3)
     ]
     p = struct.pack(
-        "<qi28i", planes, DTYPE[x.dtype], steps, c, length, width, int(flip), wide, *steps_packed, edge_taps,
-        edge_dilation, *place, *[0] * (28 - 6 - 6 - 2 - 13), *[]
-    )[: 8 + 4 * (7 + 6 + 2 + 13)]  # fmt: skip
+        "<qi27i", planes, DTYPE[x.dtype], steps, c, length, width, int(flip), wide, *steps_packed, edge_taps,
+        edge_dilation, *place, *[0] * (27 - 6 - 6 - 2 - 12), *[]
+    )[: 8 + 4 * (7 + 6 + 2 + 12)]  # fmt: skip
     p += b"\0" * (-len(p) % 8)
     pointers = [t for weight, bias, _ in strips for t in (weight, bias)] + [None] * (4 - 2 * steps)
     extra = [edge_bias, edge_weight, gate] if vertical or last else []
