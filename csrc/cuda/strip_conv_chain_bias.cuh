@@ -37,7 +37,9 @@ __global__ void __launch_bounds__(kBiasThreads)
   int64_t offset = 0;
   SDAN_UNROLL_BY(1)
   for (int axis = 0; axis < 2; ++axis) {
-    const int length = p.length[axis], taps = p.taps[axis];
+    // Chosen, not indexed: an index would put the parameters on the stack.
+    const int length = axis ? p.length[1] : p.length[0], taps = axis ? p.taps[1] : p.taps[0],
+              dilation = axis ? p.dilation[1] : p.dilation[0];
     const int64_t field = static_cast<int64_t>(p.channels) * length;
     const void* weight = axis ? down : across;
     for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
@@ -48,7 +50,7 @@ __global__ void __launch_bounds__(kBiasThreads)
       const bool ones = i / field == p.stage;
       CarefulSum sum;
       for (int k = 0; k < taps; ++k) {
-        const int64_t away = (k - (taps - 1) / 2) * static_cast<int64_t>(p.dilation[axis]);
+        const int64_t away = (k - (taps - 1) / 2) * static_cast<int64_t>(dilation);
         if (position + away < 0 || position + away >= length) continue;
         const float tap = load_any(p.dtype, weight, c * taps + k);
         sum.add(ones ? tap : tap * from[offset + i + away * (p.last ? p.channels : 1)]);
