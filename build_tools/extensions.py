@@ -62,6 +62,9 @@ CXX_FLAGS = (
 # False alarms of GCC 12 in its own headers: _mm256_undefined_si256 is read on purpose, and std::string's
 # operator+ is not overlapping anything.
 GCC_QUIET = ("-Wno-maybe-uninitialized", "-Wno-restrict")
+# SDAN_FAST_WERROR=1, for whoever works on the kernels: not in what is shipped, since the next compiler warns anew.
+WERROR_FLAGS = ("-Werror",)
+NVCC_WERROR_FLAGS = ("-Werror", "all-warnings", "-Xcompiler", "-Werror")
 NVCC_FLAGS = (
     "-std=c++20",
     "-O3",
@@ -114,16 +117,17 @@ def _cxx_step(compiler: Compiler, flags: list[str], source: Path, build: Path, t
 
 
 def cpu_steps(
-    root: Path, build: Path, compiler: Compiler, torch: TorchTree, isas: list[str]
+    root: Path, build: Path, compiler: Compiler, torch: TorchTree, isas: list[str], werror: bool = False
 ) -> tuple[list[Step], Path]:
     """Steps that make _C_cpu, and the file that the last one links."""
     found = sources(root, "cpu")
     include = _include_flags(root, "cpu", torch)
-    baseline = [*CXX_FLAGS, *DEFINES, *include]
+    cxx = [*CXX_FLAGS, *(WERROR_FLAGS if werror else ())]
+    baseline = [*cxx, *DEFINES, *include]
     steps = [_cxx_step(compiler, baseline, source, build, "baseline") for source in found["baseline"]]
     for source in found["isa"]:
         for isa in isas:
-            flags = [*CXX_FLAGS, *ISA_FLAGS[isa], *DEFINES, f"-DSDAN_ISA={isa}", *include]
+            flags = [*cxx, *ISA_FLAGS[isa], *DEFINES, f"-DSDAN_ISA={isa}", *include]
             steps.append(_cxx_step(compiler, flags, source, build, isa))
     output = build / f"_C_cpu{SUFFIX}"
     objects = tuple(step.output for step in steps)
@@ -132,17 +136,25 @@ def cpu_steps(
 
 
 def cuda_steps(
-    root: Path, build: Path, compiler: Compiler, torch: TorchTree, toolkit: CudaToolkit, archs: list[str]
+    root: Path,
+    build: Path,
+    compiler: Compiler,
+    torch: TorchTree,
+    toolkit: CudaToolkit,
+    archs: list[str],
+    werror: bool = False,
 ) -> tuple[list[Step], Path]:
     """Steps that make _C_cuda, and the file that the last one links."""
     found = sources(root, "cuda")
     include = [*_include_flags(root, "cuda", torch), "-isystem", str(toolkit.include)]
+    cxx = [*CXX_FLAGS, *(WERROR_FLAGS if werror else ())]
     steps = [
-        _cxx_step(compiler, [*CXX_FLAGS, *DEFINES, *include], source, build, "baseline")
+        _cxx_step(compiler, [*cxx, *DEFINES, *include], source, build, "baseline")
         for source in found["baseline"]
     ]
+    nvcc = [*gencode_flags(archs), *(NVCC_WERROR_FLAGS if werror else ())]
     for source in found["cuda"]:
-        steps.append(_nvcc_step(compiler, toolkit, gencode_flags(archs), include, source, build))
+        steps.append(_nvcc_step(compiler, toolkit, nvcc, include, source, build))
     output = build / f"_C_cuda{SUFFIX}"
     objects = tuple(step.output for step in steps)
     # The runtime is linked statically and its symbols kept inside: the module then needs no CUDA library to
@@ -155,7 +167,7 @@ def cuda_steps(
 def _nvcc_step(
     compiler: Compiler,
     toolkit: CudaToolkit,
-    gencode: list[str],
+    flags: list[str],
     include: list[str],
     source: Path,
     build: Path,
@@ -166,7 +178,7 @@ def _nvcc_step(
     if quiet := _quiet(compiler):
         host += ["-Xcompiler", ",".join(quiet)]
     command = (
-        str(toolkit.nvcc), *host, "-MD", "-MF", str(depfile), *NVCC_FLAGS, *gencode, *DEFINES, *include,
+        str(toolkit.nvcc), *host, "-MD", "-MF", str(depfile), *NVCC_FLAGS, *flags, *DEFINES, *include,
         "-c", str(source), "-o", str(output),
     )  # fmt: skip
     return Step(output, (source,), command, f"nvcc {source.name}", depfile)
@@ -296,11 +308,12 @@ def _build(root: Path, kind: str, env: Mapping[str, str]) -> Built | Missing:
         "compiler_command": list(compiler.command),
         "torch": torch.version,
     }
+    werror = _truthy(env, "SDAN_FAST_WERROR")
     if toolkit is None:
         isas = isas_for(platform.machine())
         info |= {"isas": isas, "flags": [*CXX_FLAGS, *DEFINES]}
         info["isa_flags"] = {isa: list(ISA_FLAGS[isa]) for isa in isas}
-        steps, output = cpu_steps(root, build, compiler, torch, isas)
+        steps, output = cpu_steps(root, build, compiler, torch, isas, werror)
     else:
         listed = subprocess.run(
             [str(toolkit.nvcc), "--list-gpu-code"],
@@ -311,7 +324,7 @@ def _build(root: Path, kind: str, env: Mapping[str, str]) -> Built | Missing:
         archs = cuda_archs(listed, env.get("TORCH_CUDA_ARCH_LIST"))
         info |= {"nvcc": toolkit.version, "cuda_root": str(toolkit.root), "found_by": toolkit.found_by}
         info |= {"archs": archs, "flags": [*NVCC_FLAGS, *DEFINES]}
-        steps, output = cuda_steps(root, build, compiler, torch, toolkit, archs)
+        steps, output = cuda_steps(root, build, compiler, torch, toolkit, archs, werror)
     info["sources"] = sorted({str(step.inputs[0].relative_to(root)) for step in steps[:-1]})
 
     with_nvcc = f", nvcc {toolkit.version}" if toolkit else ""

@@ -70,7 +70,7 @@ inline void plan_column_tile(ConvParams& p) {
 inline void plan_square_tile(ConvParams& p) {
   const int64_t unit = int64_t{kColumnOutputs} * p.dh, hy = int64_t{p.kh - 1} * p.dh,
                 hx = int64_t{p.kw - 1} * p.dw;
-  const int64_t taps = round_up64(int64_t{p.kh} * p.kw + 1, 4);
+  const int64_t taps = round_up64(int64_t{taps_pitch(p.kh)} * p.kw + 1, 4);
   int64_t best = -1;
   for (const int64_t limit : {kSharedGoal, kSharedMost}) {
     for (int64_t w = 32; w <= 256 && (w == 32 || w < p.width + 32); w += 32) {
@@ -122,7 +122,8 @@ inline ConvPlan plan_square(const ConvShape& s) {
   plan_square_tile(p);
   finish_tiles(p);
   const int64_t items = int64_t{p.tile_h} / kColumnOutputs * p.tile_w;
-  const int64_t bytes = (round_up64(int64_t{p.kh} * p.kw + 1, 4) + int64_t{p.rows} * p.pitch) * 4;
+  const int64_t bytes =
+      (round_up64(int64_t{taps_pitch(p.kh)} * p.kw + 1, 4) + int64_t{p.rows} * p.pitch) * 4;
   plan.fits = bytes <= kSharedMost;
   plan.config.shared_bytes = static_cast<size_t>(bytes);
   // As few rounds as possible, and no larger a block than that takes.

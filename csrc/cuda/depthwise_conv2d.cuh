@@ -79,17 +79,23 @@ __device__ __forceinline__ void stage(const void* tensor, int64_t base, float* t
   }
 }
 
-// The taps of channel c, as float32, reversed if p.flip. In the order [kh][kw], or [kw][kh] if
-// Transposed. Behind them, at taps[kh * kw], the bias or zero.
-template <bool Transposed>
+// Floats from one column of staged taps to the next: whole accesses of 4 where kh are unrolled.
+__host__ __device__ __forceinline__ constexpr int taps_pitch(int kh) {
+  return kh < 3 ? kh : (kh + 3) / 4 * 4;
+}
+
+// The taps of channel c, as float32, reversed if p.flip, in the order [kw][kh]. Behind them, at
+// taps[kw * taps_pitch(kh)], the bias or zero.
 __device__ __forceinline__ void stage_taps(const void* weight, const void* bias, float* taps,
                                            const ConvParams& p, int c) {
-  const int n = p.kh * p.kw;
-  for (int i = static_cast<int>(threadIdx.x); i < n; i += static_cast<int>(blockDim.x)) {
-    const int to = Transposed ? i % p.kw * p.kh + i / p.kw : i;
-    taps[to] = load_any(p.dtype, weight, static_cast<int64_t>(c) * n + (p.flip ? n - 1 - i : i));
+  const int n = p.kh * p.kw, pitch = taps_pitch(p.kh);
+  for (int i = static_cast<int>(threadIdx.x); i < p.kw * pitch; i += static_cast<int>(blockDim.x)) {
+    const int kh = i % pitch, k = kh * p.kw + i / pitch;
+    taps[i] = kh < p.kh ? load_any(p.dtype, weight,
+                                   static_cast<int64_t>(c) * n + (p.flip ? n - 1 - k : k))
+                        : 0.0f;
   }
-  if (threadIdx.x == 0) taps[n] = bias ? load_any(p.dtype, bias, c) : 0.0f;
+  if (threadIdx.x == 0) taps[p.kw * pitch] = bias ? load_any(p.dtype, bias, c) : 0.0f;
 }
 
 struct Tile {
@@ -119,7 +125,7 @@ __global__ void __launch_bounds__(conv_threads(KH), 1)
   constexpr int P = kColumnOutputs;
   SDAN_DYNAMIC_SHARED(raw);
   auto* taps = reinterpret_cast<float*>(raw);
-  float* tile = taps + round_up(p.kh * p.kw + 1, 4);
+  float* tile = taps + round_up(taps_pitch(p.kh) * p.kw + 1, 4);
   const int64_t tiles = p.planes * p.tiles_y * p.tiles_x;
   const int step = p.dh * p.pitch, loops = KH == 1 ? p.kh : 1;
   const int halo_y = (p.kh - 1) / 2 * p.dh, halo_x = (p.kw - 1) / 2 * p.dw;
@@ -129,11 +135,11 @@ __global__ void __launch_bounds__(conv_threads(KH), 1)
     const int64_t base = t.plane * p.height * p.width;
     const int first = round_down(t.x - halo_x, kGroup), shift = t.x - halo_x - first;
     __syncthreads();
-    stage_taps<true>(weight, bias, taps, p, c);
+    stage_taps(weight, bias, taps, p, c);
     stage(x, base, tile, p, t.y - halo_y, first, p.rows,
           round_up(p.tile_w + 2 * halo_x + shift, kGroup));
     __syncthreads();
-    const float b = taps[p.kh * p.kw];
+    const float b = taps[p.kw * taps_pitch(p.kh)];
     const int items = p.tile_h / P * p.tile_w;
     for (int i = static_cast<int>(threadIdx.x); i < items; i += static_cast<int>(blockDim.x)) {
       const int column = i % p.tile_w, g = i / p.tile_w, row = g / p.dh * (P * p.dh) + g % p.dh;
@@ -144,9 +150,16 @@ __global__ void __launch_bounds__(conv_threads(KH), 1)
       for (int j = 0; j < P; ++j) acc[j] = b;
       for (int kw = 0; kw < p.kw; ++kw) {
         for (int l = 0; l < loops; ++l) {
-          float w[KH];
-          SDAN_UNROLL
-          for (int k = 0; k < KH; ++k) w[k] = taps[kw * p.kh + l + k];
+          float w[taps_pitch(KH)];
+          if constexpr (KH == 1) {
+            w[0] = taps[kw * taps_pitch(p.kh) + l];
+          } else {
+            SDAN_UNROLL
+            for (int k = 0; k < KH; k += 4) {
+              const float4 v = *reinterpret_cast<const float4*>(taps + kw * taps_pitch(KH) + k);
+              w[k] = v.x, w[k + 1] = v.y, w[k + 2] = v.z, w[k + 3] = v.w;
+            }
+          }
           const float* from = in + l * step + kw * p.dw;
           SDAN_UNROLL
           for (int q = 0; q < P + KH - 1; ++q) {
@@ -157,11 +170,19 @@ __global__ void __launch_bounds__(conv_threads(KH), 1)
           }
         }
       }
-      const int64_t to = base + static_cast<int64_t>(t.y + row) * p.width + (t.x + column);
-      SDAN_UNROLL
-      for (int j = 0; j < P; ++j) {
-        if (t.y + row + j * p.dh >= p.height) break;
-        store_any(p.dtype, y, to + static_cast<int64_t>(j * p.dh) * p.width, acc[j]);
+      const int64_t to = base + static_cast<int64_t>(t.y + row) * p.width + (t.x + column),
+                    next = static_cast<int64_t>(p.dh) * p.width;
+      const int left = p.height - t.y - row;
+      if (p.dtype == DType::kFloat32) {
+        auto* out = static_cast<float*>(y) + to;
+        SDAN_UNROLL
+        for (int j = 0; j < P; ++j, out += next)
+          if (j * p.dh < left) *out = acc[j];
+      } else {
+        auto* out = static_cast<uint16_t*>(y) + to;
+        SDAN_UNROLL
+        for (int j = 0; j < P; ++j, out += next)
+          if (j * p.dh < left) *out = to_16bit(p.dtype, acc[j]);
       }
     }
   }

@@ -74,6 +74,17 @@ struct StripPass {
 bool strips_fit(DType dtype, const StripPass& pass);
 void convolve_strips(DType dtype, const StripPass& pass, Stream stream);
 
+// strip_conv_chain_bias.cu. The bias gradients of a whole chain, `strips` its 2 * stages horizontal
+// and vertical convolutions in turn; their `bias` does not matter. `scratch` holds
+// chain_bias_floats(shape) floats; a null gradient is not wanted. N * C and H * W < 2^31.
+struct ChainShape {
+  int64_t n, c, h, w, stages;
+  bool channels_last;
+};
+int64_t chain_bias_floats(const ChainShape& shape);
+void chain_bias_gradients(DType dtype, const void* grad, const Strip* strips, float* scratch,
+                          void* const* grad_biases, const ChainShape& shape, Stream stream);
+
 // layer_norm2d.cu. weight, bias: C; bias may be null. `pixels` is H * W. At most 4096 channels.
 struct NormShape {
   int64_t n, pixels;

@@ -53,13 +53,19 @@ __global__ void __launch_bounds__(kGateThreads)
                 float* __restrict__ partial, const GateParams p) {
   SDAN_SHARED(float, sums, [kGateThreads / 32]);
   const int64_t groups = p.pixels / V, planes = p.images * p.channels;
-  for (int64_t block = blockIdx.x; block < planes * p.splits; block += gridDim.x) {
-    const int64_t plane = block / p.splits;
+  const auto splits = static_cast<unsigned>(p.splits);
+  int64_t plane = blockIdx.x / splits;
+  unsigned split = blockIdx.x % splits;
+  for (; plane < planes; plane += gridDim.x / splits, split += gridDim.x % splits) {
+    if (split >= splits) {
+      split -= splits;
+      if (++plane >= planes) break;
+    }
     const float one = bias ? load_one(bias + plane % p.channels) : 0.0f;
     float offset[V], sum[V];
     SDAN_UNROLL
     for (int e = 0; e < V; ++e) offset[e] = one, sum[e] = 0;
-    for (int64_t i = block % p.splits * kGateThreads + threadIdx.x; i < groups;
+    for (int64_t i = int64_t{split} * kGateThreads + threadIdx.x; i < groups;
          i += int64_t{p.splits} * kGateThreads)
       gate_at<V>(a, t, b, y, h, plane * p.pixels + i * V, offset, sum);
     if (!partial) continue;
@@ -74,7 +80,7 @@ __global__ void __launch_bounds__(kGateThreads)
     total = 0;
     SDAN_UNROLL
     for (int i = 0; i < kGateThreads / 32; ++i) total += sums[i];
-    partial[block] = total;
+    partial[plane * p.splits + split] = total;
   }
 }
 

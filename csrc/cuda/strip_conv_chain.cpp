@@ -171,7 +171,42 @@ Tensor gated_strip_conv_chain_op(Tensor u, Tensor x, std::vector<Tensor> weights
   return chain(in_format(x, format), links, false, in_format(u, format), op);
 }
 
-// The parameters' gradients need what lies between the convolutions: it is computed again, one
+// The bias gradients that are wanted (null elsewhere), from the gradient of the chain's result.
+std::vector<Tensor> bias_gradients(const Tensor& grad, const std::vector<Link>& links,
+                                   const std::vector<std::array<bool, 2>>& wanted, const char* op) {
+  std::vector<Tensor> grads(links.size());
+  std::vector<void*> to(links.size(), nullptr);
+  std::vector<Strip> strips;
+  bool any = false;
+  for (size_t i = 0; i < links.size(); ++i) {
+    strips.push_back(strip_of(links[i], false));
+    if (!wanted[i][1]) continue;
+    grads[i] = empty_like_in(*links[i].bias, MemoryFormat::Contiguous);
+    if (grad.numel() == 0) torch::stable::zero_(grads[i]);
+    to[i] = grads[i].data_ptr();
+    any = true;
+  }
+  if (!any || grad.numel() == 0) return grads;
+  constexpr int64_t kMost = (int64_t{1} << 31) - 1;
+  const ChainShape shape{grad.size(0),
+                         grad.size(1),
+                         grad.size(2),
+                         grad.size(3),
+                         static_cast<int64_t>(links.size() / 2),
+                         format_of(grad) == MemoryFormat::ChannelsLast};
+  STD_TORCH_CHECK(shape.n * shape.c <= kMost && shape.h * shape.w <= kMost, op,
+                  ": the CUDA C++ kernel of the bias gradients takes up to 2^31 - 1 planes and as "
+                  "many pixels of one, got ",
+                  shape_of(grad));
+  const OnDevice on(grad);
+  const int64_t floats[1] = {chain_bias_floats(shape)};
+  Tensor scratch = empty_in(grad, {floats, 1}, MemoryFormat::Contiguous, ScalarType::Float);
+  chain_bias_gradients(dtype_of(grad, op, "grad_output"), grad.data_ptr(), strips.data(),
+                       static_cast<float*>(scratch.data_ptr()), to.data(), shape, on.stream());
+  return grads;
+}
+
+// The weights' gradients need what lies between the convolutions: it is computed again, one
 // convolution at a time, and so are the gradients that flow back.
 std::vector<Tensor> strip_conv_chain_backward_op(
     Tensor grad_output, Tensor x, std::vector<Tensor> weights, std::vector<Tensor> biases,
@@ -185,15 +220,18 @@ std::vector<Tensor> strip_conv_chain_backward_op(
   const size_t count = links.size();
   const Tensor start = in_format(x, format);
   Tensor grad = in_format(grad_output, format);
-  // For each convolution the gradients of weight and bias that are asked for; first, the first
-  // convolution that needs any.
+  // For each convolution the gradients of weight and bias that are asked for; first and last, the
+  // first and the last convolution whose weight needs one.
   std::vector<std::array<bool, 2>> wanted(count);
-  size_t first = count;
+  size_t first = count, last = 0;
   for (size_t i = count, b = 1 + count + biases.size(); i-- > 0;) {
     wanted[i] = {output_mask[1 + i], bias_mask[i] && output_mask[--b]};
-    if (wanted[i][0] || wanted[i][1]) first = i;
+    if (!wanted[i][0]) continue;
+    if (first == count) last = i;
+    first = i;
   }
-  std::vector<Tensor> grad_weights(count), grad_biases(count);
+  std::vector<Tensor> grad_weights(count);
+  const std::vector<Tensor> grad_biases = bias_gradients(grad, links, wanted, op);
   Tensor grad_x;
   if (x.numel() == 0) {
     if (output_mask[0]) grad_x = empty_like_in(x, format);
@@ -201,8 +239,6 @@ std::vector<Tensor> strip_conv_chain_backward_op(
     if (output_mask[0]) grad_x = chain(grad, links, true, std::nullopt, op);
   }
   if (first < count) {
-    size_t last = count - 1;  // the last convolution whose input is needed
-    while (!wanted[last][0] && !wanted[last][1]) --last;
     std::vector<Tensor> inputs{start};
     for (size_t i = 0; i < last; ++i)
       inputs.push_back(convolve(inputs[i], links[i].weight, links[i].bias,
@@ -210,10 +246,10 @@ std::vector<Tensor> strip_conv_chain_backward_op(
     for (size_t i = count; i-- > 0;) {
       const auto dilation = dilation_of(links[i], i % 2);
       if (i <= last) {
-        const auto found =
-            weight_gradients(grad, inputs[i], weights[i], links[i].bias, dilation, wanted[i], op);
-        if (wanted[i][0]) grad_weights[i] = found.front();
-        if (wanted[i][1]) grad_biases[i] = found.back();
+        if (wanted[i][0])
+          grad_weights[i] = weight_gradients(grad, inputs[i], weights[i], std::nullopt, dilation,
+                                             {true, false}, op)
+                                .front();
         inputs.resize(i);
       }
       if (i > first || (output_mask[0] && x.numel() != 0))

@@ -55,6 +55,10 @@ constexpr int kRowPairs = 4;    // pairs of rows of a conv_row tile
 constexpr int kRowAlign = 16;   // columns: where they begin, a sector of 32 bytes does in all types
 constexpr int kStripOutputs = 8;  // rows per thread of conv_column
 constexpr int kStripThreads = 256;
+// conv_column in channels_last keeps the taps of four columns: more registers, fewer threads.
+constexpr int column_threads(bool last) {
+  return last ? 192 : kStripThreads;
+}
 
 __device__ __forceinline__ int strip_halo(const StripStep& s) {
   return (s.taps - 1) / 2 * s.dilation;
@@ -72,12 +76,11 @@ struct Taps {
   static constexpr int value = K;
 };
 
-// Calls f(Taps<some>, the first of them) for all `taps`: K at once; many, which are not kept in
-// registers for each column (Some is 4), in two parts, or the compiler runs out of registers; for
-// K = 0, Some (4 or 8) at a time and then the rest.
+// Calls f(Taps<some>, the first of them) for all `taps`: K at once; many in two parts, or the
+// compiler runs out of registers; for K = 0, Some (4 or 8) at a time and then the rest.
 template <int K, int Some, typename F>
 __device__ __forceinline__ void each_taps(int taps, F&& f) {
-  if constexpr (K > 23 && Some == 8) {
+  if constexpr (K > 23) {
     int k = 0;
     SDAN_UNROLL_BY(1)
     for (; k + 20 <= taps; k += 20) f(Taps<20>{}, k);  // once; a loop keeps the parts apart
@@ -122,35 +125,37 @@ __device__ __forceinline__ void row_step(const float2* in, float2* out, const fl
   const int phase_step = groups % d, column_step = groups / d * (P * d) + phase_step;
   int phase = g % d, column = g / d * (P * d) + phase;
   in += pair * pitch, out += pair * pitch;
-  while (column < region) {
-    float2 acc[P];
-    SDAN_UNROLL
-    for (int j = 0; j < P; ++j) acc[j].x = bias, acc[j].y = bias;
-    each_taps<K, 8>(count, [&](auto some, int k0) {
-      constexpr int N = decltype(some)::value;
-      float w[N + 3];
-      get_taps<N>(taps + k0, w);
-      const float2* from = in + column + k0 * d;
+  for (; column < region; column += column_step) {
+    if (column < end && column + (P - 1) * d >= first) {
+      float2 acc[P];
       SDAN_UNROLL
-      for (int q = 0; q < P + N - 1; ++q) {
-        const float2 v = *from;
-        from += d;
+      for (int j = 0; j < P; ++j) acc[j].x = bias, acc[j].y = bias;
+      each_taps<K, 8>(count, [&](auto some, int k0) {
+        constexpr int N = decltype(some)::value;
+        float w[N + 3];
+        get_taps<N>(taps + k0, w);
+        const float2* from = in + column + k0 * d;
         SDAN_UNROLL
-        for (int j = 0; j < P; ++j) {
-          if (q - j < 0 || q - j >= N) continue;
-          acc[j].x = fmaf(w[q - j], v.x, acc[j].x);
-          acc[j].y = fmaf(w[q - j], v.y, acc[j].y);
+        for (int q = 0; q < P + N - 1; ++q) {
+          const float2 v = *from;
+          from += d;
+          SDAN_UNROLL
+          for (int j = 0; j < P; ++j) {
+            if (q - j < 0 || q - j >= N) continue;
+            acc[j].x = fmaf(w[q - j], v.x, acc[j].x);
+            acc[j].y = fmaf(w[q - j], v.y, acc[j].y);
+          }
         }
+      });
+      float2* to = out + column;
+      SDAN_UNROLL
+      for (int j = 0; j < P; ++j) {
+        if (static_cast<unsigned>(column + j * d - first) < static_cast<unsigned>(end - first))
+          *to = acc[j];
+        to += d;
       }
-    });
-    float2* to = out + column;
-    SDAN_UNROLL
-    for (int j = 0; j < P; ++j) {
-      if (static_cast<unsigned>(column + j * d - first) < static_cast<unsigned>(end - first))
-        *to = acc[j];
-      to += d;
     }
-    column += column_step, phase += phase_step;
+    phase += phase_step;
     if (phase >= d) phase -= d, column += (P - 1) * d;
   }
 }
@@ -238,6 +243,7 @@ __global__ void __launch_bounds__(kStripThreads, 3)
     }
   }
   __syncthreads();
+  const int columns = p.length - tx < p.tile ? p.length - tx : p.tile;
   const float2 *in = a + shift, *result = b;
   float2* to = b;
   SDAN_UNROLL_BY(1)
@@ -246,11 +252,10 @@ __global__ void __launch_bounds__(kStripThreads, 3)
     const float bias = biases ? load_any(p.dtype, biases, c) : 0.0f;
     const bool final = i == p.steps - 1;
     row_step<K>(in, to, i ? taps1 : taps, i ? s1.taps : s0.taps, i ? s1.dilation : s0.dilation,
-                bias, p.pitch, final ? p.tile : region, final ? 0 : first, final ? p.tile : end);
+                bias, p.pitch, final ? p.tile : region, final ? 0 : first, final ? columns : end);
     __syncthreads();
     result = to, in = b, to = a;
   }
-  const int columns = p.length - tx < p.tile ? p.length - tx : p.tile;
   const int64_t corner = base + static_cast<int64_t>(ty) * p.length + tx;
   for (Walk at(p.wide ? columns / 4 : columns); at.row < kRowPairs; at.advance()) {
     const bool second = ty + 2 * at.row + 1 < p.width;
@@ -362,7 +367,7 @@ __device__ __forceinline__ void column_step(const float* ring, int head, int rin
 // floats and its taps (rounded up to 4; with Last taps * (tile + 4)); the rings; unless p.reuse,
 // rows * tile floats for the outputs; of 16-bit tensors, rows * tile elements for cp.async.
 template <int K, bool Last>
-__global__ void __launch_bounds__(kStripThreads, K ? 2 : 1)
+__global__ void __launch_bounds__(column_threads(Last), K ? 2 : 1)
     conv_column_kernel(const void* __restrict__ x, const void* __restrict__ weight0,
                        const void* __restrict__ bias0, const void* __restrict__ weight1,
                        const void* __restrict__ bias1, const void* __restrict__ edge_bias,

@@ -132,11 +132,11 @@ inline StripPlan plan_column(DType dtype, const StripPass& s) {
   if (width <= 64)
     for (tile = 8; tile < width;) tile *= 2;
   int64_t bytes = 0;
+  const int64_t threads = column_threads(last);
   for (; tile >= 8 && !plan.fits; tile /= 2) {
     p.tile = static_cast<int32_t>(tile);
     const int64_t lanes = tile / 4, stripes = ceil_div(width, tile);
-    const int64_t items =
-        std::clamp<int64_t>(kManyThreads / (p.planes * stripes), 64, kStripThreads);
+    const int64_t items = std::clamp<int64_t>(kManyThreads / (p.planes * stripes), 64, threads);
     const int64_t most = std::min(whole, round_up64(ceil_div(items, lanes) * kStripOutputs, unit));
     const auto try_rows = [&](int64_t rows, bool ahead) {
       plan.fits = (bytes = set_rows(p, last, rows, ahead)) <= kSharedMost;
@@ -157,8 +157,7 @@ inline StripPlan plan_column(DType dtype, const StripPass& s) {
   p.segment = static_cast<int32_t>(round_up64(ceil_div(length, cuts), p.rows));
   p.segments = static_cast<int32_t>(ceil_div(length, p.segment));
   const int64_t items = p.rows / kStripOutputs * lanes;
-  plan.config.block =
-      dim3(whole_warps(ceil_div(items, ceil_div(items, kStripThreads)), kStripThreads));
+  plan.config.block = dim3(whole_warps(ceil_div(items, ceil_div(items, threads)), threads));
   plan.config.shared_bytes = static_cast<size_t>(bytes);
   set_grid(plan, p.planes * p.segments * p.tiles);
   return plan;

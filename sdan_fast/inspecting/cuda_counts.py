@@ -24,22 +24,33 @@ from .modelled_time import EagerStep, EagerSteps, on_meta
 from .table import Table, read
 from .tools import demangle, extract, version_of
 
+COUNTED = 90  # a developer's build without a GPU makes PTX for it
 HEAD = (
     "What the CUDA C++ kernels do in SDAN's own calls: the PTX of the build, executed block by block; docs/inspect.md",
     "explains the columns. Times are modelled, not measured. Written by: sdan-fast inspect cuda --update",
 )
 
 
+def ptx_files(module: Path) -> tuple[str, list[bytes]]:
+    """(architecture, PTX files) of a build: those for sm_90 where it has them, else of its newest architecture."""
+    found: dict[int, list[bytes]] = {}
+    for name, raw in extract("ptx", "all", module).items():
+        found.setdefault(int(re.findall(r"sm_(\d+)", name)[0]), []).append(raw)
+    if not found:
+        return "none", []
+    arch = COUNTED if COUNTED in found else max(found)
+    return str(arch), found[arch]
+
+
 def toolchain(module: Path) -> dict[str, str]:
     """The versions that the counts depend on: nvcc, and for which architecture it made PTX."""
-    (name,) = sorted(extract("ptx", "all", module))[:1] or ("none",)
-    return {"nvcc": version_of("nvcc"), "ptx": (re.findall(r"sm_(\d+)", name) or ["none"])[0]}
+    return {"nvcc": version_of("nvcc"), "ptx": ptx_files(module)[0]}
 
 
 def ptx_of_kernels(module: Path) -> dict[str, str]:
     """The PTX of each kernel, by mangled name: its file without the other kernels and without line tables."""
     found: dict[str, str] = {}
-    for raw in extract("ptx", "all", module).values():
+    for raw in ptx_files(module)[1]:
         text = re.sub(r"^\s*\.(?:loc|file)\s[^\n]*\n", "", raw.decode().replace("\0", ""), flags=re.M)
         text = text[: text.find(".section")] if ".section" in text else text
         entries = list(

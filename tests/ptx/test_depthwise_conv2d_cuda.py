@@ -98,7 +98,10 @@ def launch(text, kind, instance, shape, kernel, dilation, dtype, x, weight, bias
     wide = int(w % (4 if dtype == torch.float32 else 8) == 0)
     p = params(dtype, n * c, channels=c, height=h, width=w, flip=flip, wide=wide, **fields, **t)
     threads = min(512, up(items, 32))
-    shared = 4 * (up(kernel[0] * kernel[1] + 1, 4) + floats)
+    taps = (kernel[0] if kernel[0] < 3 else up(kernel[0], 4)) * kernel[
+        1
+    ]  # conv_square's, in whole accesses of 4
+    shared = 4 * (up(taps + 1, 4) + floats)
     name = entry(text, f"conv_{kind}_kernel", f"ILi{instance}E")
     blocks = n * c * t["tiles_y"] * t["tiles_x"]
     return run(text, name, blocks, threads, [x, weight, bias, y, p], shared_bytes=shared, approx=approx)

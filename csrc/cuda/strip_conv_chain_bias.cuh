@@ -1,0 +1,250 @@
+// The bias gradients of a strip chain, from the gradient of its result alone.
+//
+// What a bias adds to the result is an all-ones image sent through the convolutions behind it, and
+// that is separable: a column-vector x a row-vector. With the fields
+//   down(s)   = V_last .. V_s applied to an all-ones column,   across(s) = H_last .. H_s to a row
+// (all ones behind the last stage) the gradient of the bias of H_s is the sum over the image of
+// grad * down(s) * across(s + 1), that of V_s's the sum of grad * down(s + 1) * across(s + 1).
+// So no gradient that flows back through convolutions is summed, whose rounding errors would be
+// large beside a sum that cancels; sums here carry their rounding errors along.
+//
+//   chain_fields        one stage's convolutions, applied to the fields of the stages up to it
+//   chain_bias_sums     partial sums for the two or fewer stages of a launch, one per block
+//   chain_bias_finish   adds them in a fixed order
+#pragma once
+
+#include "conv_tile.cuh"
+
+namespace sdan_fast::cuda {
+
+constexpr int kBiasThreads = 256, kBiasColumns = 4;
+
+// Fields are stored as [stage][channel][position], or [stage][position][channel] if `last`.
+struct FieldParams {
+  DType dtype;
+  int32_t stage;  // whose convolutions these are: fields [0, stage] pass through them
+  int32_t channels, length[2], taps[2], dilation[2];  // of W and of H
+  int32_t last;
+};
+
+// `from` and `to` hold, for W and then for H, a field of every stage; the one of this stage is all
+// ones before it. A thread computes one value.
+__global__ void __launch_bounds__(kBiasThreads)
+    chain_fields_kernel(const void* __restrict__ across, const void* __restrict__ down,
+                        const float* __restrict__ from, float* __restrict__ to, int64_t stages,
+                        const FieldParams p) {
+  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  int64_t offset = 0;
+  SDAN_UNROLL_BY(1)
+  for (int axis = 0; axis < 2; ++axis) {
+    // Chosen, not indexed: an index would put the parameters on the stack.
+    const int length = axis ? p.length[1] : p.length[0], taps = axis ? p.taps[1] : p.taps[0],
+              dilation = axis ? p.dilation[1] : p.dilation[0];
+    const int64_t field = static_cast<int64_t>(p.channels) * length;
+    const void* weight = axis ? down : across;
+    for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+         i < (p.stage + 1) * field; i += step) {
+      const int64_t in_field = i % field;
+      const int64_t c = p.last ? in_field % p.channels : in_field / length;
+      const int position = static_cast<int>(p.last ? in_field / p.channels : in_field % length);
+      const bool ones = i / field == p.stage;
+      CarefulSum sum;
+      for (int k = 0; k < taps; ++k) {
+        const int64_t away = (k - (taps - 1) / 2) * static_cast<int64_t>(dilation);
+        if (position + away < 0 || position + away >= length) continue;
+        const float tap = load_any(p.dtype, weight, c * taps + k);
+        sum.add(ones ? tap : tap * from[offset + i + away * (p.last ? p.channels : 1)]);
+      }
+      to[offset + i] = sum.sum;
+    }
+    offset += stages * field;
+  }
+}
+
+struct BiasParams {
+  int64_t images;
+  DType dtype;
+  int32_t channels, height, width;
+  int32_t stages;   // of this launch: 1 or 2
+  int32_t segment;  // rows of a column that are summed at a time
+  int32_t wide;     // 1: 4 columns may be read at once, of the gradient and of the fields
+};
+
+// The fields of a launch's stages s and s + 1, and of the one behind: down[i] and across[i] of
+// stage s + i. Null: all ones.
+struct BiasFields {
+  const float* down[3];
+  const float* across[3];
+};
+
+// From sums of grad * down over a column to what it adds to the four bias gradients.
+struct BiasSums {
+  CarefulSum column[3], total[4];
+  __device__ __forceinline__ void add_column(const float (&across)[3]) {
+    SDAN_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const CarefulSum& s = column[(i + 1) / 2];
+      total[i].add(s.sum * across[i / 2 + 1]);
+      total[i].add(-s.lost * across[i / 2 + 1]);
+    }
+  }
+  __device__ __forceinline__ void next_column() {
+    SDAN_UNROLL
+    for (int i = 0; i < 3; ++i) column[i] = CarefulSum{};
+  }
+};
+
+// Contiguous tensors. A block sums a segment of a plane's rows, a thread kBiasColumns columns and
+// every so many rows of them. Block x (plane, segment) writes partial[i][x] for the biases i of
+// H_s, V_s, H_s+1, V_s+1.
+__global__ void __launch_bounds__(kBiasThreads)
+    chain_bias_sums_kernel(const void* __restrict__ grad, const BiasFields fields,
+                           float* __restrict__ partial, const BiasParams p) {
+  constexpr int V = kBiasColumns;
+  SDAN_SHARED(float, sums, [4][kBiasThreads / 32]);
+  const auto segments = static_cast<unsigned>((p.height + p.segment - 1) / p.segment);
+  const int64_t plane = blockIdx.x / segments, c = plane % p.channels;
+  const int begin = static_cast<int>(blockIdx.x % segments) * p.segment,
+            end = p.height - begin < p.segment ? p.height : begin + p.segment;
+  const int groups = (p.width + V - 1) / V, threads = static_cast<int>(blockDim.x),
+            abreast = groups < threads ? groups : threads, rows = threads / abreast;
+  const int row = static_cast<int>(threadIdx.x) / abreast;
+  const int64_t base = plane * p.height * p.width;
+  const auto down_at = [&](int s, int y) {
+    return fields.down[s] ? fields.down[s][c * p.height + y] : 1.0f;
+  };
+  BiasSums mine;
+  for (int g = static_cast<int>(threadIdx.x) % abreast; row < rows && g < groups; g += abreast) {
+    const int x = g * V;
+    CarefulSum columns[3][V];
+    for (int y = begin + row; y < end; y += rows) {
+      float v[V] = {};
+      const int64_t i = base + static_cast<int64_t>(y) * p.width + x;
+      if (p.wide) {
+        load4_any(p.dtype, grad, i, v);
+      } else {
+        SDAN_UNROLL
+        for (int e = 0; e < V; ++e)
+          if (x + e < p.width) v[e] = load_any(p.dtype, grad, i + e);
+      }
+      SDAN_UNROLL
+      for (int s = 0; s < 3; ++s) {
+        if (s > p.stages) continue;
+        const float down = down_at(s, y);
+        SDAN_UNROLL
+        for (int e = 0; e < V; ++e) columns[s][e].add(v[e] * down);
+      }
+    }
+    float across[3][V];
+    SDAN_UNROLL
+    for (int s = 0; s < 3; ++s) {
+      SDAN_UNROLL
+      for (int e = 0; e < V; ++e) across[s][e] = 1;
+      if (s == 0 || s > p.stages || !fields.across[s]) continue;
+      const float* from = fields.across[s] + c * p.width + x;
+      if (p.wide) {
+        load<V>(from, across[s]);
+      } else {
+        SDAN_UNROLL
+        for (int e = 0; e < V; ++e)
+          if (x + e < p.width) across[s][e] = from[e];
+      }
+    }
+    SDAN_UNROLL
+    for (int e = 0; e < V; ++e) {  // columns beyond the image are zero
+      const float at[3] = {across[0][e], across[1][e], across[2][e]};
+      SDAN_UNROLL
+      for (int s = 0; s < 3; ++s) mine.column[s] = columns[s][e];
+      mine.add_column(at);
+    }
+  }
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  SDAN_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    const float s = warp_sum(mine.total[i]);
+    if (threadIdx.x % 32 == 0) sums[i][warp] = s;
+  }
+  __syncthreads();
+  if (threadIdx.x < 2u * static_cast<unsigned>(p.stages)) {
+    CarefulSum s;
+    for (int i = 0; i < threads / 32; ++i) s.add(sums[threadIdx.x][i]);
+    partial[static_cast<int64_t>(threadIdx.x) * gridDim.x + blockIdx.x] = s.sum;
+  }
+}
+
+// channels_last tensors. blockDim.x channels, blockDim.y columns of segments of images, in turn;
+// grid: (splits, channels / blockDim.x). Block x writes partial[i][x][channel]. Dynamic shared
+// memory: 4 * blockDim.x * blockDim.y floats.
+__global__ void __launch_bounds__(kBiasThreads)
+    chain_bias_sums_last_kernel(const void* __restrict__ grad, const BiasFields fields,
+                                float* __restrict__ partial, const BiasParams p) {
+  SDAN_DYNAMIC_SHARED(raw);
+  auto* sums = reinterpret_cast<float*>(raw);  // [bias][thread]
+  const int c = static_cast<int>(blockIdx.y * blockDim.x + threadIdx.x);
+  const int segments = (p.height + p.segment - 1) / p.segment;
+  const int64_t columns = p.images * segments * p.width,
+                next = static_cast<int64_t>(gridDim.x) * blockDim.y;
+  const auto field = [&](const float* f, int at) {
+    return f ? f[static_cast<int64_t>(at) * p.channels + c] : 1.0f;
+  };
+  BiasSums mine;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+       c < p.channels && i < columns; i += next) {
+    const int x = static_cast<int>(i % p.width),
+              begin = static_cast<int>(i / p.width % segments) * p.segment,
+              end = p.height - begin < p.segment ? p.height : begin + p.segment;
+    const int64_t image = i / p.width / segments * p.height * p.width;
+    mine.next_column();
+    for (int y = begin; y < end; ++y) {
+      const int64_t pixel = image + static_cast<int64_t>(y) * p.width + x;
+      const float v = load_any(p.dtype, grad, pixel * p.channels + c);
+      SDAN_UNROLL
+      for (int s = 0; s < 3; ++s)
+        if (s <= p.stages) mine.column[s].add(v * field(fields.down[s], y));
+    }
+    float across[3] = {1, 1, 1};
+    SDAN_UNROLL
+    for (int s = 1; s < 3; ++s)
+      if (s <= p.stages) across[s] = field(fields.across[s], x);
+    mine.add_column(across);
+  }
+  const int threads = static_cast<int>(blockDim.x * blockDim.y),
+            thread = static_cast<int>(threadIdx.y * blockDim.x + threadIdx.x);
+  SDAN_UNROLL
+  for (int i = 0; i < 4; ++i) sums[i * threads + thread] = mine.total[i].sum - mine.total[i].lost;
+  __syncthreads();
+  if (c >= p.channels) return;
+  for (int i = static_cast<int>(threadIdx.y); i < 2 * p.stages; i += static_cast<int>(blockDim.y)) {
+    CarefulSum s;
+    for (int k = 0; k < static_cast<int>(blockDim.y); ++k)
+      s.add(sums[i * threads + k * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x)]);
+    partial[(static_cast<int64_t>(i) * gridDim.x + blockIdx.x) * p.channels + c] = s.sum;
+  }
+}
+
+struct BiasGradients {
+  void* to[4];  // null: not wanted
+};
+
+// to[i][c] = the sum over n < images and s < splits, in this order, of partial[i * count +
+// n * image_stride + c * channel_stride + s * split_stride]. One thread for each sum.
+__global__ void __launch_bounds__(kBiasThreads)
+    chain_bias_finish_kernel(const float* __restrict__ partial, const BiasGradients grads,
+                             DType dtype, int biases, int channels, int64_t images, int splits,
+                             int64_t count, int64_t image_stride, int64_t channel_stride,
+                             int64_t split_stride) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x, c = i % channels;
+  if (i >= static_cast<int64_t>(biases) * channels) return;
+  const int which = static_cast<int>(i / channels);
+  SDAN_UNROLL
+  for (int b = 0; b < 4; ++b) {
+    if (b != which || !grads.to[b]) continue;
+    CarefulSum total;
+    for (int64_t n = 0; n < images; ++n)
+      for (int s = 0; s < splits; ++s)
+        total.add(partial[b * count + n * image_stride + c * channel_stride + s * split_stride]);
+    store_any(dtype, grads.to[b], c, total.sum - total.lost);
+  }
+}
+
+}  // namespace sdan_fast::cuda
