@@ -17,7 +17,7 @@ from sdan_fast.kernels.star import ACTIVATIONS
 
 from . import workload
 from .arguments import gate_args, norm_args, star_conv_args
-from .triton_kernels import TARGETS
+from .triton_kernels import CUDA_TARGETS, TARGETS
 from .workload import FORMATS, PATCHES, PICTURE, Case
 
 Target = int | str
@@ -94,7 +94,8 @@ def committed_scope() -> Iterator[Scope]:
     yield workload.own_cases(half, "nchw", PICTURE), TARGETS, ""
     for dtype, layout in ((single, "nchw"), (half, "nhwc"), (single, "nhwc")):
         yield workload.own_cases(dtype, layout, PICTURE), (80,), ""
-    yield strips(half, "nchw", EVERYWHERE), TARGETS, None
+    yield strips(half, "nchw", EVERYWHERE[:-1]), TARGETS, None
+    yield strips(half, "nchw", EVERYWHERE[-1:]), CUDA_TARGETS, None  # 63x1 spills on gfx942: docs/triton.md
 
 
 def wide_scope() -> Iterator[Scope]:
