@@ -118,9 +118,13 @@ def cuda_figures(archs: list[str] | None = None, *, say: Say = quiet) -> Part:
     if old is not None and old.toolchain == fresh.toolchain:
         present = {row["arch"] for row in fresh.rows.values()}
         theirs = {row["of"] for row in fresh.rows.values()}
-        kept = [r for r in old.rows.values() if r["arch"] not in present or r["of"] not in theirs]
-        for row in kept:
-            fresh.add(row)
+        merged = Table(fresh.identity, fresh.columns, fresh.toolchain)  # in the committed order, for small diffs
+        for at, row in old.rows.items():
+            if at in fresh.rows or row["arch"] not in present or row["of"] not in theirs:
+                merged.add(fresh.rows.pop(at, row))
+        for row in fresh.rows.values():
+            merged.add(row)
+        fresh = merged
     return Part(CUDA, fresh, cuda_table.HEAD, computed, "sdan-fast inspect cuda --update", broken)
 
 

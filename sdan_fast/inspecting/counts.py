@@ -38,8 +38,8 @@ def interpreter() -> Any:
 
 @functools.cache
 def interpreter_hash() -> str:
-    """Of the interpreter's sources, since counts depend on them."""
-    digest = hashlib.sha256()
+    """Of the interpreter's sources and of this file, since counts depend on them."""
+    digest = hashlib.sha256(Path(__file__).read_bytes())
     for path in sorted(INTERPRETER.glob("ptx*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:8]
