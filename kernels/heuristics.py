@@ -100,6 +100,8 @@ def wgrad_nchw(kh: int, kw: int, width: int, itemsize: int, aligned: bool, dw: i
         r = 4 if kh * kw <= 9 else 2 if kh * kw <= 49 else 1
     columns = power_of_two(th * kw, 2, 128)
     chunks = min(8, 128 // (r * m * v)) if itemsize == 4 else 8  # at most 128 roundings of float32 in a row
+    if kw == 1 and r == 2:
+        chunks *= 2  # a program's rows reach as far as with four of them a thread
     chunks = tuned("wgrad_nchw", f"{kh}x{kw}, {itemsize} bytes", CHUNKS=chunks)["CHUNKS"]
     return Settings(
         V=v, VECTOR=vector, R=r, M=m, S=s, TH=th, COLUMNS=columns, BLOCK=128, CHUNKS=chunks, warps=4
