@@ -118,7 +118,8 @@ def cuda_figures(archs: list[str] | None = None, *, say: Say = quiet) -> Part:
     if old is not None and old.toolchain == fresh.toolchain:
         present = {row["arch"] for row in fresh.rows.values()}
         theirs = {row["of"] for row in fresh.rows.values()}
-        merged = Table(fresh.identity, fresh.columns, fresh.toolchain)  # in the committed order, for small diffs
+        # In the committed order, for small diffs.
+        merged = Table(fresh.identity, fresh.columns, fresh.toolchain)
         for at, row in old.rows.items():
             if at in fresh.rows or row["arch"] not in present or row["of"] not in theirs:
                 merged.add(fresh.rows.pop(at, row))
