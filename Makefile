@@ -15,7 +15,7 @@ ARGS ?=
 
 # Tests run in a process for each core, whole files at a time; two threads of OpenMP each, which do not spin.
 WORKERS ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$((cores < 8 ? cores : 8)))
-PYTEST  := OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(WORKERS) --dist loadfile --durations=8
+PYTEST  := OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=8
 
 .DEFAULT_GOAL := help
 .PHONY: help env build run test test-slow lint format bench gpu-check wheel-check wheel clean distclean

@@ -95,7 +95,7 @@ def executed(kernel, dilation, dtype, fmt, backward):
     if kernel[1] == 1:
         shape = (1, 28, 180, 2) if channels_last else (1, 1, 180, 32 if dtype == torch.float32 else 64)
     else:
-        rows, columns = (1, 320) if kernel[0] == 1 else (32, 32)
+        rows, columns = (1, 320) if kernel[0] == 1 else (64, 64)
         shape = (1, 28, rows, columns) if channels_last else (1, 1, 24, 320)
     x, weight, bias = inputs(shape, kernel, dtype, fmt)
     with ptx_interpreted() as stats:

@@ -67,3 +67,8 @@ def pytest_pycollect_makemodule(module_path, parent):
     if module_path.name.endswith("_interpreted.py") and not INTERPRETED:
         return InterpretedFile.from_parent(parent, path=module_path)
     return None
+
+
+def pytest_collection_modifyitems(items):
+    """The longest tests first, so that no process is left with one of them while the others are done."""
+    items.sort(key=lambda item: not isinstance(item, ChildRun))
