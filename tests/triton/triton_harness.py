@@ -137,9 +137,9 @@ def ptx_interpreted(cc: int = 80, **run_options: Any):
 
 
 def fma_share(stats: Any) -> float:
-    """Share of FMA and MMA among the executed warp instructions."""
+    """Share of FMA and MMA among the executed warp instructions, PTX's moves left out: see docs/inspect.md."""
     hits = sum(n for op, n in stats.opcodes.items() if op.startswith(("fma.", "mma.")))
-    return hits / max(stats.total_warp_instructions, 1)
+    return hits / max(sum(n for kind, n in stats.warp_instructions.items() if kind != "mov"), 1)
 
 
 # -- many compilations ------------------------------------------------------------------------------------------------
