@@ -234,7 +234,7 @@ def pointwise_wgrad_planes(
         ok = q < PV
         if WIDE:
             q = q.to(tl.int64)
-        plane = PV.to(tl.int64) * V
+        plane = tl.full((), 0, tl.int64) + PV * V  # an image of one pixel makes PV a plain number
         g = ()
         for j in tl.static_range(TO):
             good = ok & (o0 + j < CO)

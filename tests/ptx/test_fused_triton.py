@@ -70,6 +70,15 @@ def test_gate(cc, fmt):
     assert all(any("mma" in op for op in st.opcodes) for st in stats[:4])  # the tensor cores do the work
 
 
+def test_gate_of_one_pixel():
+    """What is 1 becomes a constant of the compiled kernel."""
+    with ptx_interpreted():
+        args = gate_args((1, 3, 1, 1), 2, torch.float32, NCHW)
+        check_op(pointwise_gate, reference.pointwise_gate, args)
+        args = star_conv_args((1, 3, 1, 1), 2, torch.float32, NCHW)
+        star_conv.backward(star_conv.forward(*args), *args, output_mask=[True] * 7)
+
+
 @pytest.mark.slow
 @formats
 @pytest.mark.parametrize("cc", [80, 89])
