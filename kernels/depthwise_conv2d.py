@@ -88,12 +88,14 @@ def weight_grad(
         QW = ceil_div(W, s.V)
         QG = QW if s.M == 1 else ceil_div(QW, s.M * s.S) * s.S
         groups = H if s.R == 1 else ceil_div(H, s.R * DH) * DH
-        chunks = ceil_div(groups * QG, s.BLOCK)
-        splits = ceil_div(N * chunks, s.CHUNKS)
+        down = 1 if s.FLAT else ceil_div(groups, s.BG)
+        chunks = ceil_div(groups * QG, s.BG) if s.FLAT else down * ceil_div(QG, s.BQ)
+        depth = s.CHUNKS - s.CHUNKS % down if down <= s.CHUNKS else s.CHUNKS  # whole columns, where they fit
+        splits = ceil_div(N * chunks, depth)
         partial = x.new_empty((splits, C * (taps + 1)), dtype=torch.float32)
         launch(wgrad_nchw, (splits * C * ceil_div(KH, s.TH),), g, x, partial, N, C, H, W, QW, groups, g.stride(0),
-               x.stride(0), chunks, splits, KH=KH, KW=KW, DH=DH, DW=DW, TH=s.TH, COLUMNS=s.COLUMNS, R=s.R, V=s.V,
-               BLOCK=s.BLOCK, CHUNKS=s.CHUNKS, VECTOR=s.VECTOR, M=s.M, S=s.S, WIDE=wide, num_warps=s.warps)  # fmt: skip
+               x.stride(0), chunks, depth, splits, KH=KH, KW=KW, DH=DH, DW=DW, TH=s.TH, COLUMNS=s.COLUMNS, R=s.R,
+               V=s.V, BG=s.BG, BQ=s.BQ, FLAT=s.FLAT, VECTOR=s.VECTOR, M=s.M, S=s.S, WIDE=wide, num_warps=s.warps)  # fmt: skip
     else:
         along_h = KW == 1 and KH > 1
         KA, KB, DA, DB = (KH, 1, DH, 1) if along_h else (KW, KH, DW, DH)

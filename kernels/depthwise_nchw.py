@@ -30,6 +30,13 @@ def tile_index(block, QW, GROUPS, FLAT: tl.constexpr, BG: tl.constexpr, BQ: tl.c
 
 
 @jit
+def down_columns(block, QW, GROUPS, BG: tl.constexpr, BQ: tl.constexpr):
+    """The number that tile_index has for tile `block` of those counted down each stripe of BQ vectors."""
+    down = tl.cdiv(GROUPS, BG)
+    return block % down * tl.cdiv(QW, BQ) + block // down
+
+
+@jit
 def first_row(group, R: tl.constexpr, DH: tl.constexpr):
     """First of a group's R rows, which are DH apart, so that neighbouring rows of a group share taps."""
     if R > 1:  # (group // DH) R DH + group % DH
@@ -207,16 +214,16 @@ def strip_row_grad(
 
 @jit
 def wgrad_nchw(
-    g_ptr, x_ptr, partial_ptr, N, C, H, W, QW, GROUPS, g_batch, x_batch, chunks, splits,
+    g_ptr, x_ptr, partial_ptr, N, C, H, W, QW, GROUPS, g_batch, x_batch, chunks, depth, splits,
     KH: tl.constexpr, KW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr, TH: tl.constexpr, COLUMNS: tl.constexpr,
-    R: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
+    R: tl.constexpr, V: tl.constexpr, BG: tl.constexpr, BQ: tl.constexpr, FLAT: tl.constexpr,
     VECTOR: tl.constexpr, WIDE: tl.constexpr, M: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
-    """First stage of the weight gradient: sums of g * (shifted x) over CHUNKS chunks of BLOCK row-group vectors.
+    """First stage of the weight gradient: sums of g * (shifted x) over `depth` chunks of BG BQ row-group vectors.
 
     Program (split, channel, TH filter rows) adds up TH KW taps, and g itself for the bias. It writes them into row
     `split` of partial [splits, C KH KW + C], which is laid out as the weight, then the bias. COLUMNS: a power of two,
-    at least TH KW. chunks: per plane. splits: ceil(N chunks / CHUNKS).
+    at least TH KW. chunks: per plane. splits: ceil(N chunks / depth).
     """
     pid = tl.program_id(0)
     split = pid % splits
@@ -224,14 +231,17 @@ def wgrad_nchw(
     tile = pid // splits // C
     REACH: tl.constexpr = reach(KW, DW, V)
     QG = QW if M == 1 else tl.cdiv(QW, M * S) * S
-    acc = (tl.zeros((BLOCK,), tl.float32),) * (TH * KW)
-    bias = tl.zeros((BLOCK,), tl.float32)
-    for chunk in range(split * CHUNKS, min(split * CHUNKS + CHUNKS, N * chunks)):
+    acc = (tl.zeros((BG * BQ,), tl.float32),) * (TH * KW)
+    bias = tl.zeros((BG * BQ,), tl.float32)
+    for chunk in range(split * depth, min(split * depth + depth, N * chunks)):
         n = chunk // chunks
         offset = c.to(tl.int64) * H * W
         g_plane = g_ptr + (n.to(tl.int64) * g_batch + offset)
         x_plane = x_ptr + (n.to(tl.int64) * x_batch + offset)
-        group, q, ok = tile_index(chunk % chunks, QG, GROUPS, True, BLOCK, 1)
+        block = chunk % chunks
+        if not FLAT:  # down the columns first
+            block = down_columns(block, QG, GROUPS, BG, BQ)
+        group, q, ok = tile_index(block, QG, GROUPS, FLAT, BG, BQ)
         h = first_row(group, R, DH)
         if M > 1:
             q = first_row(q, M, S)

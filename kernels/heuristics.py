@@ -88,24 +88,27 @@ def conv_nchw(
 
 
 def wgrad_nchw(kh: int, kw: int, width: int, itemsize: int, aligned: bool, dw: int = 1) -> Settings:
-    """First stage of a weight gradient in NCHW: up to 81 taps in registers, CHUNKS chunks of 128 threads a program."""
+    """First stage of a weight gradient in NCHW: up to 81 taps in registers, CHUNKS chunks of 128 threads a program.
+
+    kx1: chunks of four vectors by 32 row groups, down whole columns, so that no column is read by two programs.
+    """
     v, vector = row_vector(width, itemsize, aligned)
     th = -(-kh // 2) if kw == 1 and kh > 35 else kh if kh * kw <= 81 else max(1, 63 // kw)
     m, s = row_vectors(kw, dw, width, v, itemsize) if kh == 1 else (1, 1)
     if kh == 1:
         r = (4 if v == 4 else 2) if m == 1 else (4 if v == 8 else 2) if kw <= 5 else 1
     elif kw == 1:
-        r = 8 if kh <= 5 else 2 if v == 8 else 4  # 4 of 8 pixels: ptxas spills to save a step of occupancy
+        r = 8 if kh <= 5 else 4
     else:
         r = 4 if kh * kw <= 9 else 2 if kh * kw <= 49 else 1
     columns = power_of_two(th * kw, 2, 128)
     chunks = min(8, 128 // (r * m * v)) if itemsize == 4 else 8  # at most 128 roundings of float32 in a row
-    if kw == 1 and r == 2:
-        chunks *= 2  # a program's rows reach as far as with four of them a thread
+    bg, bq = (32, 4) if kw == 1 < kh else (128, 1)
     chunks = tuned("wgrad_nchw", f"{kh}x{kw}, {itemsize} bytes", CHUNKS=chunks)["CHUNKS"]
     return Settings(
-        V=v, VECTOR=vector, R=r, M=m, S=s, TH=th, COLUMNS=columns, BLOCK=128, CHUNKS=chunks, warps=4
-    )
+        V=v, VECTOR=vector, R=r, M=m, S=s, TH=th, COLUMNS=columns, BG=bg, BQ=bq, FLAT=bq == 1, CHUNKS=chunks,
+        warps=4,
+    )  # fmt: skip
 
 
 def channel_tile(channels: int) -> int:
