@@ -157,11 +157,15 @@ class Images:
         return Shape("columns", r, lines, 1, groups * lines > BLOCK, ceil_div(QW, lines))
 
     def _shape_nhwc(self, step: Step) -> Shape:
-        """24 values a thread (32 spill), up to 128 bytes of channels a program; whole rows, or 128 bytes of columns."""
+        """20 to 32 values a thread (as many as no target spills), up to 128 bytes of channels a program; whole rows, or
+        128 bytes of columns.
+        """
         _, _, H, W = self.x.shape
         conv, itemsize = step.convs[0], self.x.element_size()
         channels = conv.weight.shape[0]
-        p = 24 // self.v if self.v > 2 else 7 if itemsize == 2 else 5
+        p = {8: 4 if conv.axis == "hw" else 3, 4: 5 if conv.axis == "h" else 6}.get(
+            self.v, 7 if itemsize == 2 else 5
+        )
         if conv.axis != "hw" and max(max(c.weight.shape[2:]) for c in step.convs) <= 5:
             p = min(16, (64 if itemsize == 2 else 48) // self.v)  # of few taps a thread needs few registers
         tiles = ceil_div(channels * itemsize, 128)

@@ -95,7 +95,8 @@ def weight_grad(
         partial = x.new_empty((splits, C * (taps + 1)), dtype=torch.float32)
         launch(wgrad_nchw, (splits * C * ceil_div(KH, s.TH),), g, x, partial, N, C, H, W, QW, groups, g.stride(0),
                x.stride(0), chunks, depth, splits, KH=KH, KW=KW, DH=DH, DW=DW, TH=s.TH, COLUMNS=s.COLUMNS, R=s.R,
-               V=s.V, BG=s.BG, BQ=s.BQ, FLAT=s.FLAT, VECTOR=s.VECTOR, M=s.M, S=s.S, WIDE=wide, num_warps=s.warps)  # fmt: skip
+               V=s.V, BG=s.BG, BQ=s.BQ, FLAT=s.FLAT, VECTOR=s.VECTOR, M=s.M, S=s.S, WIDE=wide,
+               num_warps=s.warps)  # fmt: skip
     else:
         along_h = KW == 1 and KH > 1
         KA, KB, DA, DB = (KH, 1, DH, 1) if along_h else (KW, KH, DW, DH)

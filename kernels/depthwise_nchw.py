@@ -11,6 +11,8 @@ from .phases import first_tap, last_tap, load_phases, load_row, needed, put, rea
 from .reduce import join_all, total
 from .star import activate, activate_grad
 
+UNROLLED = tl.constexpr(35)  # the longest strip of a known model
+
 
 @jit
 def tile_index(block, QW, GROUPS, FLAT: tl.constexpr, BG: tl.constexpr, BQ: tl.constexpr):
@@ -68,6 +70,58 @@ def strip_row(
 
 
 @jit
+def tap_weight(w_ptr, tap, TAPS: tl.constexpr, FLIP: tl.constexpr):
+    """One weight of a filter of TAPS taps."""
+    return tl.load(w_ptr + (TAPS - 1 - tap if FLIP else tap)).to(tl.float32)
+
+
+@jit
+def vector_taps(
+    acc, x_ptr, w_ptr, h, q, ok, delta, H, W, QW, K: tl.constexpr, DH: tl.constexpr, R: tl.constexpr, V: tl.constexpr,
+    PARTIAL: tl.constexpr, FLIP: tl.constexpr, VECTOR: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Add the taps of an undilated 1xK filter that fall into vector q + delta of each of R rows.
+
+    PARTIAL: delta, known at compile time, is so far out that only some of the 2 V - 1 distances to it are taps.
+    """
+    x = ()
+    for r in tl.static_range(R):
+        row = h + r * DH
+        at = row.to(tl.int64) * W if WIDE else row * W
+        near = q + delta
+        good = ok & (row < H) & (near.to(tl.uint32, bitcast=True) < QW)
+        x = x + load_phases(x_ptr, at, near, good, W, QW, 0, V, VECTOR)
+    for e in tl.static_range(1 - V, V):
+        if not PARTIAL or (delta * V + e >= -(K // 2) and delta * V + e <= K // 2):
+            weight = tap_weight(w_ptr, delta * V + e + K // 2, K, FLIP)
+            for r in tl.static_range(R):
+                for v in tl.static_range(max(0, -e), min(V, V - e)):
+                    acc = put(acc, r * V + v, acc[r * V + v] + weight * x[r * V + v + e])
+    return acc
+
+
+@jit
+def row_taps(
+    acc, x_ptr, w_ptr, h, q, ok, j, H, W, QW, K: tl.constexpr, DH: tl.constexpr, R: tl.constexpr, V: tl.constexpr,
+    PARTIAL: tl.constexpr, FLIP: tl.constexpr, VECTOR: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Add the j-th row that a Kx1 filter at R rows meets, which is tap j - r of row r.
+
+    PARTIAL: j, known at compile time, is so far out that it is no tap of some rows.
+    """
+    row = h + (j - K // 2) * DH
+    good = ok & (row.to(tl.uint32, bitcast=True) < H)
+    at = row.to(tl.int64) * W if WIDE else row * W
+    x = load_phases(x_ptr, at, q, good, W, QW, 0, V, VECTOR)
+    for r in tl.static_range(R):
+        if not PARTIAL or (j - r >= 0 and j - r < K):
+            weight = tap_weight(w_ptr, j - r, K, FLIP)
+            for v in tl.static_range(V):
+                acc = put(acc, r * V + v, acc[r * V + v] + weight * x[v])
+    return acc
+
+
+@jit
 def accumulate(
     x_ptr, w_ptr, h, q, ok, H, W, QW,
     KH: tl.constexpr, KW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr, R: tl.constexpr, V: tl.constexpr,
@@ -75,15 +129,39 @@ def accumulate(
 ):  # fmt: skip
     """start + the convolution of one plane at rows h, h + DH, ... (R of them) and vectors q, q + S, ... (M of them,
     which is 1 unless the filter is 1xk) of V pixels: R M V tensors [BLOCK], float32.
+
+    Taps are unrolled, but for strips of more than UNROLLED of them, which are loops.
     """
     BLOCK: tl.constexpr = h.shape[0]
     REACH: tl.constexpr = reach(KW, DW, V)
     acc = (tl.zeros((BLOCK,), tl.float32) + start,) * (R * M * V)
-    if KH == 1 or R > 1:
+    ROLLED: tl.constexpr = (KH == 1 and KW > UNROLLED and DW == 1 and M == 1) or (KW == 1 and KH > UNROLLED)
+    if (KH == 1 or R > 1) and not ROLLED:
         weights = ()
         for tap in tl.static_range(KH * KW):
-            weights = weights + (tl.load(w_ptr + (KH * KW - 1 - tap if FLIP else tap)).to(tl.float32),)
-    if KH == 1:
+            weights = weights + (tap_weight(w_ptr, tap, KH * KW, FLIP),)
+    if KH == 1 and ROLLED:
+        WHOLE: tl.constexpr = (KW // 2 + 1 - V) // V  # up to this distance a vector has taps of all distances
+        for delta in tl.static_range(-REACH, -WHOLE):
+            acc = vector_taps(
+                acc, x_ptr, w_ptr, h, q, ok, delta, H, W, QW, KW, DH, R, V, True, FLIP, VECTOR, WIDE
+            )
+        for delta in range(-WHOLE, WHOLE + 1):
+            acc = vector_taps(
+                acc, x_ptr, w_ptr, h, q, ok, delta, H, W, QW, KW, DH, R, V, False, FLIP, VECTOR, WIDE
+            )
+        for delta in tl.static_range(WHOLE + 1, REACH + 1):
+            acc = vector_taps(
+                acc, x_ptr, w_ptr, h, q, ok, delta, H, W, QW, KW, DH, R, V, True, FLIP, VECTOR, WIDE
+            )
+    elif ROLLED:
+        for j in tl.static_range(R - 1):
+            acc = row_taps(acc, x_ptr, w_ptr, h, q, ok, j, H, W, QW, KH, DH, R, V, True, FLIP, VECTOR, WIDE)
+        for j in range(R - 1, KH):
+            acc = row_taps(acc, x_ptr, w_ptr, h, q, ok, j, H, W, QW, KH, DH, R, V, False, FLIP, VECTOR, WIDE)
+        for j in tl.static_range(KH, R + KH - 1):
+            acc = row_taps(acc, x_ptr, w_ptr, h, q, ok, j, H, W, QW, KH, DH, R, V, True, FLIP, VECTOR, WIDE)
+    elif KH == 1:
         for r in tl.static_range(R):
             row = h + r * DH
             at = row.to(tl.int64) * W if WIDE else row * W

@@ -76,7 +76,7 @@ def conv_nchw(
         return Settings(
             V=v, VECTOR=vector, R=t["R"], M=1, S=1, BG=32 * t["warps"], BQ=1, FLAT=True, warps=t["warps"]
         )
-    r = tuned("conv_nchw_columns", calls, R=8 if kh <= 5 and height >= 16 * dh else 4)["R"]
+    r = tuned("conv_nchw_columns", calls, R=8 if (kh <= 5 or kh > 35) and height >= 16 * dh else 4)["R"]
     groups = power_of_two(-(-height // (r * dh)) * dh, 8, 64)
     if groups * r < height:  # tall images
         r = 8
@@ -93,10 +93,10 @@ def wgrad_nchw(kh: int, kw: int, width: int, itemsize: int, aligned: bool, dw: i
     kx1: chunks of four vectors by 32 row groups, down whole columns, so that no column is read by two programs.
     """
     v, vector = row_vector(width, itemsize, aligned)
-    th = -(-kh // 2) if kw == 1 and kh > 35 else kh if kh * kw <= 81 else max(1, 63 // kw)
+    th = -(-kh // 4) if kw == 1 and kh > 35 else kh if kh * kw <= 81 else max(1, 63 // kw)
     m, s = row_vectors(kw, dw, width, v, itemsize) if kh == 1 else (1, 1)
     if kh == 1:
-        r = (4 if v == 4 else 2) if m == 1 else (4 if v == 8 else 2) if kw <= 5 else 1
+        r = 1 if not vector else (4 if v == 4 else 2) if m == 1 else 2 if kw <= 5 else 1
     elif kw == 1:
         r = 8 if kh <= 5 else 4
     else:
@@ -111,9 +111,9 @@ def wgrad_nchw(kh: int, kw: int, width: int, itemsize: int, aligned: bool, dw: i
     )  # fmt: skip
 
 
-def channel_tile(channels: int) -> int:
-    """Channels of a program: the power of two from 16 to 64 that wastes least, the larger one on a tie."""
-    return min((64, 32, 16), key=lambda b: (-(-channels // b) * b, -b))
+def channel_tile(channels: int, largest: int = 64) -> int:
+    """Channels of a program: the power of two from 16 up that wastes least, the larger one on a tie."""
+    return min((b for b in (64, 32, 16) if b <= largest), key=lambda b: (-(-channels // b) * b, -b))
 
 
 def taps_at_a_time(taps: int, most: int) -> int:
@@ -136,16 +136,15 @@ def conv_nhwc(
     A program owns BG groups of P positions by BL lines. taps: along the main axis; across: the others, 1 of a strip.
     The groups of a strip reach so far that a quarter of what is read is read twice at most, or over the whole axis.
     """
-    bc = max(channel_tile(channels), vector)
+    bc = max(channel_tile(channels, 32 if vector == 4 else 64), vector)
     kt = taps_at_a_time(taps, 6 if vector == 8 else 11)
     p = positions(length, dilation, 16 if taps <= 5 and across == 1 and vector <= 4 else 8)
     t = tuned("conv_nhwc", f"{taps} taps d{dilation}, {channels} channels by {vector}", P=p, warps=4)
     p = t["P"]
     threads = bc // vector  # of a pixel
-    wide = (
-        128 if across > 1 and taps <= 3 else 256
-    )  # of more threads ptxas wants fewer registers than 16 bytes need
-    most = max(1, (wide if vector == 8 else 512) // threads)
+    # Of more threads ptxas wants fewer registers than the values need.
+    block = 512 if vector < 8 and kt < 11 else 256 if vector < 8 or across == 1 or taps > 3 else 128
+    most = max(1, block // threads)
     if across == 1:
         overlap = 4 * (taps - 1) * dilation // p
         bg = power_of_two(min(overlap, -(-length // (p * dilation)) * dilation), 1, min(64, most))
@@ -238,8 +237,8 @@ def norm_pointwise(
     # Where ptxas would spill to save a step of occupancy:
     if backward and bc == 16:
         bo, bp = min(bo, 32), 16
-    elif not (backward or planes) and itemsize == 2 and bo == 16:
-        bp = 128
+    elif not (backward or planes) and itemsize == 2:
+        bp = {16: 128, 32: 32}.get(bo, bp)
     kernel = "norm_pointwise_grad" if backward else "norm_pointwise"
     calls = f"{channels} to {out1} and {out2} channels, {itemsize} bytes"
     return Settings(tuned(kernel, calls, BO=bo, BP=bp), BC=bc, TILES=4, warps=4)
