@@ -163,9 +163,11 @@ class Images:
         _, _, H, W = self.x.shape
         conv, itemsize = step.convs[0], self.x.element_size()
         channels = conv.weight.shape[0]
-        p = {8: 4 if conv.axis == "hw" else 3, 4: 5 if conv.axis == "h" else 6}.get(
-            self.v, 7 if itemsize == 2 else 5
-        )
+        p = 24 // self.v if self.v > 2 else 7 if itemsize == 2 else 5
+        if conv.axis == "hw" and self.v == 8:
+            p = 4
+        elif conv.axis == "h" and self.v == 4 and itemsize == 2:
+            p = 5
         if conv.axis != "hw" and max(max(c.weight.shape[2:]) for c in step.convs) <= 5:
             p = min(16, (64 if itemsize == 2 else 48) // self.v)  # of few taps a thread needs few registers
         tiles = ceil_div(channels * itemsize, 128)

@@ -70,6 +70,57 @@ def strip_row(
 
 
 @jit
+def accumulate(
+    x_ptr, w_ptr, h, q, ok, H, W, QW,
+    KH: tl.constexpr, KW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr, R: tl.constexpr, V: tl.constexpr,
+    FLIP: tl.constexpr, VECTOR: tl.constexpr, WIDE: tl.constexpr, M: tl.constexpr = 1, S: tl.constexpr = 1, start=0.0,
+):  # fmt: skip
+    """start + the convolution of one plane at rows h, h + DH, ... (R of them) and vectors q, q + S, ... (M of them,
+    which is 1 unless the filter is 1xk) of V pixels: R M V tensors [BLOCK], float32.
+    """
+    BLOCK: tl.constexpr = h.shape[0]
+    REACH: tl.constexpr = reach(KW, DW, V)
+    acc = (tl.zeros((BLOCK,), tl.float32) + start,) * (R * M * V)
+    if KH == 1 or R > 1:
+        weights = ()
+        for tap in tl.static_range(KH * KW):
+            weights = weights + (tl.load(w_ptr + (KH * KW - 1 - tap if FLIP else tap)).to(tl.float32),)
+    if KH == 1:
+        for r in tl.static_range(R):
+            row = h + r * DH
+            at = row.to(tl.int64) * W if WIDE else row * W
+            acc = strip_row(
+                acc, x_ptr, at, weights, q, ok & (row < H), W, QW, r * M * V, KW, DW, V, M, S, VECTOR
+            )
+    elif R == 1:
+        # A loop over the filter's rows keeps large squares small in code; their columns are unrolled.
+        for kh in range(KH):
+            row = h + (kh - KH // 2) * DH
+            good = ok & (row.to(tl.uint32, bitcast=True) < H)
+            at = row.to(tl.int64) * W if WIDE else row * W
+            x = load_row(x_ptr, at, q, good, W, QW, KW, DW, V, VECTOR)
+            for kw in tl.static_range(KW):
+                tap = (KH - 1 - kh) * KW + KW - 1 - kw if FLIP else kh * KW + kw
+                weight = tl.load(w_ptr + tap).to(tl.float32)
+                for v in tl.static_range(V):
+                    acc = put(acc, v, acc[v] + weight * x[REACH * V + v + (kw - KW // 2) * DW])
+    else:
+        # Every input row is read once and serves all of the R rows that it is a tap of.
+        for j in tl.static_range(R + KH - 1):
+            row = h + (j - KH // 2) * DH
+            good = ok & (row.to(tl.uint32, bitcast=True) < H)
+            at = row.to(tl.int64) * W if WIDE else row * W
+            x = load_row(x_ptr, at, q, good, W, QW, KW, DW, V, VECTOR)
+            for r in tl.static_range(R):
+                if j - r >= 0 and j - r < KH:
+                    for kw in tl.static_range(KW):
+                        for v in tl.static_range(V):
+                            product = weights[(j - r) * KW + kw] * x[REACH * V + v + (kw - KW // 2) * DW]
+                            acc = put(acc, r * V + v, acc[r * V + v] + product)
+    return acc
+
+
+@jit
 def tap_weight(w_ptr, tap, TAPS: tl.constexpr, FLIP: tl.constexpr):
     """One weight of a filter of TAPS taps."""
     return tl.load(w_ptr + (TAPS - 1 - tap if FLIP else tap)).to(tl.float32)
@@ -122,25 +173,15 @@ def row_taps(
 
 
 @jit
-def accumulate(
-    x_ptr, w_ptr, h, q, ok, H, W, QW,
-    KH: tl.constexpr, KW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr, R: tl.constexpr, V: tl.constexpr,
-    FLIP: tl.constexpr, VECTOR: tl.constexpr, WIDE: tl.constexpr, M: tl.constexpr = 1, S: tl.constexpr = 1, start=0.0,
+def accumulate_long(
+    x_ptr, w_ptr, h, q, ok, H, W, QW, KH: tl.constexpr, KW: tl.constexpr, DH: tl.constexpr, R: tl.constexpr,
+    V: tl.constexpr, FLIP: tl.constexpr, VECTOR: tl.constexpr, WIDE: tl.constexpr, start,
 ):  # fmt: skip
-    """start + the convolution of one plane at rows h, h + DH, ... (R of them) and vectors q, q + S, ... (M of them,
-    which is 1 unless the filter is 1xk) of V pixels: R M V tensors [BLOCK], float32.
-
-    Taps are unrolled, but for strips of more than UNROLLED of them, which are loops.
-    """
+    """What `accumulate` makes of a long strip (1xk undilated), in loops over its vectors or rows."""
     BLOCK: tl.constexpr = h.shape[0]
-    REACH: tl.constexpr = reach(KW, DW, V)
-    acc = (tl.zeros((BLOCK,), tl.float32) + start,) * (R * M * V)
-    ROLLED: tl.constexpr = (KH == 1 and KW > UNROLLED and DW == 1 and M == 1) or (KW == 1 and KH > UNROLLED)
-    if (KH == 1 or R > 1) and not ROLLED:
-        weights = ()
-        for tap in tl.static_range(KH * KW):
-            weights = weights + (tap_weight(w_ptr, tap, KH * KW, FLIP),)
-    if KH == 1 and ROLLED:
+    acc = (tl.zeros((BLOCK,), tl.float32) + start,) * (R * V)
+    if KH == 1:
+        REACH: tl.constexpr = reach(KW, 1, V)
         WHOLE: tl.constexpr = (KW // 2 + 1 - V) // V  # up to this distance a vector has taps of all distances
         for delta in tl.static_range(-REACH, -WHOLE):
             acc = vector_taps(
@@ -154,45 +195,13 @@ def accumulate(
             acc = vector_taps(
                 acc, x_ptr, w_ptr, h, q, ok, delta, H, W, QW, KW, DH, R, V, True, FLIP, VECTOR, WIDE
             )
-    elif ROLLED:
+    else:
         for j in tl.static_range(R - 1):
             acc = row_taps(acc, x_ptr, w_ptr, h, q, ok, j, H, W, QW, KH, DH, R, V, True, FLIP, VECTOR, WIDE)
         for j in range(R - 1, KH):
             acc = row_taps(acc, x_ptr, w_ptr, h, q, ok, j, H, W, QW, KH, DH, R, V, False, FLIP, VECTOR, WIDE)
         for j in tl.static_range(KH, R + KH - 1):
             acc = row_taps(acc, x_ptr, w_ptr, h, q, ok, j, H, W, QW, KH, DH, R, V, True, FLIP, VECTOR, WIDE)
-    elif KH == 1:
-        for r in tl.static_range(R):
-            row = h + r * DH
-            at = row.to(tl.int64) * W if WIDE else row * W
-            acc = strip_row(
-                acc, x_ptr, at, weights, q, ok & (row < H), W, QW, r * M * V, KW, DW, V, M, S, VECTOR
-            )
-    elif R == 1:
-        # A loop over the filter's rows keeps large squares small in code; their columns are unrolled.
-        for kh in range(KH):
-            row = h + (kh - KH // 2) * DH
-            good = ok & (row.to(tl.uint32, bitcast=True) < H)
-            at = row.to(tl.int64) * W if WIDE else row * W
-            x = load_row(x_ptr, at, q, good, W, QW, KW, DW, V, VECTOR)
-            for kw in tl.static_range(KW):
-                tap = (KH - 1 - kh) * KW + KW - 1 - kw if FLIP else kh * KW + kw
-                weight = tl.load(w_ptr + tap).to(tl.float32)
-                for v in tl.static_range(V):
-                    acc = put(acc, v, acc[v] + weight * x[REACH * V + v + (kw - KW // 2) * DW])
-    else:
-        # Every input row is read once and serves all of the R rows that it is a tap of.
-        for j in tl.static_range(R + KH - 1):
-            row = h + (j - KH // 2) * DH
-            good = ok & (row.to(tl.uint32, bitcast=True) < H)
-            at = row.to(tl.int64) * W if WIDE else row * W
-            x = load_row(x_ptr, at, q, good, W, QW, KW, DW, V, VECTOR)
-            for r in tl.static_range(R):
-                if j - r >= 0 and j - r < KH:
-                    for kw in tl.static_range(KW):
-                        for v in tl.static_range(V):
-                            product = weights[(j - r) * KW + kw] * x[REACH * V + v + (kw - KW // 2) * DW]
-                            acc = put(acc, r * V + v, acc[r * V + v] + product)
     return acc
 
 
@@ -228,7 +237,12 @@ def conv_nchw_program(
     start = 0.0
     if BIAS:
         start = tl.load(bias_ptr + c).to(tl.float32)
-    acc = accumulate(x_ptr, w_ptr, h, q, ok, H, W, QW, KH, KW, DH, DW, R, V, FLIP, VECTOR, WIDE, M, S, start)
+    if (KW == 1 and KH > UNROLLED) or (KH == 1 and KW > UNROLLED and DW == 1 and M == 1):
+        acc = accumulate_long(x_ptr, w_ptr, h, q, ok, H, W, QW, KH, KW, DH, R, V, FLIP, VECTOR, WIDE, start)
+    else:
+        acc = accumulate(
+            x_ptr, w_ptr, h, q, ok, H, W, QW, KH, KW, DH, DW, R, V, FLIP, VECTOR, WIDE, M, S, start
+        )
     for i in tl.static_range(R * M):
         row = h + (i // M) * DH
         good = ok & (row < H)

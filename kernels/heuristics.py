@@ -100,7 +100,7 @@ def wgrad_nchw(kh: int, kw: int, width: int, itemsize: int, aligned: bool, dw: i
     elif kw == 1:
         r = 8 if kh <= 5 else 4
     else:
-        r = 4 if kh * kw <= 9 else 2 if kh * kw <= 49 else 1
+        r = 4 if kh * kw <= 9 and vector else 2 if kh * kw <= 49 else 1
     columns = power_of_two(th * kw, 2, 128)
     chunks = min(8, 128 // (r * m * v)) if itemsize == 4 else 8  # at most 128 roundings of float32 in a row
     bg, bq = (32, 4) if kw == 1 < kh else (128, 1)
@@ -117,10 +117,9 @@ def channel_tile(channels: int, largest: int = 64) -> int:
 
 
 def taps_at_a_time(taps: int, most: int) -> int:
-    """How many taps to hold in registers: all of them up to `most`, else the number that pads them least."""
-    if taps <= most:
-        return taps
-    return min(range(max(most // 2, 1), most + 1), key=lambda t: (-(-taps // t) * t, -t))
+    """How many taps to hold in registers: `most` decides in how many passes, which share the taps out evenly."""
+    passes = -(-taps // most)
+    return -(-taps // passes)
 
 
 def positions(length: int, dilation: int, most: int) -> int:
@@ -137,13 +136,13 @@ def conv_nhwc(
     The groups of a strip reach so far that a quarter of what is read is read twice at most, or over the whole axis.
     """
     bc = max(channel_tile(channels, 32 if vector == 4 else 64), vector)
-    kt = taps_at_a_time(taps, 6 if vector == 8 else 11)
+    kt = taps_at_a_time(taps, 6 if vector == 8 or across > 1 else 11)
     p = positions(length, dilation, 16 if taps <= 5 and across == 1 and vector <= 4 else 8)
     t = tuned("conv_nhwc", f"{taps} taps d{dilation}, {channels} channels by {vector}", P=p, warps=4)
     p = t["P"]
     threads = bc // vector  # of a pixel
     # Of more threads ptxas wants fewer registers than the values need.
-    block = 512 if vector < 8 and kt < 11 else 256 if vector < 8 or across == 1 or taps > 3 else 128
+    block = 512 if vector < 8 and taps <= 5 else 256 if vector < 8 or across == 1 or taps > 3 else 128
     most = max(1, block // threads)
     if across == 1:
         overlap = 4 * (taps - 1) * dilation // p
@@ -160,7 +159,7 @@ def conv_nhwc(
 def wgrad_nhwc(taps: int, rows: int, length: int, dilation: int, channels: int, vector: int) -> Settings:
     """First stage of a weight gradient in channels_last: all of a 3x3's taps, else one of the filter's rows."""
     bc = max(channel_tile(channels), vector)
-    kt = taps_at_a_time(taps, 5 if vector == 8 else 11)
+    kt = taps_at_a_time(taps, 11 if vector < 8 else 5 if taps <= 11 else 4)
     tb = rows if rows * kt <= 9 else 1
     most = 8
     if vector == 8 and tb > 1:

@@ -478,9 +478,11 @@ def suite(tmp_path: Path, *options: str) -> subprocess.CompletedProcess[str]:
         "--bench-size",
         "4x4",
     ]
+    # In a worker of pytest-xdist: pytest-benchmark would see its variables and time nothing.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
     return subprocess.run(
         [*command, "--bench-seconds", "0", "-q", "-p", "no:cacheprovider", *options],
-        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=ROOT, capture_output=True, text=True, env={**environment, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
 
 

@@ -132,10 +132,6 @@ def inspect_triton(
     check: Check = False,
     accept: Accept = False,
     recompute: Everything = False,
-    wide: Annotated[
-        bool,
-        typer.Option("--wide", help="Every filter, dtype, layout and number of channels: over an hour."),
-    ] = False,
     jobs: Jobs = _CORES,
 ) -> None:
     """Registers, spills, shared memory, occupancy, width of loads, FMA share: each configuration, each target.
@@ -160,14 +156,14 @@ def inspect_triton(
 
     def rows() -> list[dict[str, str]]:
         wanted = [
-            w for w in triton_table.wanted_rows(wide)
+            w for w in triton_table.wanted_rows()
             if kernel in w.identity[0] and (not arch or w.identity[3] in arch)
         ]  # fmt: skip
         known = committed.known(committed.TRITON, triton_table.IDENTITY, triton_table.toolchain(), recompute)
         stale = [w for w in wanted if known.get(w.identity, {}).get("key") != w.specialized.key]
         if stale:
             _say(f"compiling {len(stale)} of {len(wanted)} configurations")
-        made = triton_table.compute_in_parallel(stale, jobs, wide).rows
+        made = triton_table.compute_in_parallel(stale, jobs).rows
         return [made.get(w.identity) or known[w.identity] for w in wanted]
 
     _show(_guarded(rows), as_json, as_csv, "Triton kernels, compiled ahead of time")

@@ -1,7 +1,7 @@
 """Which calls the table of Triton kernels is made of, and for which targets each is compiled.
 
-What differs between targets is the code generator and not the kernel. Of the wide scope sm_80 gets every dtype and
-layout, the other targets SDAN's own calls in bfloat16 NCHW, and of everything else each filter, axis and layout, with
+What differs between targets is the code generator and not the kernel. sm_80 gets every dtype and layout, the other
+targets SDAN's own calls and the strips in bfloat16 NCHW, and of everything else each filter, axis and layout, with
 the dtypes in rotation. Filters' lengths that are not in EVERYWHERE go to sm_80 alone.
 """
 
@@ -85,24 +85,12 @@ def stars(dtype: torch.dtype, every: bool) -> Iterator[Case]:
             yield Case("star", f"{kind} {outer}", dtype, "nchw", shape, make)
 
 
-def committed_scope() -> Iterator[Scope]:
-    """What the committed table has: SDAN's own calls on one picture, and strips of every length of EVERYWHERE.
-
-    bfloat16 NCHW for every target, forward and backward; the other dtype and layout for sm_80.
-    """
-    half, single = torch.bfloat16, torch.float32
-    yield workload.own_cases(half, "nchw", PICTURE), TARGETS, ""
-    for dtype, layout in ((single, "nchw"), (half, "nhwc"), (single, "nhwc")):
-        yield workload.own_cases(dtype, layout, PICTURE), (80,), ""
-    yield strips(half, "nchw", EVERYWHERE[:-1]), TARGETS, None
-    yield strips(half, "nchw", EVERYWHERE[-1:]), CUDA_TARGETS, None  # 63x1 spills on gfx942: docs/triton.md
-
-
-def wide_scope() -> Iterator[Scope]:
+def scope() -> Iterator[Scope]:
     """Some 2,200 configurations, of two seconds each. An input's gradient is the forward kernel, its filter flipped."""
     sm_80 = (80,)
     half, single = torch.bfloat16, torch.float32
     yield workload.own_cases(half, "nchw", PICTURE), TARGETS, ""
+    yield strips(half, "nchw", EVERYWHERE), TARGETS, None
     for dtype in (half, single, torch.float16):
         yield stars(dtype, True), sm_80, ""
     for layout in FORMATS:

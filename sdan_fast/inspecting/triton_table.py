@@ -20,7 +20,7 @@ from .occupancy import occupancy
 from .table import Row, Table, number
 from .tools import version_of
 from .triton_kernels import Compiled, Specialized, compile_specialized, launches_of, shared_limit
-from .triton_scope import committed_scope, wide_scope
+from .triton_scope import scope
 
 IDENTITY = ("kernel", "call", "launch", "target")
 COLUMNS = (
@@ -80,11 +80,11 @@ def target_name(target: int | str) -> str:
     return target if isinstance(target, str) else f"sm_{target}"
 
 
-def wanted_rows(wide: bool = False) -> list[Wanted]:
+def wanted_rows() -> list[Wanted]:
     """All rows, one for each configuration and target: the first call that leads to it names it."""
     rows: dict[str, Wanted] = {}
     with arguments.blank():
-        for cases, targets, backward in wide_scope() if wide else committed_scope():
+        for cases, targets, backward in scope():
             for case in cases:
                 for name, call in passes_of(case):
                     if name != "forward" and backward is None:
@@ -143,12 +143,12 @@ def compute(wanted: Iterable[Wanted], on_row: Callable[[], object] = lambda: Non
     return table
 
 
-def _share(keys: frozenset[str], wide: bool, rank: int, of: int) -> list[Row]:
-    chosen = [w for w in wanted_rows(wide) if w.specialized.key in keys]
+def _share(keys: frozenset[str], rank: int, of: int) -> list[Row]:
+    chosen = [w for w in wanted_rows() if w.specialized.key in keys]
     return list(compute(chosen[rank::of]).rows.values())
 
 
-def compute_in_parallel(wanted: list[Wanted], jobs: int, wide: bool = False) -> Table:
+def compute_in_parallel(wanted: list[Wanted], jobs: int) -> Table:
     """Compile rows in `jobs` processes, which find the launches for themselves (kernels cannot be sent)."""
     if jobs == 1 or len(wanted) < 8:
         return compute(wanted)
@@ -156,7 +156,7 @@ def compute_in_parallel(wanted: list[Wanted], jobs: int, wide: bool = False) -> 
     table = Table(IDENTITY, COLUMNS, toolchain())
     made: dict[tuple[str, ...], Row] = {}
     with concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        for rows in pool.map(_share, [keys] * jobs, [wide] * jobs, range(jobs), [jobs] * jobs):
+        for rows in pool.map(_share, [keys] * jobs, range(jobs), [jobs] * jobs):
             made |= {tuple(row[c] for c in IDENTITY): row for row in rows}
     for w in wanted:
         table.add(made[w.identity])

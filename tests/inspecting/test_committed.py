@@ -63,7 +63,7 @@ def wanted():
 
 
 def test_every_row_of_the_triton_table_is_clean(triton_rows):
-    assert len(triton_rows.rows) > 500
+    assert len(triton_rows.rows) > 2000
     assert not [reason for r in triton_rows.rows.values() if (reason := triton_table.within_limits(r))]
 
 
@@ -89,12 +89,12 @@ def recompiled(triton_rows, wanted, of):
 
 
 def test_some_triton_rows_compiled_again(triton_rows, wanted):
-    recompiled(triton_rows, wanted, 40)
+    recompiled(triton_rows, wanted, 120)
 
 
 @pytest.mark.slow
 def test_more_triton_rows_compiled_again(triton_rows, wanted):
-    recompiled(triton_rows, wanted, 8)
+    recompiled(triton_rows, wanted, 16)
 
 
 def counted_again(of, only=lambda call: True):
@@ -133,7 +133,7 @@ def test_the_triton_counts_meet_their_targets():
             assert float(row["best_load"]) >= 0.85, row
             assert float(row["store_sectors"]) >= 0.85 or "wgrad" in kernel, row
         if convolution and re.search(r"conv2d (1x\d+|\d+x1) |^strip_conv_chain", call):
-            assert float(row["traffic"]) <= (1.2 if "wgrad" in kernel else 1.15), row
+            assert float(row["traffic"]) <= 1.15, row
 
 
 @pytest.mark.slow

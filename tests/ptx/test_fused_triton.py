@@ -48,8 +48,9 @@ def unshifted(st):
 
 @formats
 def test_layer_norm(fmt):
-    with ptx_interpreted():
-        check_op(layer_norm2d, reference.layer_norm2d, norm_args((1, 28, 5, 7), BF16, fmt))
+    for shape in ((1, 28, 5, 7), (2, 3, 1, 1)):
+        with ptx_interpreted():
+            check_op(layer_norm2d, reference.layer_norm2d, norm_args(shape, BF16, fmt))
     with ptx_interpreted() as stats:
         check_op(layer_norm2d, reference.layer_norm2d, norm_args((1, 56, 8, 32), BF16, fmt))
     forward, backward, _ = stats
