@@ -90,24 +90,27 @@ def conv_nchw(
 def wgrad_nchw(kh: int, kw: int, width: int, itemsize: int, aligned: bool, dw: int = 1) -> Settings:
     """First stage of a weight gradient in NCHW: up to 81 taps in registers, CHUNKS chunks of 128 threads a program.
 
-    kx1: chunks of four vectors by 32 row groups, down whole columns, so that no column is read by two programs.
+    kx1: chunks of 8 or 16 vectors by as many row groups, down whole columns, so that no column is read by two programs.
     """
     v, vector = row_vector(width, itemsize, aligned)
     th = -(-kh // 4) if kw == 1 and kh > 35 else kh if kh * kw <= 81 else max(1, 63 // kw)
     m, s = row_vectors(kw, dw, width, v, itemsize) if kh == 1 else (1, 1)
     if kh == 1:
-        r = 1 if not vector else (4 if v == 4 else 2) if m == 1 else 2 if kw <= 5 else 1
+        r = 1 if not vector else (4 if v == 4 else 2) if m == 1 else 4 if kw <= 5 else 1
     elif kw == 1:
         r = 8 if kh <= 5 else 4
     else:
         r = 4 if kh * kw <= 9 and vector else 2 if kh * kw <= 49 else 1
     columns = power_of_two(th * kw, 2, 128)
     chunks = min(8, 128 // (r * m * v)) if itemsize == 4 else 8  # at most 128 roundings of float32 in a row
-    bg, bq = (32, 4) if kw == 1 < kh else (128, 1)
+    if kw == 1 < kh:
+        bg, bq = (8, 16) if r == 8 else (16, 8)
+    else:
+        bg, bq = 64 if r * m * v == 64 else 128, 1  # of more threads with 64 pixels each ptxas spills for occupancy
     chunks = tuned("wgrad_nchw", f"{kh}x{kw}, {itemsize} bytes", CHUNKS=chunks)["CHUNKS"]
     return Settings(
         V=v, VECTOR=vector, R=r, M=m, S=s, TH=th, COLUMNS=columns, BG=bg, BQ=bq, FLAT=bq == 1, CHUNKS=chunks,
-        warps=4,
+        warps=bg * bq // 32,
     )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from sdan_fast.kernels.star import ACTIVATIONS
 
 from . import workload
 from .arguments import gate_args, norm_args, star_conv_args
-from .triton_kernels import CUDA_TARGETS, TARGETS
+from .triton_kernels import TARGETS
 from .workload import FORMATS, PATCHES, PICTURE, Case
 
 Target = int | str
