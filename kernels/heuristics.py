@@ -106,7 +106,10 @@ def wgrad_nchw(kh: int, kw: int, width: int, itemsize: int, aligned: bool, dw: i
     if kw == 1 < kh:
         bg, bq = (8, 16) if r == 8 else (16, 8)
     else:
-        bg, bq = 64 if r * m * v == 64 else 128, 1  # of more threads with 64 pixels each ptxas spills for occupancy
+        bg, bq = (
+            64 if r * m * v == 64 else 128,
+            1,
+        )  # of more threads with 64 pixels each ptxas spills for occupancy
     chunks = tuned("wgrad_nchw", f"{kh}x{kw}, {itemsize} bytes", CHUNKS=chunks)["CHUNKS"]
     return Settings(
         V=v, VECTOR=vector, R=r, M=m, S=s, TH=th, COLUMNS=columns, BG=bg, BQ=bq, FLAT=bq == 1, CHUNKS=chunks,
@@ -145,12 +148,12 @@ def conv_nhwc(
     p = t["P"]
     threads = bc // vector  # of a pixel
     # Of more threads ptxas wants fewer registers than the values need.
-    block = 512 if vector < 8 and taps <= 5 else 256 if vector < 8 or across == 1 or taps > 3 else 128
+    block = 512 if vector < 8 and (across == 1 or taps <= 5) else 256 if across == 1 or taps > 3 else 128
     most = max(1, block // threads)
     if across == 1:
         overlap = 4 * (taps - 1) * dilation // p
         bg = power_of_two(min(overlap, -(-length // (p * dilation)) * dilation), 1, min(64, most))
-        bl = min(4, most // bg) if along_h else 1
+        bl = min(4, most // bg) if along_h and channels % 16 else 1  # lines share sectors
     else:
         bl = min(16, max(1, most // 2))
         bg = min(4, most // bl)
