@@ -182,7 +182,7 @@ void edge_run(const EdgePlan* plan, const Region* region, void* scratch) {
     for (int j = 0; j < blocks; ++j) {
       const int64_t column = static_cast<int64_t>(j) * kBlock;
       const int vecs = block_vecs(band, j);
-      if (plan->gelu_input) gelu_block(band.x + column, band.stride, plan->pw.ci, vecs);
+      if (plan->gelu_input) gelu_block<false>(band.x + column, band.stride, plan->pw.ci, vecs);
       pointwise_block(&in, 1, column, plan->pw, a + column, band.stride, vecs);
     }
     clear_tail(band, a, co);

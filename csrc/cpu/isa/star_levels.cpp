@@ -89,9 +89,9 @@ int64_t place(const StarChain& chain, int64_t width, char* base, Band* band) {
   return cursor.used;
 }
 
-template <Activation kOuter>
-void star_row_as(const Band& band, const StarLevel& level, const LevelState& s, const TileRow* rows,
-                 const float* b) {
+template <Activation kOuter, bool kCoarse>
+void star_row_with(const Band& band, const StarLevel& level, const LevelState& s,
+                   const TileRow* rows, const float* b) {
   const int taps = level.kh * level.kw;
   for (int c = 0; c < level.pw1.co; ++c) {
     for (int i = 0; i < level.kh; ++i)
@@ -99,14 +99,24 @@ void star_row_as(const Band& band, const StarLevel& level, const LevelState& s, 
     const float* bc = b + c * band.stride;
     float* out = band.x + c * band.stride;
     if (level.kh == 3 && level.kw == 3) {
-      star_channel_3x3<kOuter>(s.row_pointers, level.dw + c * 9, level.dw_bias[c], bc, out,
-                               band.vecs);
+      star_channel_3x3<kOuter, kCoarse>(s.row_pointers, level.dw + c * 9, level.dw_bias[c], bc, out,
+                                        band.vecs);
     } else {
-      star_channel_any<kOuter>(s.row_pointers, level.kh, level.kw,
-                               level.dw + static_cast<int64_t>(c) * taps, level.dw_bias[c], bc, out,
-                               band.vecs);
+      star_channel_any<kOuter, kCoarse>(s.row_pointers, level.kh, level.kw,
+                                        level.dw + static_cast<int64_t>(c) * taps, level.dw_bias[c],
+                                        bc, out, band.vecs);
     }
   }
+}
+
+template <Activation kOuter>
+void star_row_as(const Band& band, const StarLevel& level, const LevelState& s, const TileRow* rows,
+                 const float* b) {
+  if constexpr (kHasPairs) {
+    // Every product that reads the row rounds it to bfloat16.
+    if (level.pw1.pairs) return star_row_with<kOuter, true>(band, level, s, rows, b);
+  }
+  star_row_with<kOuter, false>(band, level, s, rows, b);
 }
 
 // The level's output row q, into band.x.
@@ -225,12 +235,12 @@ void push(Band& band, int index, int64_t y) {
       if (pairs) {
         const PointwiseInput raw{band.raw, kBlock, tile_rows(ci, true)};
         pointwise_block(&raw, 1, 0, pw, band.block, kBlock, vecs, &band.queue, kLinesAStep);
-        gelu_block(band.block, kBlock, pw.co, vecs);
+        gelu_block<true>(band.block, kBlock, pw.co, vecs);
         pack_pairs(band.block, kBlock, pw.co, vecs, d, band.stride);
       } else {
         const PointwiseInput row{band.x + column, static_cast<ptrdiff_t>(band.stride), ci};
         pointwise_block(&row, 1, 0, pw, d, band.stride, vecs, &band.queue, kLinesAStep);
-        gelu_block(d, band.stride, pw.co, vecs);
+        gelu_block<false>(d, band.stride, pw.co, vecs);
       }
     }
     pointwise_block(&block, 1, 0, level.pw1, a + column, s.a_stride, vecs, &band.queue,
