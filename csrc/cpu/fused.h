@@ -89,11 +89,11 @@ struct GatePlan {
 };
 
 // f = DW3x3(PW(x)), or of GELU(x), plus a residual unless its data is null. With up.co > 0 the
-// output is PixelShuffle(up(f)), `up` a dense 3x3 convolution packed as nine 1x1 ones, row by row;
-// else it is f.
+// output is PixelShuffle(up(f)), `up` a dense 3x3 convolution packed as nine 1x1 ones, row by row,
+// and once more for two rows at a time as edge.cpp says; else it is f.
 struct EdgePlan {
   int64_t height, width;
-  Pointwise pw, up;
+  Pointwise pw, up, up_two[4];
   const float* dw;       // co x 9
   const float* dw_bias;  // co
   bool gelu_input;

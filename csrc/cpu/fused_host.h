@@ -185,11 +185,23 @@ inline ImageView view_of(const Tensor& t, DType dtype) {
           s[2],         t.size(3) == 1 && s[1] != 1 ? 1 : s[3]};
 }
 
-// f(i) for i in [0, n), each thread taking the next one as it gets free: which thread runs a task
-// never shows in its result, and an unlucky core holds nobody up.
+// Of one pixel.
+inline int64_t multiply_adds(const Pointwise& pw) {
+  return static_cast<int64_t>(pw.ci) * pw.co;
+}
+
+// How many of PyTorch's threads some multiply-adds are worth: one for each 0.75 million, 14 us of a
+// fast core. Waking a second one costs several microseconds, and on a machine that has less free
+// cores than threads the first then waits for it a whole time slice.
+inline int64_t threads_for(int64_t multiply_adds) {
+  return std::clamp<int64_t>(multiply_adds / 750'000, 1, torch::stable::get_num_threads());
+}
+
+// f(i) for i in [0, n), each of at most `threads` threads taking the next one as it gets free:
+// which thread runs a task never shows in its result, and an unlucky core holds nobody up.
 template <typename F>
-void run_tasks(int64_t n, const F& f) {
-  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), n);
+void run_tasks(int64_t threads, int64_t n, const F& f) {
+  threads = std::min(threads, n);
   if (threads <= 1) {
     for (int64_t i = 0; i < n; ++i) f(i);
     return;

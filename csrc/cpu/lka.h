@@ -88,9 +88,15 @@ inline void run_branches(const BranchPlan& plan, const std::vector<Branch>& bran
     RegionGrid grid;
     int64_t first, cost;
   };
-  const int64_t threads = torch::stable::get_num_threads();
-  int64_t planes = 0;
-  for (const Branch& b : branches) planes += images * b.channels;
+  int64_t planes = 0, work = 0;
+  for (const Branch& b : branches) {
+    planes += images * b.channels;
+    for (int j = 0; j < b.conv_count; ++j) {
+      const BranchConv& c = plan.convs[b.first_conv + j];
+      work += static_cast<int64_t>(b.channels) * c.kh * c.kw;
+    }
+  }
+  const int64_t threads = threads_for(images * plan.height * plan.width * work);
   std::vector<Tasks> tasks;
   int64_t scratch = 0;
   for (size_t i = 0; i < branches.size(); ++i) {
@@ -130,7 +136,7 @@ inline void run_branches(const BranchPlan& plan, const std::vector<Branch>& bran
     t.first = count;
     count += t.grid.count() * branches[t.branch].channels;
   }
-  run_tasks(count, [&](int64_t i) {
+  run_tasks(threads, count, [&](int64_t i) {
     size_t k = tasks.size() - 1;
     while (tasks[k].first > i) --k;
     const Tasks& t = tasks[k];
@@ -147,13 +153,15 @@ inline void run_gate(const GatePlan& plan, int64_t images) {
   if (images == 0 || plan.height == 0 || plan.width == 0) return;
   int64_t bytes = 0;
   scratch_kernel(&plan, &bytes);
-  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t threads = threads_for(
+      images * plan.height * plan.width *
+      (multiply_adds(plan.gate) + multiply_adds(plan.project) + multiply_adds(plan.collect)));
   RegionGrid grid{images, plan.height, plan.width, 1, 1};
   if (threads > 1) {
     grid.bands = part_count(plan.height, 4 * threads, std::max<int64_t>(1, 2048 / plan.width));
     if (grid.bands * images < threads) grid.tiles = part_count(plan.width, threads, 64);
   }
-  run_tasks(grid.count(), [&](int64_t i) {
+  run_tasks(threads, grid.count(), [&](int64_t i) {
     const Region region = grid.at(i);
     run_kernel(&plan, &region, thread_scratch(static_cast<size_t>(bytes)));
   });
@@ -163,7 +171,8 @@ inline void run_edge(const EdgePlan& plan, int64_t images) {
   static const auto scratch_kernel = SDAN_PICK_KERNEL(edge_scratch);
   static const auto run_kernel = SDAN_PICK_KERNEL(edge_run);
   if (images == 0 || plan.height == 0 || plan.width == 0) return;
-  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t threads = threads_for(images * plan.height * plan.width *
+                                      (multiply_adds(plan.pw) + multiply_adds(plan.up)));
   RegionGrid grid{images, plan.height, plan.width, 1, 1};
   int64_t bytes = 0;
   for (;; ++grid.tiles) {
@@ -174,7 +183,7 @@ inline void run_edge(const EdgePlan& plan, int64_t images) {
     grid.bands = part_count(plan.height,
                             (2 * threads + images * grid.tiles - 1) / (images * grid.tiles), 16);
   }
-  run_tasks(grid.count(), [&](int64_t i) {
+  run_tasks(threads, grid.count(), [&](int64_t i) {
     const Region region = grid.at(i);
     run_kernel(&plan, &region, thread_scratch(static_cast<size_t>(bytes)));
   });

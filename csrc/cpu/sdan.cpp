@@ -122,7 +122,27 @@ std::shared_ptr<const Network> prepare(const Tensor& x, DType dtype,
         }
       }
     }
-    tail_plan.up = pack(ends, nine, ends.values(up[1]), up_channels, 9 * channels);
+    const float* bias = ends.values(up[1]);
+    tail_plan.up = pack(ends, nine, bias, up_channels, 9 * channels);
+    // For two rows at a time (edge.cpp), (m, k, i, j) to (m, j C + k) four times, the three weights
+    // of a column combined. The second one goes into both rows, and so has the bias.
+    float* three = rows.take(up_channels * 3 * channels);
+    const float* zero_bias = ends.zeros(up_channels);
+    for (int part = 0; part < 4; ++part) {
+      for (int64_t m = 0; m < up_channels; ++m) {
+        for (int64_t j = 0; j < 3; ++j) {
+          for (int64_t k = 0; k < channels; ++k) {
+            const float* column = w + (m * channels + k) * 9 + j;
+            const double top = column[0], middle = column[3], bottom = column[6];
+            const double parts[4] = {top, (top + middle + bottom) / 2, (top - middle + bottom) / 2,
+                                     bottom};
+            three[(m * 3 + j) * channels + k] = static_cast<float>(parts[part]);
+          }
+        }
+      }
+      tail_plan.up_two[part] =
+          pack(ends, three, part == 1 ? bias : zero_bias, up_channels, 3 * channels);
+    }
   }
   FloatArena whole(ends);
   const float* fuse_weight = whole.values(fuse[0]);

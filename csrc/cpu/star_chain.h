@@ -78,10 +78,13 @@ inline void run_star_chain(const StarChain& chain, int64_t images) {
   static const auto scratch_kernel = SDAN_PICK_KERNEL(star_chain_scratch);
   static const auto run_kernel = SDAN_PICK_KERNEL(star_chain_run);
   if (images == 0 || chain.height == 0 || chain.width == 0) return;
-  int64_t halo_y = 0, halo_x = 0;
+  int64_t halo_y = 0, halo_x = 0, work = multiply_adds(chain.fuse);
   for (int i = 0; i < chain.level_count; ++i) {
-    halo_y += chain.levels[i].kh / 2;
-    halo_x += chain.levels[i].kw / 2;
+    const StarLevel& level = chain.levels[i];
+    halo_y += level.kh / 2;
+    halo_x += level.kw / 2;
+    work += multiply_adds(level.pw1) + multiply_adds(level.pw2) + multiply_adds(level.distill) +
+            static_cast<int64_t>(level.kh) * level.kw * level.pw1.co;
   }
   RegionGrid grid{images, chain.height, chain.width, 1, 1};
   // Columns: the fewest tiles that about fit the cache, but none so narrow that its halo outweighs
@@ -95,7 +98,7 @@ inline void run_star_chain(const StarChain& chain, int64_t images) {
   }
   // Rows: neighbouring bands both compute the halo between them, so as few bands as keep the
   // threads evenly busy; more, to even out unequal cores, only where a band is many times its halo.
-  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t threads = threads_for(images * chain.height * chain.width * work);
   const int64_t parts = images * grid.tiles;
   const int64_t most_bands = std::max<int64_t>(1, chain.height / 4);
   while (grid.bands < most_bands && parts * grid.bands < 4 * threads &&
@@ -107,7 +110,7 @@ inline void run_star_chain(const StarChain& chain, int64_t images) {
     grid.bands =
         std::max(grid.bands, part_count(chain.height, even, 40 * std::max<int64_t>(halo_y, 1)));
   }
-  run_tasks(grid.count(), [&](int64_t i) {
+  run_tasks(threads, grid.count(), [&](int64_t i) {
     const Region region = grid.at(i);
     run_kernel(&chain, &region, thread_scratch(static_cast<size_t>(bytes)));
   });

@@ -291,23 +291,25 @@ static inline void normalise_block(const float* x, ptrdiff_t x_stride, int chann
   }
 }
 
-template <int V>
+// A coarse GELU (gelu_short.h) is for values that are rounded to bfloat16 afterwards.
+template <bool kCoarse, int V>
 SDAN_INLINE void gelu_vecs(float* p) {
   Vec x[V];
 #pragma GCC unroll 8
   for (int v = 0; v < V; ++v) x[v] = load(p + v * kLanes);
-  gelu_short(x);
+  gelu_short<kCoarse>(x);
 #pragma GCC unroll 8
   for (int v = 0; v < V; ++v) store(p + v * kLanes, x[v]);
 }
 
+template <bool kCoarse>
 static inline void gelu_block(float* p, ptrdiff_t stride, int channels, int vecs) {
   for (int c = 0; c < channels; ++c) {
     float* q = p + c * stride;
     int v = 0;
-    for (; v + 4 <= vecs; v += 4) gelu_vecs<4>(q + v * kLanes);
-    for (; v + 2 <= vecs; v += 2) gelu_vecs<2>(q + v * kLanes);
-    for (; v < vecs; ++v) gelu_vecs<1>(q + v * kLanes);
+    for (; v + 4 <= vecs; v += 4) gelu_vecs<kCoarse, 4>(q + v * kLanes);
+    for (; v + 2 <= vecs; v += 2) gelu_vecs<kCoarse, 2>(q + v * kLanes);
+    for (; v < vecs; ++v) gelu_vecs<kCoarse, 1>(q + v * kLanes);
   }
 }
 
@@ -321,13 +323,13 @@ struct TileRow {
 };
 
 // out = outer(gelu(s) * b) for V vectors of s.
-template <Activation kOuter, int V>
+template <Activation kOuter, bool kCoarse, int V>
 SDAN_INLINE void star_store(Vec (&s)[V], const float* b, float* out) {
-  gelu_short(s);
+  gelu_short<kCoarse>(s);
 #pragma GCC unroll 4
   for (int v = 0; v < V; ++v) s[v] = s[v] * load(b + v * kLanes);
   if constexpr (kOuter == Activation::kGelu) {
-    gelu_short(s);
+    gelu_short<kCoarse>(s);
   } else {
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) s[v] = activate<kOuter>(s[v]);
@@ -337,12 +339,12 @@ SDAN_INLINE void star_store(Vec (&s)[V], const float* b, float* out) {
 }
 
 // out = outer(gelu(out) * b)
-template <Activation kOuter, int V>
+template <Activation kOuter, bool kCoarse, int V>
 SDAN_INLINE void star_vecs(const float* b, float* out) {
   Vec s[V];
 #pragma GCC unroll 4
   for (int v = 0; v < V; ++v) s[v] = load(out + v * kLanes);
-  star_store<kOuter, V>(s, b, out);
+  star_store<kOuter, kCoarse, V>(s, b, out);
 }
 
 // A row of the depth-wise 3x3 convolution of one channel: out = dw(rows) + bias. Each tap column is
@@ -352,6 +354,7 @@ SDAN_INLINE void star_vecs(const float* b, float* out) {
 // zero.
 static inline void depthwise_row_3x3(const float* const* rows, const float* weight, float bias,
                                      float* out, int vecs) {
+  const float *above = rows[0], *middle = rows[1], *below = rows[2];
   Vec w[3][3];
 #pragma GCC unroll 3
   for (int i = 0; i < 3; ++i) {
@@ -364,8 +367,8 @@ static inline void depthwise_row_3x3(const float* const* rows, const float* weig
   Vec right = zero();   // its right column's sums, which wait for those of this vector
   const auto step = [&](int v) __attribute__((always_inline)) {
     Vec u[3];
-    const Vec a = load(rows[0] + v * kLanes), b = load(rows[1] + v * kLanes),
-              c = load(rows[2] + v * kLanes);
+    const Vec a = load(above + v * kLanes), b = load(middle + v * kLanes),
+              c = load(below + v * kLanes);
 #pragma GCC unroll 3
     for (int j = 0; j < 3; ++j) u[j] = fma(c, w[2][j], fma(b, w[1][j], a * w[0][j]));
     if (v > 0) store(out + (v - 1) * kLanes, (left + lanes_left(right, u[2])) + last);
@@ -387,20 +390,20 @@ static inline void depthwise_row_3x3(const float* const* rows, const float* weig
 // advanced to this channel and to this block's first pixel. A loop for each step: one of all of
 // them is so long that a processor overlaps hardly any of the next pass with its chain of dependent
 // instructions.
-template <Activation kOuter>
+template <Activation kOuter, bool kCoarse>
 static void star_channel_3x3(const float* const* rows, const float* weight, float bias,
                              const float* b, float* out, int vecs) {
   depthwise_row_3x3(rows, weight, bias, out, vecs);
   int v = 0;
   constexpr bool kTwice = kOuter == Activation::kGelu;
   constexpr Activation kFirst = kTwice ? Activation::kNone : kOuter;
-  for (; v + 4 <= vecs; v += 4) star_vecs<kFirst, 4>(b + v * kLanes, out + v * kLanes);
-  for (; v + 2 <= vecs; v += 2) star_vecs<kFirst, 2>(b + v * kLanes, out + v * kLanes);
-  for (; v < vecs; ++v) star_vecs<kFirst, 1>(b + v * kLanes, out + v * kLanes);
-  if constexpr (kTwice) gelu_block(out, 0, 1, vecs);
+  for (; v + 4 <= vecs; v += 4) star_vecs<kFirst, kCoarse, 4>(b + v * kLanes, out + v * kLanes);
+  for (; v + 2 <= vecs; v += 2) star_vecs<kFirst, kCoarse, 2>(b + v * kLanes, out + v * kLanes);
+  for (; v < vecs; ++v) star_vecs<kFirst, kCoarse, 1>(b + v * kLanes, out + v * kLanes);
+  if constexpr (kTwice) gelu_block<kCoarse>(out, 0, 1, vecs);
 }
 
-template <Activation kOuter>
+template <Activation kOuter, bool kCoarse>
 static void star_channel_any(const float* const* rows, int kh, int kw, const float* weight,
                              float bias, const float* b, float* out, int vecs) {
   for (int v = 0; v < vecs; ++v) {
@@ -410,7 +413,7 @@ static void star_channel_any(const float* const* rows, int kh, int kw, const flo
       for (int j = 0; j < kw; ++j)
         s[0] = fma(load(rows[i] + x + j), set1(weight[i * kw + j]), s[0]);
     }
-    star_store<kOuter, 1>(s, b + v * kLanes, out + v * kLanes);
+    star_store<kOuter, kCoarse, 1>(s, b + v * kLanes, out + v * kLanes);
   }
 }
 

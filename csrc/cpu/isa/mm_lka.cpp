@@ -421,8 +421,12 @@ void gate_run(const GatePlan* plan, const Region* region, void* scratch) {
   PrefetchQueue queue;
   // Lines a step, so that the products of one row have fetched the next row by their end.
   const int images = 3 + (plan->project.co > 0 ? 1 : 0) + (plan->collect.co > 0 ? 1 : 0);
-  const int products = 1 + (plan->project.co > 0 ? 1 : 0) + (plan->collect.co > 0 ? 1 : 0);
-  const int steps = products * pointwise_groups(channels) * (kBlockVecs / kPointwiseVecs);
+  const auto steps_of = [](const Pointwise& pw, int inputs) {
+    return pw.co > 0 ? prefetch_steps(pw.co, tile_rows(pw.ci / inputs, pw.pairs), inputs) : 0;
+  };
+  const int steps = (steps_of(plan->gate, 1) + steps_of(plan->project, 1) +
+                     steps_of(plan->collect, plan->collect_both ? 2 : 1)) *
+                    (kBlockVecs / kPointwiseVecs);
   const int lines = (images * channels * (kBlock / 16) + steps - 1) / steps;
   const int64_t width = region->x1 - region->x0;
   for (int64_t y = region->y0; y < region->y1; ++y) {

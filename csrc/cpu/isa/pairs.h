@@ -40,10 +40,12 @@ SDAN_INLINE Vec make_pairs(Vec even, Vec) {
 #endif
 
 struct MultiplyAdd {
+  static SDAN_INLINE Vec first(Vec a, Vec b) { return a * b; }
   static SDAN_INLINE Vec add(Vec a, Vec b, Vec c) { return fma(a, b, c); }
 };
 
 struct MultiplyPairs {
+  static SDAN_INLINE Vec first(Vec a, Vec b) { return dot_pairs(a, b, zero()); }
   static SDAN_INLINE Vec add(Vec a, Vec b, Vec c) { return dot_pairs(a, b, c); }
 };
 

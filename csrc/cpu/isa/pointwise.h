@@ -64,41 +64,69 @@ struct PointwiseInput {
 template <int V>
 constexpr int kPointwiseSums = V == 1 ? 2 : 1;
 
+// The next tile's lines are asked for a few at a time, after every kPrefetchRows rows of input: all
+// that a product has to ask for, at once, would be more than a core may have outstanding.
+constexpr int kPrefetchRows = 8;
+
+// How often a product of so many outputs, reading the rows of the inputs one after another, takes
+// lines from the queue for each block of kPointwiseVecs vectors.
+SDAN_INLINE int prefetch_steps(int co, int rows, int input_count) {
+  return pointwise_groups(co) * input_count * ((rows + kPrefetchRows - 1) / kPrefetchRows);
+}
+
 template <typename Multiply, int M, int V>
 static void pointwise_kernel(const PointwiseInput* inputs, int input_count, ptrdiff_t column,
                              const float* weight, const float* bias, float* out,
-                             ptrdiff_t out_stride) {
+                             ptrdiff_t out_stride, PrefetchQueue* queue, int lines) {
   constexpr int S = kPointwiseSums<V>;
   Vec acc[S][M][V];
-#pragma GCC unroll 2
-  for (int s = 0; s < S; ++s) {
-#pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) {
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) acc[s][m][v] = zero();
-    }
-  }
   for (int i = 0; i < input_count; ++i) {
     const float* x = inputs[i].x + column;
     const ptrdiff_t stride = inputs[i].stride;
     int left = inputs[i].count;
-    for (; left >= S; left -= S) {
+    if constexpr (S == 1) {
+      // The first row of input begins the sums.
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m) {
+        const Vec w = set1(weight[m]);
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) acc[0][m][v] = Multiply::first(load(x + v * kLanes), w);
+      }
+      x += stride;
+      weight += M;
+      --left;
+    } else {
 #pragma GCC unroll 2
       for (int s = 0; s < S; ++s) {
-        Vec in[V];
-#pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) in[v] = load(x + v * kLanes);
 #pragma GCC unroll 16
         for (int m = 0; m < M; ++m) {
-          const Vec w = set1(weight[m]);
 #pragma GCC unroll 4
-          for (int v = 0; v < V; ++v) acc[s][m][v] = Multiply::add(in[v], w, acc[s][m][v]);
+          for (int v = 0; v < V; ++v) acc[s][m][v] = zero();
         }
-        x += stride;
-        weight += M;
       }
     }
-    if (left > 0) {
+    while (left >= S) {
+      int steps = (left < kPrefetchRows ? left : kPrefetchRows) / S;
+      left -= steps * S;
+      do {
+#pragma GCC unroll 2
+        for (int s = 0; s < S; ++s) {
+          Vec in[V];
+#pragma GCC unroll 4
+          for (int v = 0; v < V; ++v) in[v] = load(x + v * kLanes);
+#pragma GCC unroll 16
+          for (int m = 0; m < M; ++m) {
+            const Vec w = set1(weight[m]);
+#pragma GCC unroll 4
+            for (int v = 0; v < V; ++v) acc[s][m][v] = Multiply::add(in[v], w, acc[s][m][v]);
+          }
+          x += stride;
+          weight += M;
+        }
+      } while (--steps > 0);
+      if (queue != nullptr) queue->step(lines);
+    }
+    if (S > 1 && left > 0) {
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m) {
         const Vec w = set1(weight[m]);
@@ -119,8 +147,6 @@ static void pointwise_kernel(const PointwiseInput* inputs, int input_count, ptrd
           float* sum = out + m * out_stride + v * kLanes;
           const Vec part = S == 2 ? acc[0][m][v] + acc[S - 1][m][v] : acc[0][m][v];
           store(sum, i == 0 ? part : load(sum) + part);
-#pragma GCC unroll 2
-          for (int s = 0; s < S; ++s) acc[s][m][v] = zero();
         }
       }
     }
@@ -143,13 +169,14 @@ static void pointwise_kernel(const PointwiseInput* inputs, int input_count, ptrd
 template <typename Multiply, int V>
 SDAN_INLINE void pointwise_group(int rows, const PointwiseInput* inputs, int input_count,
                                  ptrdiff_t column, const float* weight, const float* bias,
-                                 float* out, ptrdiff_t out_stride) {
-#define SDAN_POINTWISE_CASE(M)                                                         \
-  case M:                                                                              \
-    if constexpr (M <= kPointwiseRows) {                                               \
-      pointwise_kernel<Multiply, M, V>(inputs, input_count, column, weight, bias, out, \
-                                       out_stride);                                    \
-    }                                                                                  \
+                                 float* out, ptrdiff_t out_stride, PrefetchQueue* queue,
+                                 int lines) {
+#define SDAN_POINTWISE_CASE(M)                                                                     \
+  case M:                                                                                          \
+    if constexpr (M <= kPointwiseRows) {                                                           \
+      pointwise_kernel<Multiply, M, V>(inputs, input_count, column, weight, bias, out, out_stride, \
+                                       queue, lines);                                              \
+    }                                                                                              \
     break;
   switch (rows) {
     SDAN_POINTWISE_CASE(1)
@@ -174,7 +201,8 @@ SDAN_INLINE void pointwise_group(int rows, const PointwiseInput* inputs, int inp
 
 // out[m][p] = bias[m] + sum over the inputs for `vecs` vectors of pixels; the inputs are read from
 // `column` on, out is written from its own start. Weights packed for co outputs and the inputs'
-// total of rows. Between its steps it takes `lines` cache lines each from the queue.
+// total of rows. prefetch_steps() times for each kPointwiseVecs vectors it takes `lines` cache
+// lines from the queue.
 template <typename Multiply>
 static inline void pointwise_block_as(const PointwiseInput* inputs, int input_count,
                                       ptrdiff_t column, const float* weight, const float* bias,
@@ -190,14 +218,14 @@ static inline void pointwise_block_as(const PointwiseInput* inputs, int input_co
     float* o = out + begin * out_stride;
     int v = 0;
     for (; v + kPointwiseVecs <= vecs; v += kPointwiseVecs) {
-      if (queue != nullptr) queue->step(lines);
       pointwise_group<Multiply, kPointwiseVecs>(rows, inputs, input_count, column + v * kLanes, w,
-                                                bias + begin, o + v * kLanes, out_stride);
+                                                bias + begin, o + v * kLanes, out_stride, queue,
+                                                lines);
     }
     if constexpr (kPointwiseVecs > 1) {
       for (; v < vecs; ++v) {
         pointwise_group<Multiply, 1>(rows, inputs, input_count, column + v * kLanes, w,
-                                     bias + begin, o + v * kLanes, out_stride);
+                                     bias + begin, o + v * kLanes, out_stride, nullptr, 0);
       }
     }
   }

@@ -131,11 +131,11 @@ void tile_nchw(const PointwiseGateArgs& a, int64_t image, int64_t first, int64_t
     // Small images are in the second-level cache, and asking for each of their lines would take a
     // third of the time of the product.
     const bool cached = a.pixels * (a.ci + 2 * a.co) * static_cast<int64_t>(sizeof(T)) < (2 << 20);
-    const int64_t steps = cached ? 0 : pointwise_groups(co) * (n / kStepFloats);
+    const int64_t steps = cached ? 0 : prefetch_steps(co, ci, 1) * (n / kStepFloats);
     stage_planes(staged, stride, x, a.pixels, a.ci, n);
     const PointwiseInput input = {staged, static_cast<ptrdiff_t>(stride), ci};
     pointwise_block(&input, 1, 0, a.packed, zeros, co, product, static_cast<ptrdiff_t>(stride),
-                    static_cast<int>((n + kLanes - 1) / kLanes), &queue,
+                    static_cast<int>((n + kLanes - 1) / kLanes), steps > 0 ? &queue : nullptr,
                     steps > 0 ? static_cast<int>(lines / steps + 1) : 0);
     write_planes(y, a.pixels, a.co, n,
                  [&](int64_t c, int64_t k, int lanes) __attribute__((always_inline)) {

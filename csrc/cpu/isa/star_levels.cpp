@@ -38,13 +38,17 @@ struct Band {
   float* raw;    // the same block before, where it is needed as pairs
   float* block;  // one block of output
   float* zeros;
+  int64_t row, rows_end;  // the input row that the levels work on, and the end of those to come
+  int64_t lag;            // how many rows the output is behind the input
   PrefetchQueue queue;
   LevelState levels[kMaxLevels];
 };
 
-// Cache lines prefetched between two steps of a product: four levels take some 38 steps for a block
-// of pixels, in which its 2 x 56 lines of the next input and output row have to come.
-constexpr int kLinesAStep = 8;
+// Cache lines of the next input and output row taken at each step of a product (pointwise.h). They
+// have to come between the middle level of one row and the first of the next, some 1600 steps of
+// four levels of 56 channels for 2240 lines: asked for sooner they would have left the second-level
+// cache, through which all levels' rings pass meanwhile, before they are used.
+constexpr int kLinesAStep = 2;
 
 int rows_above(const StarLevel& level) {
   return level.kh / 2;
@@ -89,9 +93,9 @@ int64_t place(const StarChain& chain, int64_t width, char* base, Band* band) {
   return cursor.used;
 }
 
-template <Activation kOuter>
-void star_row_as(const Band& band, const StarLevel& level, const LevelState& s, const TileRow* rows,
-                 const float* b) {
+template <Activation kOuter, bool kCoarse>
+void star_row_with(const Band& band, const StarLevel& level, const LevelState& s,
+                   const TileRow* rows, const float* b) {
   const int taps = level.kh * level.kw;
   for (int c = 0; c < level.pw1.co; ++c) {
     for (int i = 0; i < level.kh; ++i)
@@ -99,14 +103,24 @@ void star_row_as(const Band& band, const StarLevel& level, const LevelState& s, 
     const float* bc = b + c * band.stride;
     float* out = band.x + c * band.stride;
     if (level.kh == 3 && level.kw == 3) {
-      star_channel_3x3<kOuter>(s.row_pointers, level.dw + c * 9, level.dw_bias[c], bc, out,
-                               band.vecs);
+      star_channel_3x3<kOuter, kCoarse>(s.row_pointers, level.dw + c * 9, level.dw_bias[c], bc, out,
+                                        band.vecs);
     } else {
-      star_channel_any<kOuter>(s.row_pointers, level.kh, level.kw,
-                               level.dw + static_cast<int64_t>(c) * taps, level.dw_bias[c], bc, out,
-                               band.vecs);
+      star_channel_any<kOuter, kCoarse>(s.row_pointers, level.kh, level.kw,
+                                        level.dw + static_cast<int64_t>(c) * taps, level.dw_bias[c],
+                                        bc, out, band.vecs);
     }
   }
+}
+
+template <Activation kOuter>
+void star_row_as(const Band& band, const StarLevel& level, const LevelState& s, const TileRow* rows,
+                 const float* b) {
+  if constexpr (kHasPairs) {
+    // Every product that reads the row rounds it to bfloat16.
+    if (level.pw1.pairs) return star_row_with<kOuter, true>(band, level, s, rows, b);
+  }
+  star_row_with<kOuter, false>(band, level, s, rows, b);
 }
 
 // The level's output row q, into band.x.
@@ -171,6 +185,23 @@ void emit(Band& band, int64_t q) {
   }
 }
 
+// Asks for the row of output that this row of input leads to, near the image's last row the first
+// of several, and for the next row of input.
+void prefetch_rows(Band& band) {
+  const StarChain& chain = *band.chain;
+  const Region& region = band.region;
+  const int channels =
+      chain.fuse.co > 0 ? chain.fuse.co : chain.levels[chain.level_count - 1].pw1.co;
+  band.queue.clear();
+  const int64_t q = band.row - band.lag;
+  if (q >= region.y0 && q < region.y1) {
+    band.queue.add(chain.out, region.n, q, region.x0, channels, region.x1 - region.x0, true);
+  }
+  if (band.row + 1 < band.rows_end) {
+    band.queue.add(chain.x, region.n, band.row + 1, band.x0, chain.channels, band.width, false);
+  }
+}
+
 void push(Band& band, int index, int64_t y);
 
 // What follows once level `index` has its output row q complete in band.x.
@@ -207,8 +238,11 @@ void push(Band& band, int index, int64_t y) {
   float* a = s.a + (y % level.kh) * co * s.a_stride + s.margin;
   float* b = s.b + (y % s.b_rows) * co * band.stride;
   const bool distil = level.distill.co > 0 && y >= band.region.y0 && y < band.region.y1;
+  // Rows of the halo are there for their neighbours' depth-wise convolution alone.
+  const bool gates = y >= s.out_begin && y < s.out_end;
   const bool pairs = level.pw1.pairs;
   const PointwiseInput block{band.z, kBlock, tile_rows(ci, pairs)};
+  if (index == band.chain->level_count / 2) prefetch_rows(band);
   for (int j = 0; j < blocks; ++j) {
     const int64_t column = static_cast<int64_t>(j) * kBlock;
     const int vecs = block_vecs(band, j);
@@ -225,18 +259,20 @@ void push(Band& band, int index, int64_t y) {
       if (pairs) {
         const PointwiseInput raw{band.raw, kBlock, tile_rows(ci, true)};
         pointwise_block(&raw, 1, 0, pw, band.block, kBlock, vecs, &band.queue, kLinesAStep);
-        gelu_block(band.block, kBlock, pw.co, vecs);
+        gelu_block<true>(band.block, kBlock, pw.co, vecs);
         pack_pairs(band.block, kBlock, pw.co, vecs, d, band.stride);
       } else {
         const PointwiseInput row{band.x + column, static_cast<ptrdiff_t>(band.stride), ci};
         pointwise_block(&row, 1, 0, pw, d, band.stride, vecs, &band.queue, kLinesAStep);
-        gelu_block(d, band.stride, pw.co, vecs);
+        gelu_block<false>(d, band.stride, pw.co, vecs);
       }
     }
     pointwise_block(&block, 1, 0, level.pw1, a + column, s.a_stride, vecs, &band.queue,
                     kLinesAStep);
-    pointwise_block(&block, 1, 0, level.pw2, b + column, band.stride, vecs, &band.queue,
-                    kLinesAStep);
+    if (gates) {
+      pointwise_block(&block, 1, 0, level.pw2, b + column, band.stride, vecs, &band.queue,
+                      kLinesAStep);
+    }
   }
   if (band.right_edge) {
     // The padding of the depth-wise convolution; PW1 left its bias there.
@@ -281,8 +317,6 @@ void star_chain_run(const StarChain* chain, const Region* region, void* scratch)
   place(*chain, band.width, static_cast<char*>(scratch), &band);
 
   int64_t begin = region->y0, end = region->y1, halo_y = 0;
-  const int out_channels =
-      chain->fuse.co > 0 ? chain->fuse.co : chain->levels[chain->level_count - 1].pw1.co;
   for (int i = chain->level_count - 1; i >= 0; --i) {
     const StarLevel& level = chain->levels[i];
     LevelState& s = band.levels[i];
@@ -301,19 +335,11 @@ void star_chain_run(const StarChain* chain, const Region* region, void* scratch)
       fill_zero(row + s.margin + padded, s.a_stride - s.margin - padded);
     }
   }
+  band.rows_end = end;
+  band.lag = halo_y;
   for (int64_t y = begin; y < end; ++y) {
     load_tile(chain->x, region->n, y, band.x0, 0, chain->channels, band.width, band.x, band.stride);
-    band.queue.clear();
-    if (y + 1 < end) {
-      band.queue.add(chain->x, region->n, y + 1, band.x0, chain->channels, band.width, false);
-    }
-    // The row of output that the next one leads to; near the image's last row several follow at
-    // once.
-    const int64_t q = y + 1 - halo_y;
-    if (q >= region->y0 && q < region->y1) {
-      band.queue.add(chain->out, region->n, q, region->x0, out_channels, region->x1 - region->x0,
-                     true);
-    }
+    band.row = y;
     push(band, 0, y);
   }
 }
