@@ -57,7 +57,9 @@ struct StripParams {
 __host__ __device__ __forceinline__ constexpr int strip_outputs(bool last) {
   return last ? 9 : 5;
 }
-constexpr int kStripThreads = 256;
+__host__ __device__ __forceinline__ constexpr int strip_threads(bool last) {
+  return last ? 128 : 256;  // of a block, at most: what leaves the registers that it takes
+}
 constexpr int kRowAlign = 16;  // columns: where they begin, a sector of 32 bytes does in all types
 
 // The bytes of a word in the order that the four lower digits of `selector` say.
@@ -252,7 +254,7 @@ __device__ __forceinline__ void store_columns(T* y, const T* gate, int64_t next,
 // grid: (plane, segment, stripe). Dynamic shared memory: each convolution's taps, then for each a
 // quad of offsets for each of the stripe's, then the tiles.
 template <int K, bool Last>
-__global__ void __launch_bounds__(kStripThreads, 2)
+__global__ void __launch_bounds__(strip_threads(Last), Last ? 3 : 2)
     conv_column_kernel(const void* __restrict__ x, const void* __restrict__ weight0,
                        const void* __restrict__ bias0, const void* __restrict__ weight1,
                        const void* __restrict__ bias1, const void* __restrict__ edge_bias,
@@ -466,7 +468,7 @@ __device__ __forceinline__ void store_rows(const float4* tile, int n, T* row, in
 // Here `length` is the image's width, `width` its height. grid: (plane, segment, stripe). Dynamic
 // shared memory: each convolution's taps, two tiles.
 template <int K>
-__global__ void __launch_bounds__(kStripThreads, 2)
+__global__ void __launch_bounds__(strip_threads(false), 2)
     conv_row_kernel(const void* __restrict__ x, const void* __restrict__ weight0,
                     const void* __restrict__ bias0, const void* __restrict__ weight1,
                     const void* __restrict__ bias1, void* __restrict__ y, const StripParams p) {

@@ -100,7 +100,7 @@ inline StripPlan plan_tiles(StripParams p, int64_t quads, bool row, bool last) {
   const int64_t n = std::min<int64_t>(length, p.segment + 2 * p.step[1].halo);
   const int64_t items =
       quads * std::max(strip_groups(p, n, 0, last), strip_groups(p, p.segment, p.steps - 1, last));
-  const int64_t threads = std::clamp<int64_t>((items + 32) / 64 * 32, 32, kStripThreads);
+  const int64_t threads = std::clamp<int64_t>((items + 32) / 64 * 32, 32, strip_threads(last));
   plan.config.block = dim3(static_cast<unsigned>(quads), static_cast<unsigned>(threads / quads));
   set_grid(plan, p.planes * p.segments * p.stripes);
   plan.p = p;
