@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "conv_plan.h"
+#include "square_plan.h"
 
 namespace sdan_fast::cuda {
 
@@ -25,7 +26,7 @@ void with_taps(int taps, F&& f) {
   }
 }
 
-void launch_conv_square(const ConvArguments& a, const ConvPlan& plan);
+void launch_conv_square(const ConvArguments& a, const SquarePlan& plan);
 void launch_conv_last(DType dtype, const ConvArguments& a, const ConvShape& shape, bool flip,
                       Stream stream);
 

@@ -3,8 +3,10 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <numeric>
+#include <optional>
 
 #include "depthwise_conv2d.cuh"
 #include "launch.h"
@@ -13,6 +15,7 @@ namespace sdan_fast::cuda {
 
 // Enough for four blocks on an SM of 228 KiB; the most that every architecture from sm_75 on has.
 constexpr int64_t kSharedGoal = 48 * 1024, kSharedMost = 64 * 1024;
+constexpr int64_t kSms = 132;          // of a large GPU
 constexpr int64_t kManyBlocks = 1056;  // 8 for each SM of a large GPU
 constexpr int64_t kMostBlocks = 0x7fffffff;
 
@@ -21,6 +24,24 @@ struct ConvPlan {
   ConvParams p{};
   Config config;
 };
+
+// make(), or what it made for the same call among the last few of this thread: the choice of a tile
+// takes longer than a launch.
+template <typename Plan, typename F>
+const Plan& remembered(DType dtype, const ConvShape& shape, F&& make) {
+  struct Entry {
+    DType dtype;
+    ConvShape shape;
+    Plan plan;
+  };
+  thread_local std::array<std::optional<Entry>, 16> entries;
+  thread_local size_t next = 0;
+  for (const auto& e : entries)
+    if (e && e->dtype == dtype && e->shape == shape) return e->plan;
+  auto& entry = entries[next++ % entries.size()];
+  entry.emplace(Entry{dtype, shape, make()});
+  return entry->plan;
+}
 
 inline int64_t round_up64(int64_t x, int64_t n) {
   return (x + n - 1) / n * n;
@@ -66,30 +87,6 @@ inline void plan_column_tile(ConvParams& p) {
   p.rows = static_cast<int32_t>(p.tile_h + 2 * halo);
 }
 
-// Squares: the tile that stages the fewest elements over the whole plane.
-inline void plan_square_tile(ConvParams& p) {
-  const int64_t unit = int64_t{kColumnOutputs} * p.dh, hy = int64_t{p.kh - 1} * p.dh,
-                hx = int64_t{p.kw - 1} * p.dw;
-  const int64_t taps = round_up64(int64_t{taps_pitch(p.kh)} * p.kw + 1, 4);
-  int64_t best = -1;
-  for (const int64_t limit : {kSharedGoal, kSharedMost}) {
-    for (int64_t w = 32; w <= 256 && (w == 32 || w < p.width + 32); w += 32) {
-      const int64_t pitch = round_up64(w + hx + 7, 8);
-      for (int64_t h = unit; h <= 256 && (h == unit || h < p.height + unit); h += unit) {
-        if ((taps + (h + hy) * pitch) * 4 > limit) break;
-        const int64_t cost = ceil_div(p.height, h) * ceil_div(p.width, w) * (h + hy) * pitch;
-        if (best >= 0 && cost >= best) continue;
-        best = cost;
-        p.tile_h = static_cast<int32_t>(h), p.tile_w = static_cast<int32_t>(w);
-      }
-    }
-    if (best >= 0) break;
-  }
-  if (best < 0) p.tile_h = static_cast<int32_t>(unit), p.tile_w = 32;
-  p.rows = static_cast<int32_t>(p.tile_h + hy);
-  p.pitch = static_cast<int32_t>(round_up64(p.tile_w + hx + 7, 8));
-}
-
 inline ConvParams conv_params(const ConvShape& s) {
   ConvParams p{};
   p.planes = s.channels_last ? s.n : s.n * s.c;
@@ -113,25 +110,6 @@ inline void finish_tiles(ConvParams& p) {
 inline bool too_long(const ConvShape& s) {  // indices within an image and halos are 32 bits wide
   return s.h * s.w > kMostBlocks || s.c > kMostBlocks || int64_t{s.kh} * s.dh > (1 << 24) ||
          int64_t{s.kw} * s.dw > (1 << 24) || int64_t{s.kh} * s.kw > (1 << 20);
-}
-
-inline ConvPlan plan_square(const ConvShape& s) {
-  ConvPlan plan;
-  if (too_long(s)) return plan;
-  ConvParams& p = plan.p = conv_params(s);
-  plan_square_tile(p);
-  finish_tiles(p);
-  const int64_t items = int64_t{p.tile_h} / kColumnOutputs * p.tile_w;
-  const int64_t bytes =
-      (round_up64(int64_t{taps_pitch(p.kh)} * p.kw + 1, 4) + int64_t{p.rows} * p.pitch) * 4;
-  plan.fits = bytes <= kSharedMost;
-  plan.config.shared_bytes = static_cast<size_t>(bytes);
-  // As few rounds as possible, and no larger a block than that takes.
-  const int64_t most = conv_threads(1);
-  plan.config.block = dim3(whole_warps(ceil_div(items, ceil_div(items, most)), most));
-  plan.config.grid =
-      dim3(static_cast<unsigned>(std::min(p.planes * p.tiles_y * p.tiles_x, kMostBlocks)));
-  return plan;
 }
 
 // Channels go to lanes in `v`s, as many as there are up to 128; pixel groups fill the block up to

@@ -18,10 +18,15 @@ bool takes_strips(DType dtype, const ConvShape& s) {
   return (s.kh == 1 || s.kw == 1) && strips_fit(dtype, strip_of(s));
 }
 
-// Wide accesses: every row of every tensor begins at a multiple of 16 bytes.
+// Whether every row of every tensor begins at a multiple of `elements`, and these at one of bytes.
+bool aligned_rows(DType dtype, const ConvShape& s, const void* a, const void* b, int64_t elements) {
+  const size_t bytes = static_cast<size_t>(elements) * (dtype == DType::kFloat32 ? 4 : 2);
+  return s.w % elements == 0 && aligned(a, bytes) && aligned(b, bytes);
+}
+
+// 16 bytes.
 bool wide_rows(DType dtype, const ConvShape& s, const void* a, const void* b) {
-  const int64_t per = dtype == DType::kFloat32 ? 4 : 8;
-  return s.w % per == 0 && aligned(a, 16) && aligned(b, 16);
+  return aligned_rows(dtype, s, a, b, dtype == DType::kFloat32 ? 4 : 8);
 }
 
 }  // namespace
@@ -29,7 +34,7 @@ bool wide_rows(DType dtype, const ConvShape& s, const void* a, const void* b) {
 bool conv_fits(DType dtype, const ConvShape& shape, bool weight_gradient) {
   if (weight_gradient) return plan_weight_gradient(shape).fits;
   return takes_strips(dtype, shape) ||
-         (shape.channels_last ? plan_last(shape, 1).fits : plan_square(shape).fits);
+         (shape.channels_last ? plan_last(shape, 1).fits : plan_square(dtype, shape).fits);
 }
 
 void conv_forward(DType dtype, const void* x, const void* weight, const void* bias, void* y,
@@ -43,11 +48,10 @@ void conv_forward(DType dtype, const void* x, const void* weight, const void* bi
   }
   const ConvArguments a{x, weight, bias, y};
   if (shape.channels_last) return launch_conv_last(dtype, a, shape, flip, stream);
-  ConvPlan plan = plan_square(shape);
+  SquarePlan plan = plan_square(dtype, shape);
   plan.p.flip = flip;
-  plan.p.wide = wide_rows(dtype, shape, x, y);
+  plan.p.wide = aligned_rows(dtype, shape, x, y, 4);
   plan.config.stream = stream;
-  plan.p.dtype = dtype;
   launch_conv_square(a, plan);
 }
 

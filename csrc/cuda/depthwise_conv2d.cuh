@@ -1,12 +1,8 @@
 // Depth-wise convolution with "same" zero padding, its input gradient (the same kernels with the
 // taps flipped) and its weight gradient.
 //
-// Strips, 1 x K and K x 1, are passes of one convolution of strip_conv_chain.cuh. Here is the rest.
-//   conv_square  contiguous tensors. A block stages a tile of one (n, c) plane with its halo in
-//                shared memory as float32, so that every global access is a wide one whatever the
-//                tap offsets; a thread computes 8 outputs of a column, `dilation` apart: one value
-//                read from shared memory then serves up to 8 of them. KH is unrolled and KW a loop;
-//                with KH = 1 it is also the kernel for every other size.
+// Strips, 1 x K and K x 1, are passes of one convolution of strip_conv_chain.cuh; the rest of
+// contiguous tensors is conv_square.cuh's. Here are
 //   conv_last    channels_last tensors: lanes are channels, so that nothing needs staging: the taps
 //                of a channel stay in shared memory, the inputs come through L1.
 // The weight gradient is a sum over all pixels: wgrad_tile and wgrad_last leave one partial sum per
@@ -32,17 +28,13 @@ struct ConvParams {
   int32_t vertical;          // channels_last: the inner axis is H, not W
 };
 
-constexpr int kColumnOutputs = 8;  // rows per thread of conv_square
+constexpr int kColumnOutputs = 8;  // rows per thread of the weight gradient of columns
 constexpr int kLastOutputs = 8;    // pixels per thread of conv_last
 constexpr int kGradTaps = 8;       // taps per thread of the weight gradient
 constexpr int kGradOutputs = 7;    // columns per thread of a 1 x K strip's; odd, for the banks
 constexpr int kGradRows = 8;       // rows of its tile
 
-// Threads of a block, at most: what leaves every kernel its registers.
-constexpr int kConvThreads = 512, kFewThreads = 256;
-constexpr int conv_threads(int taps) {
-  return taps > 13 ? kFewThreads : kConvThreads;
-}
+constexpr int kFewThreads = 256;  // of a block, at most
 
 // ---- staging
 
@@ -79,25 +71,6 @@ __device__ __forceinline__ void stage(const void* tensor, int64_t base, float* t
   }
 }
 
-// Floats from one column of staged taps to the next: whole accesses of 4 where kh are unrolled.
-__host__ __device__ __forceinline__ constexpr int taps_pitch(int kh) {
-  return kh < 3 ? kh : (kh + 3) / 4 * 4;
-}
-
-// The taps of channel c, as float32, reversed if p.flip, in the order [kw][kh]. Behind them, at
-// taps[kw * taps_pitch(kh)], the bias or zero.
-__device__ __forceinline__ void stage_taps(const void* weight, const void* bias, float* taps,
-                                           const ConvParams& p, int c) {
-  const int n = p.kh * p.kw, pitch = taps_pitch(p.kh);
-  for (int i = static_cast<int>(threadIdx.x); i < p.kw * pitch; i += static_cast<int>(blockDim.x)) {
-    const int kh = i % pitch, k = kh * p.kw + i / pitch;
-    taps[i] = kh < p.kh ? load_any(p.dtype, weight,
-                                   static_cast<int64_t>(c) * n + (p.flip ? n - 1 - k : k))
-                        : 0.0f;
-  }
-  if (threadIdx.x == 0) taps[p.kw * pitch] = bias ? load_any(p.dtype, bias, c) : 0.0f;
-}
-
 struct Tile {
   int64_t plane;
   int y, x;  // first output
@@ -111,81 +84,6 @@ __device__ __forceinline__ Tile tile_at(const ConvParams& p, int64_t index) {
   t.y = in_plane / p.tiles_x * p.tile_h;
   t.x = in_plane % p.tiles_x * p.tile_w;
   return t;
-}
-
-// ---- contiguous
-
-// KH taps down are unrolled, the p.kw taps across are a loop; KH = 1 stands for any kh, then a loop
-// as well. Dynamic shared memory: taps (rounded up to 4), the tile. tile_h is a multiple of
-// kColumnOutputs * dh.
-template <int KH>
-__global__ void __launch_bounds__(conv_threads(KH), 1)
-    conv_square_kernel(const void* __restrict__ x, const void* __restrict__ weight,
-                       const void* __restrict__ bias, void* __restrict__ y, const ConvParams p) {
-  constexpr int P = kColumnOutputs;
-  SDAN_DYNAMIC_SHARED(raw);
-  auto* taps = reinterpret_cast<float*>(raw);
-  float* tile = taps + round_up(taps_pitch(p.kh) * p.kw + 1, 4);
-  const int64_t tiles = p.planes * p.tiles_y * p.tiles_x;
-  const int step = p.dh * p.pitch, loops = KH == 1 ? p.kh : 1;
-  const int halo_y = (p.kh - 1) / 2 * p.dh, halo_x = (p.kw - 1) / 2 * p.dw;
-  for (int64_t index = blockIdx.x; index < tiles; index += gridDim.x) {
-    const Tile t = tile_at(p, index);
-    const int c = static_cast<int>(t.plane % p.channels);
-    const int64_t base = t.plane * p.height * p.width;
-    const int first = round_down(t.x - halo_x, kGroup), shift = t.x - halo_x - first;
-    __syncthreads();
-    stage_taps(weight, bias, taps, p, c);
-    stage(x, base, tile, p, t.y - halo_y, first, p.rows,
-          round_up(p.tile_w + 2 * halo_x + shift, kGroup));
-    __syncthreads();
-    const float b = taps[p.kw * taps_pitch(p.kh)];
-    const int items = p.tile_h / P * p.tile_w;
-    for (int i = static_cast<int>(threadIdx.x); i < items; i += static_cast<int>(blockDim.x)) {
-      const int column = i % p.tile_w, g = i / p.tile_w, row = g / p.dh * (P * p.dh) + g % p.dh;
-      if (t.y + row >= p.height || t.x + column >= p.width) continue;
-      const float* in = tile + row * p.pitch + shift + column;
-      float acc[P];
-      SDAN_UNROLL
-      for (int j = 0; j < P; ++j) acc[j] = b;
-      for (int kw = 0; kw < p.kw; ++kw) {
-        for (int l = 0; l < loops; ++l) {
-          float w[taps_pitch(KH)];
-          if constexpr (KH == 1) {
-            w[0] = taps[kw * taps_pitch(p.kh) + l];
-          } else {
-            SDAN_UNROLL
-            for (int k = 0; k < KH; k += 4) {
-              const float4 v = *reinterpret_cast<const float4*>(taps + kw * taps_pitch(KH) + k);
-              w[k] = v.x, w[k + 1] = v.y, w[k + 2] = v.z, w[k + 3] = v.w;
-            }
-          }
-          const float* from = in + l * step + kw * p.dw;
-          SDAN_UNROLL
-          for (int q = 0; q < P + KH - 1; ++q) {
-            const float v = from[q * step];
-            SDAN_UNROLL
-            for (int j = 0; j < P; ++j)
-              if (q - j >= 0 && q - j < KH) acc[j] = fmaf(w[q - j], v, acc[j]);
-          }
-        }
-      }
-      const int64_t to = base + static_cast<int64_t>(t.y + row) * p.width + (t.x + column),
-                    next = static_cast<int64_t>(p.dh) * p.width;
-      const int left = p.height - t.y - row;
-      if (p.dtype == DType::kFloat32) {
-        auto* out = static_cast<float*>(y) + to;
-        SDAN_UNROLL
-        for (int j = 0; j < P; ++j, out += next)
-          if (j * p.dh < left) *out = acc[j];
-      } else {
-        auto* out = static_cast<uint16_t*>(y) + to;
-        SDAN_UNROLL
-        for (int j = 0; j < P; ++j, out += next)
-          if (j * p.dh < left) *out = to_16bit(p.dtype, acc[j]);
-      }
-    }
-  }
 }
 
 // ---- channels_last

@@ -33,6 +33,7 @@ struct ConvShape {
   int64_t n, c, h, w;
   int kh, kw, dh, dw;
   bool channels_last;
+  bool operator==(const ConvShape&) const = default;
 };
 
 // Whether the kernels have room for the shape in its layout. Where they have none for contiguous

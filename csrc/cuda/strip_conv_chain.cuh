@@ -8,67 +8,91 @@
 // H2 that lie within the row: a field over the columns (`edge_bias`, `edge_weight`), exact at the
 // borders. Between two convolutions what lies outside the image counts as zero.
 //
-//   conv_row     the axis is W of contiguous tensors. A block stages 8 rows with their halo in
-//                shared memory, as pairs of rows interleaved, so that one shared-memory access
-//                serves two rows; a thread computes 9 outputs of a pair, a dilation apart.
-//   conv_column  the axis runs over memory at a distance: H of contiguous tensors; with Last, H or
-//                W of channels_last ones, where the taps differ from element to element. A block
-//                walks along the axis with a stripe of columns; rows arrive in a ring, by cp.async
-//                one step ahead, the first convolution leaves its results in a second ring, and a
-//                thread computes 8 outputs, a dilation apart, of 4 columns.
+// A block owns a stripe of lines that run along the strips' axis, whole or a segment of them. It
+// stages them in shared memory as float32 with zeros around, [position][line], four lines a `quad`.
+// A thread takes a quad and computes 5 outputs (9 with Last), a dilation apart, of its four lines:
+// one 128-bit read of shared memory then serves up to 20 (36) multiply-adds, and neither borders
+// nor types nor layouts are in its way. Two convolutions are this twice, with a second tile
+// in between.
+//
+//   conv_row     the axis is W of contiguous tensors; lines are rows, transposed on their way.
+//   conv_column  the axis runs over memory at a distance, lines are columns: H of contiguous
+//                tensors; with Last, H or W of channels_last ones, where the taps differ from line
+//                to line.
 //
 // K is the number of taps of every convolution of the pass; K = 0 takes any numbers.
 #pragma once
 
-#include "conv_tile.cuh"
+#include "quad_tile.cuh"
 
 namespace sdan_fast::cuda {
 
 struct StripStep {
   int32_t weight_taps, taps;  // all, and those in the middle that can meet the image
-  int32_t dilation;
+  int32_t dilation, halo;     // halo: positions to either side
 };
 
-// Sizes in elements; strip_plan.h chooses the tiles.
+// Sizes in elements; strip_plan.h chooses the tiles. Blocks are quads x threads along the axis.
 struct StripParams {
   int64_t planes;
   DType dtype;
   int32_t steps, channels;
   int32_t length, width;  // of a plane: along the strips' axis; across it
   int32_t flip;           // 1: correlate with the taps reversed (input gradient)
-  int32_t wide;           // elements of a wide access: 0, 4 or 8
+  int32_t wide;           // 1: rows of the tensors begin at multiples of 4 elements
   StripStep step[2];
   int32_t edge_taps, edge_dilation;
-  // conv_row: outputs of a tile in a row, tiles, outputs of the first of two convolutions, pairs of
-  // floats from one pair of rows to the next.
-  // conv_column: columns of a stripe, stripes, rows of a step.
-  int32_t tile, tiles, rows, pitch;
-  int32_t segment, segments;  // conv_column: rows of a block, blocks along the axis
-  int32_t ring[2];            // conv_column: rows of the rings
-  int32_t ahead;              // conv_column: the next rows are fetched during this step
-  int32_t reuse;              // conv_column: one step, whose outputs take the place of its input
-  int32_t before[2];  // conv_column: steps before the first output: with rows, with first results
+  int32_t stripes;            // of a plane
+  int32_t segment, segments;  // outputs of a block along the axis; blocks along it
+  int32_t positions[2];       // of the two tiles
+  // Where things begin in shared memory, in floats: the second convolution's taps, the offsets of
+  // conv_column, the tiles.
+  int32_t taps1, offsets, tile[2];
+  int32_t restage;  // conv_column: the outputs go through shared memory, for whole sectors
 };
 
-constexpr int kRowOutputs = 9;  // per thread and row of conv_row; 1 modulo 4, for the banks
-constexpr int kRowPairs = 4;    // pairs of rows of a conv_row tile
-constexpr int kRowAlign = 16;   // columns: where they begin, a sector of 32 bytes does in all types
-constexpr int kStripOutputs = 8;  // rows per thread of conv_column
-constexpr int kStripThreads = 256;
-// conv_column in channels_last keeps the taps of four columns: more registers, fewer threads.
-constexpr int column_threads(bool last) {
-  return last ? 192 : kStripThreads;
+// Outputs of a thread along the axis: 1 modulo 4 keeps neighbours off each other's banks where a
+// stripe has 2, 4 or 8 quads, 1 modulo 8 whatever it has. With Last taps are read beside the tile,
+// so that more outputs have to share them.
+__host__ __device__ __forceinline__ constexpr int strip_outputs(bool last) {
+  return last ? 9 : 5;
+}
+__host__ __device__ __forceinline__ constexpr int strip_threads(bool last) {
+  return last ? 128 : 256;  // of a block, at most: what leaves the registers that it takes
+}
+constexpr int kRowAlign = 16;  // columns: where they begin, a sector of 32 bytes does in all types
+
+// The bytes of a word in the order that the four lower digits of `selector` say.
+__device__ __forceinline__ uint32_t byte_permutation(uint32_t word, uint32_t selector) {
+#if SDAN_DEVICE_PASS
+  return __byte_perm(word, 0, selector);
+#else
+  uint32_t r = 0;
+  for (int i = 0; i < 4; ++i) r |= (word >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+  return r;
+#endif
 }
 
-__device__ __forceinline__ int strip_halo(const StripStep& s) {
-  return (s.taps - 1) / 2 * s.dilation;
-}
+// What a block computes: positions along the axis, in the image.
+struct StripBlock {
+  int64_t plane;
+  int line;            // first of its lines
+  int begin, end;      // its outputs
+  int middle, beyond;  // outputs of its first convolution, if there are two: with the second's halo
+};
 
-// The n-th of the taps that can meet the image.
-__device__ __forceinline__ float strip_tap(const StripParams& p, const StripStep& s,
-                                           const void* weight, int64_t c, int n) {
-  const int k = (s.weight_taps - s.taps) / 2 + n;
-  return load_any(p.dtype, weight, c * s.weight_taps + (p.flip ? s.weight_taps - 1 - k : k));
+__device__ __forceinline__ StripBlock strip_block(const StripParams& p, int lines) {
+  StripBlock b;
+  const auto per_plane = static_cast<unsigned>(p.segments * p.stripes);
+  b.plane = blockIdx.x / per_plane;
+  const int in_plane = static_cast<int>(blockIdx.x % per_plane);
+  b.line = in_plane % p.stripes * lines;
+  b.begin = in_plane / p.stripes * p.segment;
+  b.end = p.length - b.begin < p.segment ? p.length : b.begin + p.segment;
+  const int h1 = p.step[1].halo;
+  b.middle = b.begin > h1 ? b.begin - h1 : 0;
+  b.beyond = p.length - b.end > h1 ? b.end + h1 : p.length;
+  return b;
 }
 
 template <int K>
@@ -76,516 +100,439 @@ struct Taps {
   static constexpr int value = K;
 };
 
-// Calls f(Taps<some>, the first of them) for all `taps`: K at once; many in two parts, or the
-// compiler runs out of registers; for K = 0, Some (4 or 8) at a time and then the rest.
-template <int K, int Some, typename F>
+// Calls f(Taps<some>, the first of them) for all `taps`: K at once; for K = 0 eight at a time and
+// then the rest.
+template <int K, typename F>
 __device__ __forceinline__ void each_taps(int taps, F&& f) {
-  if constexpr (K > 23) {
-    int k = 0;
-    SDAN_UNROLL_BY(1)
-    for (; k + 20 <= taps; k += 20) f(Taps<20>{}, k);  // once; a loop keeps the parts apart
-    f(Taps<K - 20>{}, k);
-  } else if constexpr (K > 0) {
+  if constexpr (K > 0) {
     f(Taps<K>{}, 0);
   } else {
     int k = 0;
-    for (; k + Some <= taps; k += Some) f(Taps<Some>{}, k);
+    for (; k + 8 <= taps; k += 8) f(Taps<8>{}, k);
     const int rest = taps - k;
     if (rest == 1) f(Taps<1>{}, k);
     if (rest == 3) f(Taps<3>{}, k);
-    if constexpr (Some == 8) {
-      if (rest == 5) f(Taps<5>{}, k);
-      if (rest == 7) f(Taps<7>{}, k);
-    }
+    if (rest == 5) f(Taps<5>{}, k);
+    if (rest == 7) f(Taps<7>{}, k);
   }
 }
 
-// taps[0 .. K) from shared memory, 4 at a time: there are zeros behind the last.
-template <int K>
-__device__ __forceinline__ void get_taps(const float* taps, float (&w)[K + 3]) {
-  SDAN_UNROLL
-  for (int k = 0; k < K; k += 4) {
-    const float4 v = *reinterpret_cast<const float4*>(taps + k);
-    w[k] = v.x, w[k + 1] = v.y, w[k + 2] = v.z, w[k + 3] = v.w;
+// The taps that can meet the image, as float32: one for all lines, in whole accesses of 4; with
+// Last one for each line, [tap][line], with an odd number of quads from one tap to the next, for
+// the banks.
+template <int K, bool Last, typename T, typename F>
+__device__ __forceinline__ void stage_taps(const T* weight, float* to, const StripStep& s, int flip,
+                                           int thread, int threads, int lines, F&& channel) {
+  const int taps = K ? K : s.taps, skipped = (s.weight_taps - taps) / 2,
+            first = flip ? s.weight_taps - 1 - skipped : skipped, next = flip ? -1 : 1;
+  const int quads = static_cast<int>(blockDim.x), across = 4 * quads;
+  const int count = Last ? taps * across : round_up(taps, 4);
+  for (int m = thread; m < count; m += threads) {
+    const int line = Last ? m / taps : 0, k = Last ? m - line * taps : m;
+    float tap = 0;
+    if (k < taps && line < lines)
+      tap =
+          load_one(weight + static_cast<int64_t>(channel(line)) * s.weight_taps + first + next * k);
+    to[Last ? k * 4 * (quads | 1) + line : k] = tap;
   }
 }
 
-// ---- rows
-
-// out[column] = convolution of `in` at the columns [first, end) of [0, region), for a pair of rows.
-// `region` is a multiple of kRowOutputs * dilation.
-template <int K>
-__device__ __forceinline__ void row_step(const float2* in, float2* out, const float* taps,
-                                         int count, int d, float bias, int pitch, int region,
-                                         int first, int end) {
-  constexpr int P = kRowOutputs;
-  const int pair = static_cast<int>(threadIdx.x) % kRowPairs,
-            g = static_cast<int>(threadIdx.x) / kRowPairs,
-            groups = static_cast<int>(blockDim.x) / kRowPairs;
-  const int phase_step = groups % d, column_step = groups / d * (P * d) + phase_step;
-  int phase = g % d, column = g / d * (P * d) + phase;
-  in += pair * pitch, out += pair * pitch;
-  for (; column < region; column += column_step) {
-    if (column < end && column + (P - 1) * d >= first) {
-      float2 acc[P];
-      SDAN_UNROLL
-      for (int j = 0; j < P; ++j) acc[j].x = bias, acc[j].y = bias;
-      each_taps<K, 8>(count, [&](auto some, int k0) {
-        constexpr int N = decltype(some)::value;
-        float w[N + 3];
-        get_taps<N>(taps + k0, w);
-        const float2* from = in + column + k0 * d;
+// One convolution's outputs [0, n) from a tile whose first position is the first tap of output 0.
+// Calls done(position, outputs) for as many of them as a thread has at a time, a dilation apart;
+// those from n on are none.
+template <int K, bool Last, typename F>
+__device__ __forceinline__ void strip_step(const float4* tile, const float* taps, float4 offset,
+                                           int count, int d, int n, F&& done) {
+  constexpr int R = strip_outputs(Last);
+  const int quad = static_cast<int>(threadIdx.x), quads = static_cast<int>(blockDim.x),
+            step = d * quads;
+  for (int g = static_cast<int>(threadIdx.y);; g += static_cast<int>(blockDim.y)) {
+    const int at = g / d * (R * d) + g % d;
+    if (at >= n) break;
+    float acc[R][4];
+    SDAN_UNROLL
+    for (int j = 0; j < R; ++j)
+      acc[j][0] = offset.x, acc[j][1] = offset.y, acc[j][2] = offset.z, acc[j][3] = offset.w;
+    each_taps<K>(count, [&](auto some, int k0) {
+      constexpr int N = decltype(some)::value;
+      const float4* from = tile + (at + k0 * d) * quads + quad;
+      float4 w[Last ? N : (N + 3) / 4];
+      if constexpr (!Last) {
         SDAN_UNROLL
-        for (int q = 0; q < P + N - 1; ++q) {
-          const float2 v = *from;
-          from += d;
-          SDAN_UNROLL
-          for (int j = 0; j < P; ++j) {
-            if (q - j < 0 || q - j >= N) continue;
-            acc[j].x = fmaf(w[q - j], v.x, acc[j].x);
-            acc[j].y = fmaf(w[q - j], v.y, acc[j].y);
-          }
-        }
-      });
-      float2* to = out + column;
-      SDAN_UNROLL
-      for (int j = 0; j < P; ++j) {
-        if (static_cast<unsigned>(column + j * d - first) < static_cast<unsigned>(end - first))
-          *to = acc[j];
-        to += d;
+        for (int k = 0; k < (N + 3) / 4; ++k) w[k] = reinterpret_cast<const float4*>(taps + k0)[k];
       }
-    }
-    phase += phase_step;
-    if (phase >= d) phase -= d, column += (P - 1) * d;
+      SDAN_UNROLL
+      for (int q = 0; q < R + N - 1; ++q) {
+        if constexpr (Last)
+          if (q < N) w[q] = reinterpret_cast<const float4*>(taps)[(k0 + q) * (quads | 1) + quad];
+        const float4 v = *from;
+        from += step;
+        SDAN_UNROLL
+        for (int j = 0; j < R; ++j) {
+          const int k = q - j;
+          if (k < 0 || k >= N) continue;
+          float4 t;
+          if constexpr (Last) {
+            t = w[k];
+          } else {
+            const float4 four = w[k / 4];
+            t.x = k % 4 == 0 ? four.x : k % 4 == 1 ? four.y : k % 4 == 2 ? four.z : four.w;
+            t.y = t.x, t.z = t.x, t.w = t.x;
+          }
+          acc[j][0] = fmaf(t.x, v.x, acc[j][0]);
+          acc[j][1] = fmaf(t.y, v.y, acc[j][1]);
+          acc[j][2] = fmaf(t.z, v.z, acc[j][2]);
+          acc[j][3] = fmaf(t.w, v.w, acc[j][3]);
+        }
+      }
+    });
+    done(at, acc);
   }
 }
 
-// Reads rows [y, y + 2 kRowPairs) and columns [x, x + columns) of a plane, with zeros outside the
-// image. x and `columns` are multiples of kRowAlign.
-__device__ __forceinline__ void stage_pairs(const void* tensor, int64_t base, float2* tile,
-                                            const StripParams& p, int y, int x, int columns) {
-  if (!p.wide) {
-    for (Walk at(columns); at.row < kRowPairs; at.advance()) {
-      const int r = y + 2 * at.row, c = x + at.column;
-      const int64_t i = base + static_cast<int64_t>(r) * p.length + c;
-      const bool inside = c >= 0 && c < p.length;
-      float2 v;
-      v.x = inside && r < p.width ? load_any(p.dtype, tensor, i) : 0.0f;
-      v.y = inside && r + 1 < p.width ? load_any(p.dtype, tensor, i + p.length) : 0.0f;
-      tile[at.row * p.pitch + at.column] = v;
+// Zeros at those of a tile's positions [0, count) that are not in [first, end).
+__device__ __forceinline__ void clear_around(float4* tile, int count, int first, int end) {
+  const int quads = static_cast<int>(blockDim.x);
+  clear_quads(tile + threadIdx.x, quads, 0, first);
+  clear_quads(tile + threadIdx.x, quads, end, count);
+}
+
+// A thread's outputs to a tile, the first of them to `to`; `left` positions are in range.
+template <int R>
+__device__ __forceinline__ void put_outputs(float4* to, int d, int left, const float (&v)[R][4]) {
+  const int step = d * static_cast<int>(blockDim.x);
+  if ((R - 1) * d < left) {
+    SDAN_UNROLL
+    for (int j = 0; j < R; ++j) {
+      put_shared<4>(reinterpret_cast<float*>(to), v[j]);
+      to += step;
     }
     return;
   }
-  const auto pieces = [&](auto&& load_piece) {
-    SDAN_UNROLL_BY(2)
-    for (Walk at(columns / 4); at.row < kRowPairs; at.advance()) {
-      const int r = y + 2 * at.row, c = x + 4 * at.column;
-      float a[4] = {0, 0, 0, 0}, b[4] = {0, 0, 0, 0};
-      const int64_t i = base + static_cast<int64_t>(r) * p.length + c;
-      const bool inside = c >= 0 && c < p.length;
-      if (inside && r < p.width) load_piece(i, a);
-      if (inside && r + 1 < p.width) load_piece(i + p.length, b);
-      const float v[8] = {a[0], b[0], a[1], b[1], a[2], b[2], a[3], b[3]};
-      put_shared<8>(reinterpret_cast<float*>(tile + at.row * p.pitch + 4 * at.column), v);
-    }
-  };
-  if (p.dtype == DType::kFloat32)
-    pieces([&](int64_t i, float (&v)[4]) { load<4>(static_cast<const float*>(tensor) + i, v); });
-  else
-    pieces([&](int64_t i, float (&v)[4]) { load4_any(p.dtype, tensor, i, v); });
-}
-
-// Here `length` is the image's width, `width` its height. grid: tiles of 2 kRowPairs rows and
-// `tile` columns. Dynamic shared memory: the taps of each step (rounded up to 4),
-// two tiles of kRowPairs * pitch pairs.
-template <int K>
-__global__ void __launch_bounds__(kStripThreads, 3)
-    conv_row_kernel(const void* __restrict__ x, const void* __restrict__ weight0,
-                    const void* __restrict__ bias0, const void* __restrict__ weight1,
-                    const void* __restrict__ bias1, void* __restrict__ y, const StripParams p) {
-  SDAN_DYNAMIC_SHARED(raw);
-  const bool two = p.steps == 2;
-  const StripStep &s0 = p.step[0], &s1 = p.step[1];
-  auto* taps = reinterpret_cast<float*>(raw);
-  float* taps1 = taps + round_up(s0.taps, 4);
-  auto* a = reinterpret_cast<float2*>(taps1 + (two ? round_up(s1.taps, 4) : 0));
-  float2* b = a + kRowPairs * p.pitch;
-  const int h1 = two ? strip_halo(s1) : 0, halo = strip_halo(s0) + h1;
-  const int tiles_y = (p.width + 2 * kRowPairs - 1) / (2 * kRowPairs);
-  const auto per_plane = static_cast<unsigned>(tiles_y * p.tiles);
-  const int64_t plane = blockIdx.x / per_plane, c = plane % p.channels;
-  const int in_plane = static_cast<int>(blockIdx.x % per_plane);
-  const int ty = in_plane / p.tiles * (2 * kRowPairs), tx = in_plane % p.tiles * p.tile;
-  const int64_t base = plane * p.length * p.width;
-  const int left = round_down(tx - halo, kRowAlign), shift = tx - halo - left;
   SDAN_UNROLL
-  for (int i = 0; i < 2; ++i) {
-    if (i >= p.steps) break;
-    const StripStep& s = p.step[i];
-    for (int k = static_cast<int>(threadIdx.x); k < round_up(s.taps, 4);
-         k += static_cast<int>(blockDim.x))
-      (i ? taps1 : taps)[k] = k < s.taps ? strip_tap(p, s, i ? weight1 : weight0, c, k) : 0.0f;
-  }
-  const int region = two ? p.rows : p.tile;
-  stage_pairs(x, base, a, p, ty, left, round_up(region + 2 * strip_halo(s0) + shift, kRowAlign));
-  // Of the first of two steps, what lies outside the image is zero.
-  int first = 0, end = region;
-  if (two) {
-    if (h1 > tx) first = h1 - tx;
-    if (p.length - tx + h1 < end) end = p.length - tx + h1;
-    const int outside = first + (p.tile + 2 * h1 > end ? p.tile + 2 * h1 - end : 0);
-    for (int i = static_cast<int>(threadIdx.x); i < outside * kRowPairs;
-         i += static_cast<int>(blockDim.x)) {
-      const int n = i / kRowPairs, column = n < first ? n : end + n - first;
-      float2 zero;
-      zero.x = 0, zero.y = 0;
-      b[i % kRowPairs * p.pitch + column] = zero;
-    }
-  }
-  __syncthreads();
-  const int columns = p.length - tx < p.tile ? p.length - tx : p.tile;
-  const float2 *in = a + shift, *result = b;
-  float2* to = b;
-  SDAN_UNROLL_BY(1)
-  for (int i = 0; i < p.steps; ++i) {
-    const void* biases = i ? bias1 : bias0;
-    const float bias = biases ? load_any(p.dtype, biases, c) : 0.0f;
-    const bool final = i == p.steps - 1;
-    row_step<K>(in, to, i ? taps1 : taps, i ? s1.taps : s0.taps, i ? s1.dilation : s0.dilation,
-                bias, p.pitch, final ? p.tile : region, final ? 0 : first, final ? columns : end);
-    __syncthreads();
-    result = to, in = b, to = a;
-  }
-  const int64_t corner = base + static_cast<int64_t>(ty) * p.length + tx;
-  for (Walk at(p.wide ? columns / 4 : columns); at.row < kRowPairs; at.advance()) {
-    const bool second = ty + 2 * at.row + 1 < p.width;
-    if (ty + 2 * at.row >= p.width) break;
-    const int64_t i = corner + static_cast<int64_t>(2 * at.row) * p.length;
-    const float2* from = result + at.row * p.pitch;
-    if (p.wide) {
-      float v[8];
-      get_shared<8>(reinterpret_cast<const float*>(from + 4 * at.column), v);
-      const float upper[4] = {v[0], v[2], v[4], v[6]}, lower[4] = {v[1], v[3], v[5], v[7]};
-      store4_any(p.dtype, y, i + 4 * at.column, upper);
-      if (second) store4_any(p.dtype, y, i + p.length + 4 * at.column, lower);
-    } else {
-      const float2 v = from[at.column];
-      store_any(p.dtype, y, i + at.column, v.x);
-      if (second) store_any(p.dtype, y, i + p.length + at.column, v.y);
-    }
+  for (int j = 0; j < R; ++j) {
+    if (j * d < left) put_shared<4>(reinterpret_cast<float*>(to), v[j]);
+    to += step;
   }
 }
 
 // ---- columns
 
-// 4 elements of one of the 16-bit types, in shared memory.
-__device__ __forceinline__ void unpack4(DType dtype, const uint16_t* p, float* v) {
-  const uint2 words = *reinterpret_cast<const uint2*>(p);
-  if (dtype == DType::kBFloat16) {
-    unpack2<bfloat16>(words.x, v[0], v[1]);
-    unpack2<bfloat16>(words.y, v[2], v[3]);
-  } else {
-    unpack2<float16>(words.x, v[0], v[1]);
-    unpack2<float16>(words.y, v[2], v[3]);
+// The bias field of V1 at a column: its bias times the sum of H2's taps that meet the row.
+template <typename T>
+__device__ __forceinline__ float edge_offset(const StripParams& p, const T* bias, const T* weight,
+                                             int64_t c, int column, int columns) {
+  float sum = 0;
+  int at = column - (p.edge_taps - 1) / 2 * p.edge_dilation;
+  const T* tap = weight + c * p.edge_taps;
+  SDAN_UNROLL_BY(4)
+  for (int k = 0; k < p.edge_taps; ++k) {
+    if (static_cast<unsigned>(at) < static_cast<unsigned>(columns)) sum += load_one(tap);
+    at += p.edge_dilation, ++tap;
   }
+  return load_one(bias + c) * sum;
 }
 
-// One step: the outputs of rows [0, p.rows) of a step, of which those in [live, live_end) are
-// wanted, from the window of the ring that begins at `head`. Calls done(first row, outputs, column)
-// for each group of kStripOutputs outputs, a dilation apart. `ring_floats`: where the ring ends.
-template <int K, bool Last, typename F>
-__device__ __forceinline__ void column_step(const float* ring, int head, int ring_floats,
-                                            const float* taps, const float* offsets,
-                                            const StripParams& p, int count, int d, int live,
-                                            int live_end, F&& done) {
-  constexpr int P = kStripOutputs;
-  const int pitch = p.tile, step = d * pitch, lanes = p.tile / 4;
-  const int column = static_cast<int>(threadIdx.x) % lanes * 4,
-            g = static_cast<int>(threadIdx.x) / lanes,
-            groups = static_cast<int>(blockDim.x) / lanes;
-  const int phase_step = groups % d, row_step = groups / d * (P * d) + phase_step;
-  int phase = g % d, row = g / d * (P * d) + phase;
-  while (row < p.rows) {
-    if (row < live_end && row + (P - 1) * d >= live) {
-      const float4 offset = *reinterpret_cast<const float4*>(offsets + column);
-      float acc[P][4];
+// A thread's outputs to y (times the gate, if there is one), d positions and `next` bytes apart;
+// `left` positions are in range.
+template <bool Wide, int R, typename T>
+__device__ __forceinline__ void store_columns(T* y, const T* gate, int64_t next, int d, int left,
+                                              int there, float (&v)[R][4]) {
+  if (gate) {
+    SDAN_UNROLL
+    for (int j = 0; j < R; ++j) {
+      float g[4];
+      load_quad<Wide>(gate, j * d < left ? there : 0, g);
       SDAN_UNROLL
-      for (int j = 0; j < P; ++j)
-        acc[j][0] = offset.x, acc[j][1] = offset.y, acc[j][2] = offset.z, acc[j][3] = offset.w;
-      int start = head + row * pitch;
-      if (start >= ring_floats) start -= ring_floats;
-      each_taps<K, Last ? 4 : 8>(count, [&](auto some, int k0) {
-        constexpr int N = decltype(some)::value;
-        float w[Last ? 1 : N + 3];
-        float4 each[Last ? N : 1];  // a tap of 4 channels
-        if constexpr (Last)
-          static_cast<void>(w);
-        else
-          get_taps<N>(taps + k0, w), static_cast<void>(each);
-        int at = start + column;
-        SDAN_UNROLL
-        for (int q = 0; q < P + N - 1; ++q) {
-          if constexpr (Last)
-            if (q < N)
-              each[q] = *reinterpret_cast<const float4*>(taps + (k0 + q) * (pitch + 4) + column);
-          const float4 v = *reinterpret_cast<const float4*>(ring + at);
-          at += step;
-          if (at >= ring_floats) at -= ring_floats;
-          SDAN_UNROLL
-          for (int j = 0; j < P; ++j) {
-            if (q - j < 0 || q - j >= N) continue;
-            if constexpr (Last) {
-              const float4 t = each[q - j];
-              acc[j][0] = fmaf(t.x, v.x, acc[j][0]);
-              acc[j][1] = fmaf(t.y, v.y, acc[j][1]);
-              acc[j][2] = fmaf(t.z, v.z, acc[j][2]);
-              acc[j][3] = fmaf(t.w, v.w, acc[j][3]);
-            } else {
-              const float t = w[q - j];
-              acc[j][0] = fmaf(t, v.x, acc[j][0]);
-              acc[j][1] = fmaf(t, v.y, acc[j][1]);
-              acc[j][2] = fmaf(t, v.z, acc[j][2]);
-              acc[j][3] = fmaf(t, v.w, acc[j][3]);
-            }
-          }
-        }
-        start += N * step;
-        if (start >= ring_floats) start -= ring_floats;
-      });
-      done(row, acc, column);
+      for (int e = 0; e < 4; ++e) v[j][e] *= g[e];
+      gate = bytes_on(gate, next);
     }
-    row += row_step, phase += phase_step;
-    if (phase >= d) phase -= d, row += (P - 1) * d;
   }
+  store_quads<Wide>(y, next, left, there, v, d);
 }
 
-// A step of the walk handles p.rows rows: step n loads the rows from (first output + halos + n
-// rows) on, turns what is there into as many results of the first convolution, and those into as
-// many outputs, so that step 0 ends with the block's first outputs; p.before says how many steps
-// come before it. The outputs go through shared memory, so that stores are wide and whole whatever
-// the dilation. grid: (plane, segment, stripe). Dynamic shared memory: for each convolution tile
-// floats and its taps (rounded up to 4; with Last taps * (tile + 4)); the rings; unless p.reuse,
-// rows * tile floats for the outputs; of 16-bit tensors, rows * tile elements for cp.async.
+// grid: (plane, segment, stripe). Dynamic shared memory: each convolution's taps, then for each a
+// quad of offsets for each of the stripe's, then the tiles.
 template <int K, bool Last>
-__global__ void __launch_bounds__(column_threads(Last), K ? 2 : 1)
+__global__ void __launch_bounds__(strip_threads(Last), Last ? 3 : 2)
     conv_column_kernel(const void* __restrict__ x, const void* __restrict__ weight0,
                        const void* __restrict__ bias0, const void* __restrict__ weight1,
                        const void* __restrict__ bias1, const void* __restrict__ edge_bias,
                        const void* __restrict__ edge_weight, const void* __restrict__ gate,
                        void* __restrict__ y, const StripParams p) {
-  constexpr int P = kStripOutputs;
   SDAN_DYNAMIC_SHARED(raw);
-  const int tile = p.tile, lanes = tile / 4;
-  const bool two = p.steps == 2, half = p.dtype != DType::kFloat32;
+  const int quads = static_cast<int>(blockDim.x), quad = static_cast<int>(threadIdx.x);
+  const int thread = static_cast<int>(threadIdx.y) * quads + quad,
+            threads = static_cast<int>(blockDim.y) * quads;
   const StripStep &s0 = p.step[0], &s1 = p.step[1];
-  const auto room = [&](const StripStep& s) {
-    return Last ? s.taps * (tile + 4) : round_up(s.taps, 4);
-  };
-  auto* offsets = reinterpret_cast<float*>(raw);  // [step][column]
-  float* taps = offsets + 2 * tile;
-  float* taps1 = taps + room(s0);
-  float* ring0 = taps1 + (two ? room(s1) : 0);
-  float* ring1 = ring0 + p.ring[0] * tile;
-  float* out = p.reuse ? ring0 : ring1 + p.ring[1] * tile;
-  auto* fetched = reinterpret_cast<uint16_t*>(ring1 + (p.ring[1] + (p.reuse ? 0 : p.rows)) * tile);
-  const int floats0 = p.ring[0] * tile, floats1 = p.ring[1] * tile;
-  const int h0 = strip_halo(s0), h1 = two ? strip_halo(s1) : 0;
-  const auto per_plane = static_cast<unsigned>(p.segments * p.tiles);
-  const int64_t plane = blockIdx.x / per_plane, base = plane * p.length * p.width;
-  const int in_plane = static_cast<int>(blockIdx.x % per_plane);
-  const int begin = in_plane / p.tiles * p.segment, x0 = in_plane % p.tiles * tile;
-  const int end = p.length - begin < p.segment ? p.length : begin + p.segment;
-  const int low = begin - h0 - h1 > 0 ? begin - h0 - h1 : 0;  // the rows that the block needs
-  const int high = p.length - end < h0 + h1 ? p.length : end + h0 + h1;
-  // Taps and biases; zeros for what the first steps read before any row is there.
+  auto* shared = reinterpret_cast<float*>(raw);
+  float *taps1 = shared + p.taps1, *offsets = shared + p.offsets;
+  auto *a = reinterpret_cast<float4*>(shared + p.tile[0]),
+       *b = reinterpret_cast<float4*>(shared + p.tile[1]);
+  const StripBlock block = strip_block(p, 4 * quads);
+  const int64_t base = block.plane * p.length * p.width + block.line;
+  const int columns = p.width - block.line < 4 * quads ? p.width - block.line : 4 * quads,
+            there = columns - 4 * quad;
+  const int n = block.end - block.begin;
   const auto channel = [&](int column) {
-    return Last ? static_cast<int64_t>((x0 + column) % p.channels) : plane % p.channels;
+    return Last ? (block.line + column) % p.channels : static_cast<int>(block.plane % p.channels);
   };
-  SDAN_UNROLL
-  for (int i = 0; i < 2; ++i) {
-    if (i >= p.steps) break;
-    const StripStep& s = p.step[i];
-    float* to = i ? taps1 : taps;
-    // With Last in the order of memory; the pitch of tile + 4 is for the banks.
-    const int count = Last ? s.taps * tile : round_up(s.taps, 4);
-    for (int n = static_cast<int>(threadIdx.x); n < count; n += static_cast<int>(blockDim.x)) {
-      const int k = Last ? n % s.taps : n, column = Last ? n / s.taps : 0;
-      to[Last ? k * (tile + 4) + column : k] =
-          k < s.taps && x0 + column < p.width
-              ? strip_tap(p, s, i ? weight1 : weight0, channel(column), k)
-              : 0.0f;
-    }
-    for (int column = static_cast<int>(threadIdx.x); column < tile;
-         column += static_cast<int>(blockDim.x)) {
-      float offset = 0;
-      if (x0 + column < p.width) {
-        const int64_t c = channel(column);
-        const void* bias = i ? bias1 : bias0;
-        if (bias) offset = load_any(p.dtype, bias, c);
-        if (i == 0 && edge_bias) {
-          const int at = Last ? (x0 + column) / p.channels : x0 + column,
-                    across = Last ? p.width / p.channels : p.width;
-          float sum = 0;
-          for (int k = 0; k < p.edge_taps; ++k) {
-            const int64_t to_the_side =
-                at + static_cast<int64_t>(k - (p.edge_taps - 1) / 2) * p.edge_dilation;
-            if (to_the_side >= 0 && to_the_side < across)
-              sum += load_any(p.dtype, edge_weight, c * p.edge_taps + k);
-          }
-          offset = fmaf(load_any(p.dtype, edge_bias, c), sum, offset);
+  const int low = block.middle > s0.halo ? block.middle - s0.halo : 0,
+            high = p.length - block.beyond > s0.halo ? block.beyond + s0.halo : p.length,
+            first = low - (block.middle - s0.halo), before = block.middle - block.begin + s1.halo;
+  with_element(p.dtype, [&](auto element) {
+    using T = decltype(element);
+    const T* from =
+        static_cast<const T*>(x) + base + static_cast<int64_t>(low) * p.width + 4 * quad;
+    if (p.wide)
+      stage_quads<true>(from, p.width, a + first * quads + quad, quads, high - low, there);
+    else
+      stage_quads<false>(from, p.width, a + first * quads + quad, quads, high - low, there);
+    SDAN_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      if (i >= p.steps) break;
+      const StripStep& s = p.step[i];
+      stage_taps<K, Last>(static_cast<const T*>(i ? weight1 : weight0), i ? taps1 : shared, s,
+                          p.flip, thread, threads, columns, channel);
+      const T* bias = static_cast<const T*>(i ? bias1 : bias0);
+      for (int column = thread; column < 4 * quads; column += threads) {
+        float offset = 0;
+        if (column < columns) {
+          const int c = channel(column), at = block.line + column;
+          if (bias) offset = load_one(bias + c);
+          if (i == 0 && edge_bias)
+            offset +=
+                edge_offset(p, static_cast<const T*>(edge_bias), static_cast<const T*>(edge_weight),
+                            c, Last ? at / p.channels : at, Last ? p.width / p.channels : p.width);
         }
+        offsets[i * 4 * quads + column] = offset;
       }
-      offsets[i * tile + column] = offset;
     }
-  }
-  for (int i = static_cast<int>(threadIdx.x); i < (floats0 + floats1) / 4;
-       i += static_cast<int>(blockDim.x)) {
-    const float zeros[4] = {0, 0, 0, 0};
-    put_shared<4>(ring0 + 4 * i, zeros);
-  }
+  });
+  clear_around(a, p.positions[0], first, first + high - low);
+  if (p.steps == 2) clear_around(b, p.positions[1], before, before + block.beyond - block.middle);
   __syncthreads();
-
-  // The rows of step n to the ring's rows from `slot` on, in floats: fetch() starts, arrive()
-  // ends.
-  const int per = half && p.wide ? p.wide : 4;
-  const auto fetch = [&](int row0, int slot) {
-    if (!p.wide) return;
-    for (Walk at(tile / per); at.row < p.rows; at.advance()) {
-      const int r = row0 + at.row, c = x0 + at.column * per;
-      const bool inside = r >= low && r < high && c < p.width;
-      const int64_t from = inside ? base + static_cast<int64_t>(r) * p.width + c : 0;
-      if (!half) {
-        int to = slot + at.row * tile;
-        if (to >= floats0) to -= floats0;
-        cp_async<16>(ring0 + to + 4 * at.column, static_cast<const float*>(x) + from,
-                     inside ? 16 : 0);
-      } else {
-        uint16_t* to = fetched + at.row * tile + at.column * per;
-        const uint16_t* source = static_cast<const uint16_t*>(x) + from;
-        if (per == 8)
-          cp_async<16>(to, source, inside ? 16 : 0);
+  float4* out = p.steps == 2 ? a : b;
+  const int64_t corner = base + static_cast<int64_t>(block.begin) * p.width + 4 * quad;
+  SDAN_UNROLL_BY(1)
+  for (int i = 0; i < p.steps; ++i) {
+    const bool last_one = i == p.steps - 1;
+    const int d = i ? s1.dilation : s0.dilation,
+              outputs = last_one ? n : block.beyond - block.middle;
+    strip_step<K, Last>(
+        i ? b : a, i ? taps1 : shared, reinterpret_cast<const float4*>(offsets)[i * quads + quad],
+        i ? s1.taps : s0.taps, d, outputs, [&](int at, float (&v)[strip_outputs(Last)][4]) {
+          const int left = outputs - at;
+          if (!last_one || (Last && p.restage))
+            return put_outputs((last_one ? out + at * quads : b + (before + at) * quads) + quad, d,
+                               left, v);
+          with_element(p.dtype, [&](auto element) {
+            using T = decltype(element);
+            const int64_t i = corner + static_cast<int64_t>(at) * p.width,
+                          next = int64_t{d} * p.width * static_cast<int>(sizeof(T));
+            T* to = static_cast<T*>(y) + i;
+            const T* u = gate ? static_cast<const T*>(gate) + i : nullptr;
+            if (p.wide)
+              store_columns<true>(to, u, next, d, left, there, v);
+            else
+              store_columns<false>(to, u, next, d, left, there, v);
+          });
+        });
+    __syncthreads();
+  }
+  if constexpr (Last) {
+    if (!p.restage) return;
+    with_element(p.dtype, [&](auto element) {
+      using T = decltype(element);
+      SDAN_UNROLL_BY(1)
+      for (int at = static_cast<int>(threadIdx.y); at < n; at += static_cast<int>(blockDim.y)) {
+        const float4 q = out[at * quads + quad];
+        float v[1][4] = {{q.x, q.y, q.z, q.w}};
+        const int64_t i = corner + static_cast<int64_t>(at) * p.width;
+        T* to = static_cast<T*>(y) + i;
+        const T* u = gate ? static_cast<const T*>(gate) + i : nullptr;
+        if (p.wide)
+          store_columns<true>(to, u, 0, 0, 1, there, v);
         else
-          cp_async<8>(to, source, inside ? 8 : 0);
+          store_columns<false>(to, u, 0, 0, 1, there, v);
       }
-    }
-    cp_async_commit();
-  };
-  const auto arrive = [&](int row0, int slot) {
-    if (p.wide) cp_async_wait<0>();
-    if (p.wide && !half) return;
-    if (!p.wide) {
-      for (Walk at(tile); at.row < p.rows; at.advance()) {
-        int to = slot + at.row * tile;
-        if (to >= floats0) to -= floats0;
-        const int r = row0 + at.row, c = x0 + at.column;
-        ring0[to + at.column] =
-            r >= low && r < high && c < p.width
-                ? load_any(p.dtype, x, base + static_cast<int64_t>(r) * p.width + c)
-                : 0.0f;
-      }
-      return;
-    }
-    // 16-bit: every thread converts what it fetched itself.
-    for (Walk at(tile / per); at.row < p.rows; at.advance()) {
-      int to = slot + at.row * tile;
-      if (to >= floats0) to -= floats0;
-      to += at.column * per;
-      const uint16_t* from = fetched + at.row * tile + at.column * per;
-      if (per == 8) {
-        float v[8];
-        unpack4(p.dtype, from, v);
-        unpack4(p.dtype, from + 4, v + 4);
-        put_shared<8>(ring0 + to, v);
-      } else {
-        float v[4];
-        unpack4(p.dtype, from, v);
-        put_shared<4>(ring0 + to, v);
-      }
-    }
-  };
+    });
+  }
+}
 
-  int head0 = 0, head1 = 0;  // where the windows of the two convolutions begin
-  const auto forward = [&](int head, int rows, int floats) {
-    const int to = head + rows * tile;
-    return to >= floats ? to - floats : to;
-  };
-  const int ahead = begin + h0 + h1;  // the first row that step 0 loads
-  if (p.ahead) fetch(ahead - p.before[0] * p.rows, forward(0, 2 * h0, floats0));
-  for (int n = -p.before[0], first = begin + n * p.rows; first < end; ++n, first += p.rows) {
-    // Outputs of this step: rows [first, first + rows), if first >= begin.
-    if (!p.ahead) {
-      __syncthreads();
-      fetch(first + h0 + h1, forward(head0, 2 * h0, floats0));
-    }
-    arrive(first + h0 + h1, forward(head0, 2 * h0, floats0));
-    __syncthreads();
-    if (p.ahead && first + p.rows < end) {
-      const int next = forward(head0, p.rows, floats0);
-      fetch(first + p.rows + h0 + h1, forward(next, 2 * h0, floats0));
-    }
-    if (two && n >= -p.before[1]) {
-      const int row0 = first + h1, slot = forward(head1, 2 * h1, floats1);  // in image, in ring
-      column_step<K, Last>(ring0, head0, floats0, taps, offsets, p, s0.taps, s0.dilation,
-                           (begin > h1 ? begin - h1 : 0) - row0,
-                           (p.length - end < h1 ? p.length : end + h1) - row0,
-                           [&](int row, float (&v)[P][4], int column) {
-                             int to = slot + row * tile, r = row0 + row;
-                             SDAN_UNROLL
-                             for (int j = 0; j < P; ++j) {
-                               if (to >= floats1) to -= floats1;
-                               if (static_cast<unsigned>(r) < static_cast<unsigned>(p.length))
-                                 put_shared<4>(ring1 + to + column, v[j]);
-                               to += s0.dilation * tile, r += s0.dilation;
-                             }
-                           });
-      // The ring turns: where rows outside of the image come, others were.
-      if (row0 + p.rows > p.length) {
-        for (Walk at(lanes); at.row < p.rows; at.advance()) {
-          if (row0 + at.row < p.length) continue;
-          const float zeros[4] = {0, 0, 0, 0};
-          put_shared<4>(ring1 + forward(slot, at.row, floats1) + 4 * at.column, zeros);
-        }
-      }
-      __syncthreads();
-    }
-    if (n >= 0) {
-      const int d = two ? s1.dilation : s0.dilation;
-      column_step<K, Last>(two ? ring1 : ring0, two ? head1 : head0, two ? floats1 : floats0,
-                           two ? taps1 : taps, offsets + (two ? tile : 0), p,
-                           two ? s1.taps : s0.taps, d, 0, end - first,
-                           [&](int row, float (&v)[P][4], int column) {
-                             float* to = out + row * tile + column;
-                             SDAN_UNROLL
-                             for (int j = 0; j < P; ++j) {
-                               put_shared<4>(to, v[j]);
-                               to += d * tile;
-                             }
-                           });
-    }
-    head0 = forward(head0, p.rows, floats0);
-    if (n >= -p.before[1]) head1 = forward(head1, p.rows, floats1);
-    if (n < 0) continue;
-    __syncthreads();
-    for (Walk at(p.wide ? lanes : tile); at.row < p.rows; at.advance()) {
-      const int column = p.wide ? 4 * at.column : at.column;
-      if (first + at.row >= end || x0 + column >= p.width) continue;
-      const int64_t i = base + static_cast<int64_t>(first + at.row) * p.width + x0 + column;
-      const float* from = out + at.row * tile + column;
-      if (p.wide) {
-        float v[4];
-        get_shared<4>(from, v);
-        if (gate) {
-          float u[4];
-          load4_any(p.dtype, gate, i, u);
-          SDAN_UNROLL
-          for (int e = 0; e < 4; ++e) v[e] *= u[e];
-        }
-        store4_any(p.dtype, y, i, v);
-      } else {
-        store_any(p.dtype, y, i, gate ? *from * load_any(p.dtype, gate, i) : *from);
-      }
+// ---- rows
+
+// A thread stages four columns of a quad of rows, one by one, and so do its neighbours, which are
+// four columns apart: they would meet at the same banks if all began with the first. `Turn` says in
+// which order a thread takes them: element i ^ turn is the i-th.
+struct Turn {
+  int turn;         // below 4; of 8 quads, which are all the banks, 0
+  uint32_t halves;  // that swaps a word's halves or does not: a selector of byte_permutation
+  __device__ __forceinline__ Turn(int group, int quads)
+      : turn(group & (8 / quads - 1)), halves(turn & 1 ? 0x1032 : 0x3210) {}
+
+  __device__ __forceinline__ void operator()(float (&v)[4]) const {
+    float u[4];
+    SDAN_UNROLL
+    for (int i = 0; i < 4; ++i) u[i] = turn & 1 ? v[i ^ 1] : v[i];
+    SDAN_UNROLL
+    for (int i = 0; i < 4; ++i) v[i] = turn & 2 ? u[i ^ 2] : u[i];
+  }
+  __device__ __forceinline__ void operator()(Words<8>& r) const {
+    const uint32_t a = byte_permutation(r.w[0], halves), b = byte_permutation(r.w[1], halves);
+    r.w[0] = turn & 2 ? b : a, r.w[1] = turn & 2 ? a : b;
+  }
+
+  // As load_quad and store_quad, with elements in this thread's order.
+  template <bool Wide, typename T>
+  __device__ __forceinline__ void load(const T* p, int there, float (&v)[4]) const {
+    if constexpr (Wide && is_16bit<T>) {
+      Words<8> r = {};
+      if (there > 0) r = load_words<8>(p);
+      (*this)(r);
+      unpack2<T>(r.w[0], v[0], v[1]);
+      unpack2<T>(r.w[1], v[2], v[3]);
+    } else {
+      load_quad<Wide>(p, there, v);
+      (*this)(v);
     }
   }
+  template <bool Wide, typename T>
+  __device__ __forceinline__ void store(T* p, int there, float (&v)[4]) const {
+    if constexpr (Wide && is_16bit<T>) {
+      Words<8> r{{pack2<T>(v[0], v[1]), pack2<T>(v[2], v[3])}};
+      (*this)(r);
+      if (there > 0) store_words<8>(p, r);
+    } else {
+      (*this)(v);
+      store_quad<Wide>(p, there, v);
+    }
+  }
+};
+
+// Columns from `left`, a multiple of kRowAlign, to the whole tile; zeros outside [0, high) and
+// beyond the `there` rows that the image has. `row`: the first of the thread's four, from column 0.
+template <bool Wide, typename T>
+__device__ __forceinline__ void stage_rows(const T* row, int length, float4* tile, int left,
+                                           int groups, int high, int there) {
+  const int quads = static_cast<int>(blockDim.x);
+  const int64_t next = int64_t{length} * static_cast<int>(sizeof(T));
+  SDAN_UNROLL_BY(2)
+  for (int g = static_cast<int>(threadIdx.y); g < groups; g += static_cast<int>(blockDim.y)) {
+    const int column = left + 4 * g, inside = column >= 0 ? high - column : 0;
+    const Turn turn(g, quads);
+    float v[4][4];
+    const T* from = row + column;
+    SDAN_UNROLL
+    for (int r = 0; r < 4; ++r) {
+      turn.load<Wide>(from, r < there ? inside : 0, v[r]);
+      from = bytes_on(from, next);
+    }
+    float4* to = tile + 4 * g * quads;
+    SDAN_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const float rows[4] = {v[0][i], v[1][i], v[2][i], v[3][i]};
+      put_shared<4>(reinterpret_cast<float*>(to + (i ^ turn.turn) * quads), rows);
+    }
+  }
+}
+
+// Columns [0, n) of the thread's four rows, `there` of which the image has, from a tile. `row`: the
+// first of them, from the first column.
+template <bool Wide, typename T>
+__device__ __forceinline__ void store_rows(const float4* tile, int n, T* row, int length,
+                                           int there) {
+  const int quads = static_cast<int>(blockDim.x);
+  const int64_t next = int64_t{length} * static_cast<int>(sizeof(T));
+  SDAN_UNROLL_BY(1)
+  for (int g = static_cast<int>(threadIdx.y); 4 * g < n; g += static_cast<int>(blockDim.y)) {
+    const Turn turn(g, quads);
+    float v[4][4];
+    const float4* from = tile + 4 * g * quads;
+    SDAN_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const int column = i ^ turn.turn;
+      float4 rows = {};
+      if (Wide || 4 * g + column < n) rows = from[column * quads];
+      v[0][i] = rows.x, v[1][i] = rows.y, v[2][i] = rows.z, v[3][i] = rows.w;
+    }
+    T* to = row + 4 * g;
+    SDAN_UNROLL
+    for (int r = 0; r < 4; ++r) {
+      turn.store<Wide>(to, r < there ? n - 4 * g : 0, v[r]);
+      to = bytes_on(to, next);
+    }
+  }
+}
+
+// Here `length` is the image's width, `width` its height. grid: (plane, segment, stripe). Dynamic
+// shared memory: each convolution's taps, two tiles.
+template <int K>
+__global__ void __launch_bounds__(strip_threads(false), 2)
+    conv_row_kernel(const void* __restrict__ x, const void* __restrict__ weight0,
+                    const void* __restrict__ bias0, const void* __restrict__ weight1,
+                    const void* __restrict__ bias1, void* __restrict__ y, const StripParams p) {
+  SDAN_DYNAMIC_SHARED(raw);
+  const int quads = static_cast<int>(blockDim.x), quad = static_cast<int>(threadIdx.x);
+  const int thread = static_cast<int>(threadIdx.y) * quads + quad,
+            threads = static_cast<int>(blockDim.y) * quads;
+  const StripStep &s0 = p.step[0], &s1 = p.step[1];
+  auto* shared = reinterpret_cast<float*>(raw);
+  float* taps1 = shared + p.taps1;
+  auto *a = reinterpret_cast<float4*>(shared + p.tile[0]),
+       *b = reinterpret_cast<float4*>(shared + p.tile[1]);
+  const StripBlock block = strip_block(p, 4 * quads);
+  const int c = static_cast<int>(block.plane % p.channels);
+  const int row = block.line + 4 * quad, there = p.width - row;
+  const int64_t base = block.plane * p.length * p.width + static_cast<int64_t>(row) * p.length;
+  const int n = block.end - block.begin, before = block.middle - block.begin + s1.halo;
+  const int left = round_down(block.middle - s0.halo, kRowAlign),
+            shift = block.middle - s0.halo - left;
+  const int high = p.length - block.beyond > s0.halo ? block.beyond + s0.halo : p.length;
+  with_element(p.dtype, [&](auto element) {
+    using T = decltype(element);
+    const T* from = static_cast<const T*>(x) + base;
+    if (p.wide)
+      stage_rows<true>(from, p.length, a + quad, left, p.positions[0] / 4, high, there);
+    else
+      stage_rows<false>(from, p.length, a + quad, left, p.positions[0] / 4, high, there);
+    SDAN_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      if (i >= p.steps) break;
+      stage_taps<K, false>(static_cast<const T*>(i ? weight1 : weight0), i ? taps1 : shared,
+                           p.step[i], p.flip, thread, threads, 1, [&](int) { return c; });
+    }
+  });
+  if (p.steps == 2) clear_around(b, p.positions[1], before, before + block.beyond - block.middle);
+  __syncthreads();
+  const auto offset = [&](const void* bias) {
+    float4 q;
+    q.x = bias ? load_any(p.dtype, bias, c) : 0.0f;
+    q.y = q.x, q.z = q.x, q.w = q.x;
+    return q;
+  };
+  const float4* in = a + shift * quads;
+  float4* out = b;
+  SDAN_UNROLL_BY(1)
+  for (int i = 0; i < p.steps; ++i) {
+    const bool last_one = i == p.steps - 1;
+    const int d = i ? s1.dilation : s0.dilation,
+              outputs = last_one ? n : block.beyond - block.middle, first = last_one ? 0 : before;
+    strip_step<K, false>(in, i ? taps1 : shared, offset(i ? bias1 : bias0), i ? s1.taps : s0.taps,
+                         d, outputs, [&](int at, float (&v)[strip_outputs(false)][4]) {
+                           put_outputs(out + (first + at) * quads + quad, d, outputs - at, v);
+                         });
+    __syncthreads();
+    in = b, out = i == p.steps - 2 ? a : out;
+  }
+  with_element(p.dtype, [&](auto element) {
+    using T = decltype(element);
+    T* to = static_cast<T*>(y) + base + block.begin;
+    if (p.wide)
+      store_rows<true>(out + quad, n, to, p.length, there);
+    else
+      store_rows<false>(out + quad, n, to, p.length, there);
+  });
 }
 
 }  // namespace sdan_fast::cuda

@@ -1,14 +1,12 @@
 // How a pass of one or two strips is cut into blocks. Plain arithmetic, the same for GPU and host.
 #pragma once
 
-#include <numeric>
+#include <initializer_list>
 
 #include "conv_plan.h"
 #include "strip_conv_chain.cuh"
 
 namespace sdan_fast::cuda {
-
-constexpr int64_t kManyThreads = 67584;  // 512 for each SM of a large GPU
 
 struct StripPlan {
   bool fits = false;
@@ -36,131 +34,125 @@ inline StripParams strip_params(DType dtype, const StripPass& s) {
     to.taps =
         static_cast<int32_t>(std::min<int64_t>(from.taps, 2 * ((axis - 1) / from.dilation) + 1));
     to.dilation = to.taps == 1 ? 1 : from.dilation;
+    to.halo = (to.taps - 1) / 2 * to.dilation;
   }
   return p;
 }
 
-// Whether all rows of a tensor of rows of `row` elements begin at a multiple of `elements`.
-inline bool strip_aligned(DType dtype, const StripPass& s, int64_t row, int elements) {
-  const size_t bytes = (dtype == DType::kFloat32 ? 4u : 2u) * static_cast<size_t>(elements);
-  return row % elements == 0 && aligned(s.x, bytes) && aligned(s.y, bytes) &&
-         aligned(s.gate, bytes);
+// Whether all rows of tensors of rows of `row` elements begin at a multiple of 4 of them.
+inline bool strip_aligned(DType dtype, const StripPass& s, int64_t row) {
+  const size_t bytes = dtype == DType::kFloat32 ? 16 : 8;
+  return row % 4 == 0 && aligned(s.x, bytes) && aligned(s.y, bytes) && aligned(s.gate, bytes);
 }
 
-// conv_row: 8 rows, the whole width if there is room.
-inline StripPlan plan_row(DType dtype, const StripPass& s) {
-  StripPlan plan;
-  StripParams& p = plan.p = strip_params(dtype, s);
-  p.planes = s.n * s.c;
-  p.length = static_cast<int32_t>(s.w), p.width = static_cast<int32_t>(s.h);
-  p.wide = strip_aligned(dtype, s, s.w, 4) ? 4 : 0;
-  const StripStep &first = p.step[0], &last = p.step[s.steps - 1];
-  const int64_t unit = int64_t{kRowOutputs} * last.dilation, h0 = (first.taps - 1) / 2,
-                h1 = s.steps == 2 ? (last.taps - 1) / 2 * last.dilation : 0;
-  const auto shared_bytes = [&](int64_t tile) {
-    const int64_t region =
-        s.steps == 2 ? round_up64(tile + 2 * h1, int64_t{kRowOutputs} * first.dilation) : tile;
-    // The first column is rounded down to a multiple of kRowAlign.
-    const int64_t staged = region + 2 * h0 * first.dilation + kRowAlign - 1;
-    const int64_t pitch = round_up64(staged, kRowAlign) + 4;  // 4 modulo 16, for the banks
-    int64_t taps = 0;
-    for (int i = 0; i < s.steps; ++i) taps += round_up64(p.step[i].taps, 4);
-    p.tile = static_cast<int32_t>(tile), p.rows = static_cast<int32_t>(region);
-    p.pitch = static_cast<int32_t>(pitch);
-    return 4 * taps + 2 * kRowPairs * pitch * 8;
+// Groups of outputs of the i-th convolution at n positions: a thread's, with those out of range.
+inline int64_t strip_groups(const StripParams& p, int64_t n, int i, bool last) {
+  return ceil_div(n, int64_t{strip_outputs(last)} * p.step[i].dilation) * p.step[i].dilation;
+}
+
+// Sets what follows from the outputs of a block along the axis; returns the bytes of shared memory.
+inline int64_t set_segment(StripParams& p, int64_t segment, int64_t quads, bool row, bool last) {
+  const int two = p.steps - 1;
+  const int64_t h1 = p.step[1].halo, n = std::min<int64_t>(p.length, segment + 2 * h1);
+  int64_t staged = strip_outputs(last) * strip_groups(p, n, 0, last) + 2 * p.step[0].halo;
+  if (row) staged = round_up64(staged + kRowAlign - 1, 4);
+  const int64_t second = two ? strip_outputs(last) * strip_groups(p, segment, 1, last) + 2 * h1
+                         : row || p.restage ? segment  // the outputs
+                                            : 0;
+  const auto taps = [&](int i) {
+    return last ? p.step[i].taps * 4 * (quads | 1) : round_up64(p.step[i].taps, 4);
   };
-  int64_t tile = round_up64(s.w, unit), bytes = 0;
-  const int64_t aligned_unit = std::lcm(unit, int64_t{4});
-  plan.fits = tile <= 512 && (bytes = shared_bytes(tile)) <= kSharedGoal;
-  for (int64_t wide = 448; !plan.fits && wide >= 1; wide /= 2) {
-    tile = aligned_unit * std::max<int64_t>(1, wide / aligned_unit);
-    plan.fits = (bytes = shared_bytes(tile)) <= (tile == aligned_unit ? kSharedMost : kSharedGoal);
-    if (tile == aligned_unit) break;
+  p.segment = static_cast<int32_t>(segment);
+  p.segments = static_cast<int32_t>(ceil_div(p.length, segment));
+  p.positions[0] = static_cast<int32_t>(staged), p.positions[1] = static_cast<int32_t>(second);
+  const int64_t taps1 = taps(0), offsets = taps1 + (two ? taps(1) : 0),
+                tile = offsets + (row ? 0 : p.steps * 4 * quads), next = tile + staged * 4 * quads;
+  p.taps1 = static_cast<int32_t>(taps1), p.offsets = static_cast<int32_t>(offsets);
+  p.tile[0] = static_cast<int32_t>(tile), p.tile[1] = static_cast<int32_t>(next);
+  return 4 * (next + second * 4 * quads);
+}
+
+// Blocks of `quads` quads of lines and of as long segments as there is room for; of shorter ones if
+// the GPU would be idle otherwise and their halos are no more than 15 % of them.
+inline StripPlan plan_tiles(StripParams p, int64_t quads, bool row, bool last) {
+  StripPlan plan;
+  const int64_t length = p.length, unit = kRowAlign;
+  const auto cut = [&](int64_t segments) {
+    return segments == 1 ? length : round_up64(ceil_div(length, segments), unit);
+  };
+  const int64_t most = ceil_div(length, unit), halos = 2 * (p.step[0].halo + p.step[1].halo);
+  int64_t segments = 0;
+  for (const int64_t limit : {kSharedGoal, kSharedMost}) {
+    if (set_segment(p, cut(most), quads, row, last) > limit) {
+      segments = most + 1;
+      continue;
+    }
+    for (segments = 1; set_segment(p, cut(segments), quads, row, last) > limit;) ++segments;
+    // Halos of more than a half of a segment cost more than the occupancy.
+    if (segments == 1 || cut(segments) >= 2 * halos) break;
   }
-  if (!plan.fits) return plan;
-  p.tiles = static_cast<int32_t>(ceil_div(s.w, tile));
-  const int64_t items = std::max(p.rows, p.tile) / kRowOutputs * kRowPairs;
-  plan.config.block =
-      dim3(whole_warps(ceil_div(items, ceil_div(items, kStripThreads)), kStripThreads));
-  plan.config.shared_bytes = static_cast<size_t>(bytes);
-  set_grid(plan, p.planes * ceil_div(s.h, 2 * kRowPairs) * p.tiles);
+  if (segments > most) return plan;
+  p.stripes = static_cast<int32_t>(ceil_div(p.width, 4 * quads));
+  segments = std::max(segments, std::min(ceil_div(2 * kSms, p.planes * p.stripes),
+                                         length / std::max<int64_t>(1, 7 * halos)));
+  plan.config.shared_bytes = static_cast<size_t>(set_segment(p, cut(segments), quads, row, last));
+  // About two groups of outputs a thread: what it takes to get there is an eighth of all then.
+  const int64_t n = std::min<int64_t>(length, p.segment + 2 * p.step[1].halo);
+  const int64_t items =
+      quads * std::max(strip_groups(p, n, 0, last), strip_groups(p, p.segment, p.steps - 1, last));
+  const int64_t threads = std::clamp<int64_t>((items + 32) / 64 * 32, 32, strip_threads(last));
+  plan.config.block = dim3(static_cast<unsigned>(quads), static_cast<unsigned>(threads / quads));
+  set_grid(plan, p.planes * p.segments * p.stripes);
+  plan.p = p;
   return plan;
 }
 
-// conv_column: what a step of the walk takes of shared memory.
-inline int64_t column_bytes(const StripParams& p, bool last) {
-  const int64_t tile = p.tile;
-  int64_t floats = 2 * tile + (p.reuse ? 0 : p.rows * tile);
-  for (int i = 0; i < p.steps; ++i)
-    floats +=
-        p.ring[i] * tile + (last ? p.step[i].taps * (tile + 4) : round_up64(p.step[i].taps, 4));
-  return 4 * floats + (p.dtype == DType::kFloat32 ? 0 : 2 * p.rows * tile);
+// What the SM of a large GPU with the most blocks has to do, in outputs of a quad; a thread's way
+// there counts as two of them.
+inline int64_t strip_cost(const StripPlan& plan) {
+  const int64_t quads = plan.config.block.x, threads = quads * plan.config.block.y;
+  return ceil_div(plan.config.grid.x, kSms) * (plan.p.segment * quads + 2 * threads);
 }
 
-// Sets the rows of a step and all that follows from them; returns the bytes of shared memory.
-inline int64_t set_rows(StripParams& p, bool last, int64_t rows, bool ahead) {
-  const auto halo = [&](int i) { return (p.step[i].taps - 1) / 2 * p.step[i].dilation; };
-  const int64_t h0 = halo(0), h1 = p.steps == 2 ? halo(1) : 0;
-  p.rows = static_cast<int32_t>(rows), p.ahead = ahead;
-  p.reuse = p.steps == 2 && rows >= p.length;
-  p.ring[0] = static_cast<int32_t>(2 * h0 + rows * (ahead ? 2 : 1));
-  p.ring[1] = static_cast<int32_t>(p.steps == 2 ? 2 * h1 + rows : 0);
-  p.before[0] = static_cast<int32_t>(ceil_div(2 * (h0 + h1), rows));
-  p.before[1] = static_cast<int32_t>(ceil_div(2 * h1, rows));
-  return column_bytes(p, last);
+// The plan of least cost among stripes of these numbers of quads; of equal ones the first.
+inline StripPlan best_tiles(const StripParams& p, std::initializer_list<int64_t> quads, bool row,
+                            bool last) {
+  StripPlan best;
+  for (const int64_t some : quads) {
+    const StripPlan plan = plan_tiles(p, some, row, last);
+    if (plan.fits && (!best.fits || strip_cost(plan) < strip_cost(best))) best = plan;
+  }
+  return best;
 }
 
-// Stripes of 32 columns, or of all the channels; in one step if the image is small enough, else in
-// steps of as many rows as keep a GPU busy, the next ones fetched ahead.
+// conv_row: 8, 16 or 32 rows, the whole width if there is room.
+inline StripPlan plan_row(DType dtype, const StripPass& s) {
+  StripParams p = strip_params(dtype, s);
+  p.planes = s.n * s.c;
+  p.length = static_cast<int32_t>(s.w), p.width = static_cast<int32_t>(s.h);
+  p.wide = strip_aligned(dtype, s, s.w);
+  return best_tiles(p, {8, 4, 2}, true, false);
+}
+
+// conv_column: stripes of 32 or 16 columns, of 8 where there is no room for more, and of all where
+// they are few: a pixel's channels are no whole sectors, but a row of pixels is.
 inline StripPlan plan_column(DType dtype, const StripPass& s) {
-  StripPlan plan;
-  StripParams& p = plan.p = strip_params(dtype, s);
+  StripParams p = strip_params(dtype, s);
   const bool last = s.channels_last;
   p.planes = !last ? s.n * s.c : s.vertical ? s.n : s.n * s.h;
   const int64_t length = s.vertical ? s.h : s.w, width = !last ? s.w : s.vertical ? s.w * s.c : s.c;
-  if (width > kMostBlocks) return plan;
+  if (width > kMostBlocks) return StripPlan{};
   p.length = static_cast<int32_t>(length), p.width = static_cast<int32_t>(width);
-  p.wide = dtype != DType::kFloat32 && strip_aligned(dtype, s, width, 8) ? 8
-           : strip_aligned(dtype, s, width, 4)                           ? 4
-                                                                         : 0;
-  int64_t unit = p.step[0].dilation;
-  if (s.steps == 2) unit = std::lcm(unit, int64_t{p.step[1].dilation});
-  unit *= kStripOutputs;
-  if (unit > (1 << 24)) return plan;  // far more rows than there is room for
-  const int64_t whole = round_up64(length, unit);
-  int64_t tile = 32;
-  if (width <= 64)
-    for (tile = 8; tile < width;) tile *= 2;
-  int64_t bytes = 0;
-  const int64_t threads = column_threads(last);
-  for (; tile >= 8 && !plan.fits; tile /= 2) {
-    p.tile = static_cast<int32_t>(tile);
-    const int64_t lanes = tile / 4, stripes = ceil_div(width, tile);
-    const int64_t items = std::clamp<int64_t>(kManyThreads / (p.planes * stripes), 64, threads);
-    const int64_t most = std::min(whole, round_up64(ceil_div(items, lanes) * kStripOutputs, unit));
-    const auto try_rows = [&](int64_t rows, bool ahead) {
-      plan.fits = (bytes = set_rows(p, last, rows, ahead)) <= kSharedMost;
-    };
-    if (most == whole) try_rows(whole, false);
-    for (const bool ahead : {true, false})
-      for (int64_t rows = most; rows >= unit && !plan.fits; rows -= unit) try_rows(rows, ahead);
-  }
-  if (!plan.fits) return plan;
-  const int64_t lanes = p.tile / 4;
-  p.tiles = static_cast<int32_t>(ceil_div(width, p.tile));
-  // Few stripes are cut along the axis as well, unless their halos would be more than 15 % of them.
-  int64_t halos = 0;
-  for (int i = 0; i < s.steps; ++i) halos += (p.step[i].taps - 1) * p.step[i].dilation;
-  const int64_t least = std::max<int64_t>(p.rows, halos * 7);
-  const int64_t cuts = std::clamp<int64_t>(ceil_div(kManyBlocks / 4, p.planes * p.tiles), 1,
-                                           std::max<int64_t>(1, length / least));
-  p.segment = static_cast<int32_t>(round_up64(ceil_div(length, cuts), p.rows));
-  p.segments = static_cast<int32_t>(ceil_div(length, p.segment));
-  const int64_t items = p.rows / kStripOutputs * lanes;
-  plan.config.block = dim3(whole_warps(ceil_div(items, ceil_div(items, threads)), threads));
-  plan.config.shared_bytes = static_cast<size_t>(bytes);
-  set_grid(plan, p.planes * p.segments * p.tiles);
-  return plan;
+  p.wide = strip_aligned(dtype, s, width);
+  // Threads with neighbouring lines write whole sectors, unless the lines are few and the next
+  // thread's are nine pixels away.
+  p.restage = last && !s.vertical && p.step[p.steps - 1].dilation == 1;
+  StripPlan plan;
+  const int64_t all = last ? ceil_div(width, 4) : round_up64(ceil_div(width, 4), 2);
+  if (all <= 16) plan = plan_tiles(p, all, false, last);
+  if (plan.fits && (all < 8 || (last && !s.vertical))) return plan;
+  plan = best_tiles(p, {8, 4}, false, last);
+  return plan.fits ? plan : plan_tiles(p, 2, false, last);
 }
 
 inline StripPlan plan_strips(DType dtype, const StripPass& s) {

@@ -72,7 +72,7 @@ def test_images_smaller_than_the_kernels(shape, layout):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_long_images_take_several_tiles_and_steps(dtype):
-    """Wide: tiles in a row. Tall: the rings turn. Both: blocks begin in the middle of the image."""
+    """Lines that shared memory does not hold are cut, so that blocks begin in the middle of the image."""
     run((1, 1, 3, 1100), PAIR, dtype, grad=False)
     run((1, 1, 900, 12), PAIR, dtype, grad=False)
     run((1, 12, 3, 900), PAIR, dtype, "channels_last", grad=False)

@@ -14,14 +14,12 @@ from sdan_fast.ops._op import OPS
 pytestmark = pytest.mark.skipif(nvcc() is None, reason="no nvcc")
 CONV = OPS["depthwise_conv2d"]
 DTYPE = {torch.float32: (0, "float"), torch.bfloat16: (1, "bfloat16"), torch.float16: (2, "float16")}
-ANY = "const void*, const void*, const void*, void*, const ConvParams"
 GRAD = "const void*, const void*, float*, const ConvParams, int"
 
 
 @pytest.fixture(scope="module")
 def text():
-    instances = [f"void conv_square_kernel<{k}>({ANY})" for k in (1, 3, 7)]
-    instances += [f"void wgrad_tile_kernel<{v}>({GRAD})" for v in ("true", "false")]
+    instances = [f"void wgrad_tile_kernel<{v}>({GRAD})" for v in ("true", "false")]
     for _, t in DTYPE.values():
         p, v = f"const {t}*", 4 // (4 if t == "float" else 2)
         instances.append(f"void conv_last_kernel<{t}, 3, {v}>({p}, {p}, {p}, {t}*, const ConvParams)")
@@ -64,20 +62,11 @@ def up(x, n):
     return -(-x // n) * n
 
 
-def tiles(h, w, kernel, dilation, kind):
-    """The tile that conv_plan.h chooses for small images, and the shared floats beside the taps."""
+def row_tile(w, kernel, dilation):
+    """The tile that conv_plan.h chooses for rows."""
     (kh, kw), (dh, dw) = kernel, dilation
-    hy, hx = (kh - 1) * dh, (kw - 1) * dw
-    if kind == "row":  # of the weight gradient
-        t = {"tile_h": 8, "tile_w": up(w, 7 * dw)}
-        t |= {"rows": 8 + hy, "pitch": up(t["tile_w"] + hx + 14, 32) + 4}
-        items, copies = 8 * t["tile_w"] // 7, 2
-    else:
-        t = {"tile_h": up(min(h, 32), 8 * dh), "tile_w": 64}
-        t |= {"rows": t["tile_h"] + hy, "pitch": up(t["tile_w"] + hx + 7, 8)}
-        items, copies = t["tile_h"] // 8 * t["tile_w"], 1
-    t |= {"tiles_y": -(-h // t["tile_h"]), "tiles_x": -(-w // t["tile_w"])}
-    return t, items, copies * t["rows"] * t["pitch"]
+    t = {"tile_h": 8, "tile_w": up(w, 7 * dw), "rows": 8 + (kh - 1) * dh}
+    return t | {"pitch": up(t["tile_w"] + (kw - 1) * dw + 14, 32) + 4}
 
 
 def inputs(shape, kernel, dtype):
@@ -89,63 +78,6 @@ def inputs(shape, kernel, dtype):
         random(shape[1], dtype=dtype, seed=3),
         g,
     )
-
-
-def launch(text, kind, instance, shape, kernel, dilation, dtype, x, weight, bias, y, flip=0, approx="exact"):
-    n, c, h, w = shape
-    t, items, floats = tiles(h, w, kernel, dilation, kind)
-    fields = dict(zip(["kh", "kw", "dh", "dw"], (*kernel, *dilation), strict=True))
-    wide = int(w % (4 if dtype == torch.float32 else 8) == 0)
-    p = params(dtype, n * c, channels=c, height=h, width=w, flip=flip, wide=wide, **fields, **t)
-    threads = min(512, up(items, 32))
-    taps = (kernel[0] if kernel[0] < 3 else up(kernel[0], 4)) * kernel[
-        1
-    ]  # conv_square's, in whole accesses of 4
-    shared = 4 * (up(taps + 1, 4) + floats)
-    name = entry(text, f"conv_{kind}_kernel", f"ILi{instance}E")
-    blocks = n * c * t["tiles_y"] * t["tiles_x"]
-    return run(text, name, blocks, threads, [x, weight, bias, y, p], shared_bytes=shared, approx=approx)
-
-
-CASES = [
-    ("square", 3, (3, 3), 1),
-    ("square", 7, (7, 7), 4),
-    ("square", 1, (1, 15), 2),
-    ("square", 1, (11, 5), 1),
-]
-
-
-@pytest.mark.parametrize("dtype", DTYPE, ids=str)
-@pytest.mark.parametrize(("kind", "instance", "kernel", "d"), CASES)
-@pytest.mark.parametrize("width", [48, 19])
-def test_contiguous(text, kind, instance, kernel, d, dtype, width):
-    shape, dilation = (1, 2, 21, width), (d if kernel[0] > 1 else 1, d if kernel[1] > 1 else 1)
-    x, weight, bias, g = inputs(shape, kernel, dtype)
-    y, gx = (torch.full(shape, float("nan"), dtype=dtype) for _ in range(2))
-    launch(text, kind, instance, shape, kernel, dilation, dtype, x, weight, bias, y)
-    launch(text, kind, instance, shape, kernel, dilation, dtype, g, weight, None, gx, flip=1)
-    kwargs, exact = {"dilation": list(dilation)}, [t.double() for t in (x, weight, bias)]
-    assert_bound(y, CONV.reference(x, weight, bias, **kwargs), CONV.reference(*exact, **kwargs))
-    mask = [True, False, False]
-    eager = CONV.reference_backward(g, x, weight, bias, **kwargs, output_mask=mask)[0]
-    want = CONV.reference_backward(g.double(), *exact, **kwargs, output_mask=mask)[0]
-    assert_bound(gx, eager, want)
-
-
-@pytest.mark.parametrize(("kind", "instance", "kernel", "d"), [c for c in CASES if c[1] > 1])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_traffic(text, kind, instance, kernel, d, dtype):
-    """Wide, full sectors. Strips are in test_strip_conv_chain_cuda.py."""
-    shape = (1, 1, 40, 320)
-    x, weight, bias, _ = inputs(shape, kernel, dtype)
-    y = torch.full(shape, float("nan"), dtype=dtype)
-    st = launch(text, kind, instance, shape, kernel, (d, d), dtype, x, weight, bias, y)
-    size = x.numel() * x.element_size()
-    assert st.load_efficiency >= 0.8  # a square's rows begin within a sector
-    assert st.store_efficiency >= 0.99
-    assert st.global_store_bytes == size
-    assert size <= st.global_load_sector_bytes <= 4 * size + 64 * 1024
-    assert st.bank_conflicts <= 0.10 * st.shared_wavefronts, st.report()
 
 
 @pytest.mark.parametrize("dtype", DTYPE, ids=str)
@@ -202,7 +134,7 @@ def test_weight_gradient(text, kernel, d, dtype):
             "pitch": up(32 + hx + 7, 8),
         }
     else:
-        t, _, _ = tiles(h, w, kernel, dilation, "row")
+        t = row_tile(w, kernel, dilation)
     t |= {"tiles_y": -(-h // t["tile_h"]), "tiles_x": -(-w // t["tile_w"])}
     outer, inner = (kw, kh) if vertical else (kh, kw)
     units = outer * -(-inner // 8)

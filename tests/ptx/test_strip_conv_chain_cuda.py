@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import struct
 
 import pytest
@@ -15,7 +14,7 @@ from sdan_fast.ops._op import OPS
 pytestmark = pytest.mark.skipif(nvcc() is None, reason="no nvcc")
 CHAIN, CONV = OPS["strip_conv_chain"], OPS["depthwise_conv2d"]
 DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-TAPS = (0, 11, 35)  # the instances: any number, one of the usual, and one whose taps are done in two parts
+TAPS = (0, 11, 35)  # the instances: any number, one of the usual, and the longest
 P = "const void*"
 # Those in float16, which differ from those in bfloat16 by two conversions, are slow ones.
 DTYPES = [pytest.param(d, marks=pytest.mark.slow if d == torch.float16 else ()) for d in DTYPE]
@@ -36,67 +35,56 @@ def up(x, n):
     return -(-x // n) * n
 
 
-def one_pass(
-    text, x, strips, *, vertical, flip=False, edge=None, gate=None, rows=None, segment=None, ahead=False
-):
-    """A pass of one or two strips, each (weight, bias, dilation), as strip_plan.h plans it for small images.
+def one_pass(text, x, strips, *, vertical, flip=False, edge=None, gate=None, segment=None, quads=None):
+    """A pass of one or two strips, each (weight, bias, dilation), cut as strip_plan.h does.
 
-    rows, segment, ahead: of conv_column, how the walk along the axis goes.
+    segment: outputs of a block along the axis, all if None. quads: of the lines beside each other in a block.
     """
     n, c, h, w = x.shape
     last = not x.is_contiguous()
+    row = not (last or vertical)
     y = torch.full_like(x, float("nan"))
-    axis = h if vertical else w
+    planes, length, width = (n, h, w * c) if last and vertical else (n * h, w, c) if last else (n * c, h, w)
+    if row:
+        length, width = w, h
     taps = [(t.shape[2] * t.shape[3], d) for t, _, d in strips]
-    used = [min(k, 2 * ((axis - 1) // d) + 1) for k, d in taps]
+    used = [min(k, 2 * ((length - 1) // d) + 1) for k, d in taps]
     dilation = [d if u > 1 else 1 for u, (_, d) in zip(used, taps, strict=True)]
     halo = [(u - 1) // 2 * d for u, d in zip(used, dilation, strict=True)]
     steps, two = len(strips), len(strips) == 2
-    h1 = halo[1] if two else 0
     k = used[0] if used[0] in TAPS and used == used[:1] * steps else 0
     edge_bias, edge_weight, edge_dilation = edge or (None, None, 1)
     edge_taps = 1 if edge_weight is None else edge_weight.numel() // c
-    half = x.dtype != torch.float32
-    if vertical or last:
-        planes, length = (n * c, h) if not last else (n, h) if vertical else (n * h, w)
-        width = w if not last else w * c if vertical else c
-        wide = next((e for e in ((8, 4) if half else (4,)) if width % e == 0), 0)
-        unit = 8 * math.lcm(*dilation)
-        rows = rows or up(length, unit)
-        tile = 32 if width > 64 else max(8, 1 << (width - 1).bit_length())
-        segment = segment or up(length, rows)
-        ring = [2 * halo[0] + rows * (2 if ahead else 1), 2 * h1 + rows if two else 0]
-        before = [-(-2 * (halo[0] + h1) // rows), -(-2 * h1 // rows)]
-        reuse = int(two and rows >= length)
-        floats = 2 * tile + sum(ring) * tile + (0 if reuse else rows * tile)
-        floats += sum(u * (tile + 4) if last else up(u, 4) for u in used)
-        shared = 4 * floats + (2 * rows * tile if half else 0)
-        tiles, segments = -(-width // tile), -(-length // segment)
-        place = [tile, tiles, rows, 0, segment, segments, *ring, int(ahead), reuse, *before]
-        blocks, items = planes * tiles * segments, rows // 8 * (tile // 4)
-        name = entry(text, "conv_column_kernel", f"ILi{k}ELb{int(last)}E")
-    else:
-        planes, length, width = n * c, w, h
-        wide = 4 if w % 4 == 0 else 0
-        tile = up(w, 9 * dilation[-1])
-        region = up(tile + 2 * h1, 9 * dilation[0]) if two else tile
-        pitch = up(region + 2 * halo[0] + 15, 16) + 4
-        shared = 4 * sum(up(u, 4) for u in used) + 2 * 4 * pitch * 8
-        place = [tile, 1, region, pitch, *[0] * 8]
-        blocks, items = planes * -(-h // 8), max(region, tile) // 9 * 4
-        name = entry(text, "conv_row_kernel", f"ILi{k}E")
+    quads = quads or (2 if row else -(-c // 4) if last and not vertical else 4)
+    segment, outputs = segment or length, 9 if last else 5
+    restage = int(last and not vertical and dilation[-1] == 1)
+    beyond = 2 * halo[1] if two else 0
+    staged = up(min(length, segment + beyond), outputs * dilation[0]) + 2 * halo[0]
+    if row:
+        staged = up(staged + 15, 4)
+    second = up(segment, outputs * dilation[1]) + beyond if two else segment if row or restage else 0
+    room = [u * 4 * (quads | 1) if last else up(u, 4) for u in used]
+    tile = sum(room) + (0 if row else steps * 4 * quads)
+    places = [staged, second, room[0], sum(room), tile, tile + staged * 4 * quads, restage]
+    stripes, segments = -(-width // (4 * quads)), -(-length // segment)
     steps_packed = [
-        v for i in range(2) for v in ([taps[i][0], used[i], dilation[i]] if i < steps else [0] * 3)
+        v for i in range(2) for v in ([taps[i][0], used[i], dilation[i], halo[i]] if i < steps else [0] * 4)
     ]
     p = struct.pack(
-        "<qi27i", planes, DTYPE[x.dtype], steps, c, length, width, int(flip), wide, *steps_packed, edge_taps,
-        edge_dilation, *place, *[0] * (27 - 6 - 6 - 2 - 12), *[]
-    )[: 8 + 4 * (7 + 6 + 2 + 12)]  # fmt: skip
-    p += b"\0" * (-len(p) % 8)
+        "<q27i4x", planes, DTYPE[x.dtype], steps, c, length, width, int(flip), int((w if row else width) % 4 == 0),
+        *steps_packed, edge_taps, edge_dilation, stripes, segment, segments, *places,
+    )  # fmt: skip
     pointers = [t for weight, bias, _ in strips for t in (weight, bias)] + [None] * (4 - 2 * steps)
-    extra = [edge_bias, edge_weight, gate] if vertical or last else []
-    threads = min(192 if last else 256, up(items, 32))
-    st = run(text, name, blocks, threads, [x, *pointers, *extra, y, p], shared_bytes=shared)
+    if row:
+        name, extra = entry(text, "conv_row_kernel", f"ILi{k}E"), []
+    else:
+        name = entry(text, "conv_column_kernel", f"ILi{k}ELb{int(last)}E")
+        extra = [edge_bias, edge_weight, gate]
+    shared = 4 * (tile + (staged + second) * 4 * quads)
+    st = run(
+        text, name, planes * stripes * segments, (quads, 32 // quads), [x, *pointers, *extra, y, p],
+        shared_bytes=shared,
+    )  # fmt: skip
     return y, st
 
 
@@ -112,12 +100,12 @@ def stages(c, kernels, dtype):
     ]
 
 
-def run_chain(text, x, strips, gate=None, **walk):
+def run_chain(text, x, strips, gate=None, **cut):
     """Two stages as csrc/cuda/strip_conv_chain.cpp does them, and the statistics of its two launches."""
     h1, v1, h2, v2 = strips
-    z, across = one_pass(text, x, [h1, (h2[0], None, h2[2])], vertical=False)
+    z, across = one_pass(text, x, [h1, (h2[0], None, h2[2])], vertical=False, **cut)
     y, down = one_pass(
-        text, z, [(v1[0], h2[1], v1[2]), v2], vertical=True, edge=(v1[1], h2[0], h2[2]), gate=gate, **walk
+        text, z, [(v1[0], h2[1], v1[2]), v2], vertical=True, edge=(v1[1], h2[0], h2[2]), gate=gate, **cut
     )
     return y, (across, down)
 
@@ -134,13 +122,13 @@ def reference(x, strips, double=False):
     "kernels", [((11, 1), (11, 1), (11, 6), (11, 6)), ((5, 1), (3, 2), (7, 3), (5, 1))], ids=str
 )
 def test_chain(text, kernels, dtype, layout):
-    for shape, walk in (
+    for shape, cut in (
         ((1, 4, 37, 64), {}),
-        ((1, 3, 37, 63), {"rows": 48, "segment": 48, "ahead": True}),
+        ((1, 3, 37, 63), {"segment": 16}),
     ):
         x, u = (random(*shape, dtype=dtype, seed=s).contiguous(memory_format=layout) for s in (0, 1))
         strips = stages(shape[1], kernels, dtype)
-        y, _ = run_chain(text, x, strips, **walk)
+        y, _ = run_chain(text, x, strips, **cut)
         assert_bound(y, reference(x, strips), reference(x, strips, True), f"{shape}")
     gated, _ = run_chain(text, x, strips, gate=u)
     assert_bound(gated, u * reference(x, strips), u.double() * reference(x, strips, True), "gated")
@@ -168,7 +156,7 @@ def test_single_strip_and_its_input_gradient(text, vertical, dtype, layout):
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("vertical", [False, True])
 def test_many_taps(text, vertical, layout):
-    """35 of them, twice, in two parts."""
+    """35 of them, twice."""
     x = random(1, 4, *((40, 12) if vertical else (12, 40))).contiguous(memory_format=layout)
     first, second = stages(4, ((35, 1),) * 4, torch.float32)[int(vertical) :: 2]
     y, _ = one_pass(text, x, [first, second], vertical=vertical)
@@ -192,6 +180,7 @@ def test_traffic(text, dtype, layout):
     h1, v1, h2, v2 = stages(c, ((11, 1), (11, 1), (11, 6), (11, 6)), dtype)
     passes = [
         ((1, c, 2, 320) if last else (1, c, 16, 320), [h1, h2], False),
+        ((1, c, 2, 320) if last else (1, c, 16, 320), [h1], False),
         ((1, c, 180, 8) if last else (1, c, 180, 64), [v1, v2], True),
     ]
     for shape, strips, vertical in passes:
