@@ -25,6 +25,12 @@ void with_taps(int taps, F&& f) {
   }
 }
 
+// Wide accesses: every row of every tensor begins at a multiple of 16 bytes.
+inline bool wide_rows(DType dtype, const ConvShape& s, const void* a, const void* b) {
+  const int64_t per = dtype == DType::kFloat32 ? 4 : 8;
+  return s.w % per == 0 && aligned(a, 16) && aligned(b, 16);
+}
+
 void launch_conv_square(const ConvArguments& a, const ConvPlan& plan);
 void launch_conv_last(DType dtype, const ConvArguments& a, const ConvShape& shape, bool flip,
                       Stream stream);

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "depthwise_conv2d.cuh"
+#include "conv_wgrad.cuh"
 #include "launch.h"
 
 namespace sdan_fast::cuda {

@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "depthwise_conv2d.cuh"
+#include "conv_wgrad.cuh"
 #include "launch.h"
 
 namespace sdan_fast::cuda {

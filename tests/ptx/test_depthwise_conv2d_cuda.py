@@ -30,7 +30,7 @@ def text():
             f"void wgrad_finish_kernel<{t}>"
             f"(const float*, {t}*, {t}*, int, int, int64_t, int, int64_t, int64_t, int64_t)"
         )
-    return ptx("depthwise_conv2d.cuh", tuple(instances))
+    return ptx("conv_wgrad.cuh", tuple(instances))
 
 
 FIELDS = [
