@@ -1,45 +1,83 @@
-// Launches of a depth-wise convolution's weight gradient.
+// Which kernel a depth-wise convolution's weight gradient takes, and its launches.
+#include "conv_wgrad.cuh"
+
 #include "conv_launch.h"
-#include "wgrad_plan.h"
+#include "wgrad_launch.h"
 
 namespace sdan_fast::cuda {
+namespace {
 
-int64_t conv_partial_floats(const ConvShape& shape) {
-  return plan_weight_gradient(shape).partials * (int64_t{shape.kh} * shape.kw + 1);
+// The first stage of a weight gradient, by the kernel that takes it.
+struct GradPlan {
+  bool fits = false;
+  enum { kLast, kMma, kTile } kind = kLast;
+  LastPlan last;
+  MmaPlan mma;
+  TilePlan tile;
+  // Partial sums: rows of taps + 1 floats, and how many are those of one channel of one image.
+  int64_t partials = 0, splits = 0;
+};
+
+GradPlan plan_weight_gradient(DType dtype, const ConvShape& s) {
+  GradPlan plan;
+  if (s.channels_last) {
+    plan.last = plan_wgrad_last(s);
+    plan.fits = plan.last.fits, plan.partials = plan.last.partials;
+    plan.splits = plan.last.config.grid.x;
+    return plan;
+  }
+  if (dtype != DType::kFloat32) {
+    plan.mma = plan_wgrad_mma(s);
+    plan.kind = GradPlan::kMma;
+    plan.fits = plan.mma.fits, plan.partials = plan.mma.partials;
+  }
+  if (!plan.fits) {
+    plan.tile = plan_wgrad_tile(dtype, s);
+    plan.kind = GradPlan::kTile;
+    plan.fits = plan.tile.fits, plan.partials = plan.tile.partials;
+  }
+  plan.splits = plan.partials / std::max<int64_t>(1, s.n * s.c);
+  return plan;
+}
+
+}  // namespace
+
+bool conv_wgrad_fits(DType dtype, const ConvShape& shape) {
+  return plan_weight_gradient(dtype, shape).fits;
+}
+
+int64_t conv_partial_floats(DType dtype, const ConvShape& shape) {
+  return plan_weight_gradient(dtype, shape).partials * (int64_t{shape.kh} * shape.kw + 1);
 }
 
 void conv_weight_gradient(DType dtype, const void* grad, const void* x, float* partial,
                           void* grad_weight, void* grad_bias, const ConvShape& shape,
                           Stream stream) {
-  GradPlan plan = plan_weight_gradient(shape);
-  plan.p.dtype = dtype;
-  plan.p.wide = wide_rows(dtype, shape, grad, x);
-  plan.config.stream = stream;
-  const int taps = shape.kh * shape.kw, channels = static_cast<int>(shape.c);
-  with_type(dtype, [&](auto element) {
-    using T = decltype(element);
-    const auto *tg = static_cast<const T*>(grad), *tx = static_cast<const T*>(x);
-    if (shape.channels_last)
-      launch("wgrad_last", wgrad_last_kernel<T>, plan.config, tg, tx, partial, plan.p);
-    else if (plan.p.vertical)
-      launch("wgrad_tile", wgrad_tile_kernel<true>, plan.config, grad, x, partial, plan.p,
-             plan.warps_per_unit);
-    else
-      launch("wgrad_tile", wgrad_tile_kernel<false>, plan.config, grad, x, partial, plan.p,
-             plan.warps_per_unit);
-    Config c;
-    c.block = dim3(256);
-    c.grid = dim3(
-        static_cast<unsigned>(std::min<int64_t>(ceil_div(shape.c * (taps + 1), 256), kMostBlocks)));
-    c.stream = stream;
-    const int64_t splits = shape.channels_last ? plan.config.grid.x : plan.p.splits;
-    const int64_t images = shape.channels_last ? 1 : shape.n;
-    const int64_t per_channel = shape.channels_last ? 1 : splits,
-                  per_split = shape.channels_last ? shape.c : 1;
-    launch("wgrad_finish", wgrad_finish_kernel<T>, c, static_cast<const float*>(partial),
-           static_cast<T*>(grad_weight), static_cast<T*>(grad_bias), channels, taps, images,
-           static_cast<int>(splits), shape.c * splits, per_channel, per_split);
-  });
+  GradPlan plan = plan_weight_gradient(dtype, shape);
+  const WgradArguments a{grad, x, partial};
+  const int wide = wide_rows(dtype, shape, grad, x);
+  if (plan.kind == GradPlan::kMma) {
+    plan.mma.p.wide = wide, plan.mma.config.stream = stream;
+    launch_wgrad_mma(dtype, a, plan.mma);
+  } else if (plan.kind == GradPlan::kTile) {
+    plan.tile.p.wide = wide, plan.tile.config.stream = stream;
+    launch_wgrad_tile(dtype, a, plan.tile);
+  }
+  if (plan.kind == GradPlan::kLast) {
+    plan.last.config.stream = stream;
+    with_type(dtype, [&](auto element) {
+      using T = decltype(element);
+      launch("wgrad_last", wgrad_last_kernel<T>, plan.last.config, static_cast<const T*>(grad),
+             static_cast<const T*>(x), partial, plan.last.p);
+    });
+  }
+  const int64_t taps = int64_t{shape.kh} * shape.kw, c = shape.c, splits = plan.splits;
+  sum_parts(partial,
+            shape.channels_last
+                ? weight_sums(dtype, grad_weight, grad_bias, c, taps, 1, splits, 0, 1, c)
+                : weight_sums(dtype, grad_weight, grad_bias, c, taps, shape.n, splits, c * splits,
+                              splits, 1),
+            stream);
 }
 
 }  // namespace sdan_fast::cuda

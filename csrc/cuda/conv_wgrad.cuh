@@ -1,12 +1,14 @@
-// The weight gradient of a depth-wise convolution: a sum over all pixels. wgrad_tile and wgrad_last
-// leave one partial sum per block, wgrad_finish adds them in a fixed order.
+// The weight gradient of a depth-wise convolution: a sum over all pixels. wgrad_mma (16 bits on
+// tensor cores, conv_wgrad_mma.cuh), wgrad_tile and wgrad_last (channels_last) leave one partial
+// sum per block, and sum_parts adds these.
 #pragma once
 
 #include "depthwise_conv2d.cuh"
+#include "wgrad_region.cuh"
 
 namespace sdan_fast::cuda {
 
-constexpr int kGradTaps = 8;     // taps per thread of the weight gradient
+constexpr int kGradTaps = 8, kMoreGradTaps = 12;  // taps per thread of the weight gradient
 constexpr int kGradOutputs = 7;  // columns per thread of a 1 x K strip's; odd, for the banks
 constexpr int kGradRows = 8;     // rows of its tile
 
@@ -20,96 +22,124 @@ __device__ __forceinline__ Unit unit_at(int unit, int inner_taps) {
   return Unit{unit / per_outer, unit % per_outer * kGradTaps};
 }
 
-// Contiguous tensors. A warp belongs to one unit of taps: unit = blockIdx.y * (warps / warps per
-// unit) + ...; blocks (x) are (plane, split) pairs, and block x writes partial[x][tap] for its
-// units' taps and, from unit 0, partial[x][taps] = sum of the gradient. Inner axis: W (then a tile
-// has kGradRows rows, pitch is 4 modulo 32) or, if Vertical, H. Dynamic shared memory: the tile
-// (rows x pitch), the gradient (tile_h x pitch), 32 * (kGradTaps + 1) floats.
-template <bool Vertical>
+// Contiguous tensors: float32, and what the tensor cores do not take. A thread has the sums of
+// `Inner` taps along the inner axis (H if Vertical, else W) at `Outer` taps of the other: all of a
+// square's, where these are its own size.
+struct TileParams : RegionParams {
+  int32_t lead;            // columns of the input before a tile's own; a multiple of 8
+  int32_t rows, columns;   // staged of the input
+  int32_t pitch, pitch_g;  // floats from a staged row to the next, of the input and of g
+  int32_t warps_per_unit;  // that share out the pixels of a unit of taps
+};
+
+// grid: (planes * regions, units / units of a block). A unit's warps add up their pixels, P outputs
+// of the inner axis a dilation apart at a time. Each block writes partial[blockIdx.x][tap] for its
+// units' taps, and with unit 0 partial[blockIdx.x][taps] = the sum of the gradient. A row-wise tile
+// has kGradRows rows, and its pitches are 4 modulo 32. Dynamic shared memory: one or (if a region
+// is more than one tile) two stages, at least (Inner * Outer + 1) floats for each warp.
+template <typename T, bool Vertical, int Inner, int Outer>
 __global__ void __launch_bounds__(kFewThreads, 1)
-    wgrad_tile_kernel(const void* __restrict__ grad, const void* __restrict__ x,
-                      float* __restrict__ partial, const ConvParams p, int warps_per_unit) {
-  constexpr int P = Vertical ? kColumnOutputs : kGradOutputs, K = kGradTaps;
+    wgrad_tile_kernel(const T* __restrict__ grad, const T* __restrict__ x,
+                      float* __restrict__ partial, const TileParams p) {
+  constexpr int P = Vertical ? kColumnOutputs : kGradOutputs, K = Inner, kSums = Inner * Outer + 1;
+  constexpr bool kAll = Outer > 1;  // no tap is missing
   SDAN_DYNAMIC_SHARED(raw);
-  auto* tile = reinterpret_cast<float*>(raw);
-  float* g = tile + p.rows * p.pitch;
-  float* sums = g + p.tile_h * p.pitch;  // [warp][K + 1]
+  auto* stages = reinterpret_cast<float*>(raw);
   const int taps = p.kh * p.kw, inner = Vertical ? p.kh : p.kw, outer = Vertical ? p.kw : p.kh;
-  const int units = outer * ((inner + K - 1) / K);
-  const int warp = static_cast<int>(threadIdx.x) / 32, warps = static_cast<int>(blockDim.x) / 32;
-  const int lane = static_cast<int>(threadIdx.x) % 32 + warp % warps_per_unit * 32,
-            lanes = warps_per_unit * 32;
-  const int unit = static_cast<int>(blockIdx.y) * (warps / warps_per_unit) + warp / warps_per_unit;
-  const Unit u = unit_at(unit, inner);
+  const int per_outer = (inner + K - 1) / K, units = kAll ? 1 : outer * per_outer;
+  const int warp = static_cast<int>(threadIdx.x) / 32,
+            here = static_cast<int>(blockDim.x) / 32 / p.warps_per_unit;
+  const int lane = static_cast<int>(threadIdx.x) % 32 + warp % p.warps_per_unit * 32,
+            lanes = p.warps_per_unit * 32;
+  const int unit = static_cast<int>(blockIdx.y) * here + warp / p.warps_per_unit;
+  const int at_outer = unit / per_outer, first = unit % per_outer * K;
+  const int valid = kAll || inner - first > K ? K : inner - first;
   const int halo_y = (p.kh - 1) / 2 * p.dh, halo_x = (p.kw - 1) / 2 * p.dw;
-  const int d = Vertical ? p.dh : p.dw, step = Vertical ? d * p.pitch : d;
-  const int valid = inner - u.first < K ? inner - u.first : K;
-  const int tiles = p.tiles_y * p.tiles_x;
-  const int64_t plane = blockIdx.x / p.splits;
-  const int split = static_cast<int>(blockIdx.x % p.splits);
-  const int64_t base = plane * p.height * p.width;
-  float acc[K];
+  const int d = Vertical ? p.dh : p.dw, step = Vertical ? d * p.pitch : d,
+            step_g = Vertical ? d * p.pitch_g : d, step_outer = Vertical ? p.dw : p.dh * p.pitch;
+  const Region region(p);
+  const int64_t base = region.plane * p.height * p.width;
+  const int elements = p.rows * p.pitch + p.tile_h * p.pitch_g;
+  const int per_access = p.wide ? kWide<T> : 1, across_x = p.columns / per_access,
+            across_g = (p.pitch_g - 4) / per_access;
+  const Share share_x(across_x, p.wide, 0), share_g(across_g, p.wide, 0);
+  // From a unit's first tap at the tile's first output: rows and columns of the staged input.
+  const int corner =
+      (Vertical ? first * d * p.pitch + at_outer * p.dw : at_outer * p.dh * p.pitch + first * d) +
+      p.lead - halo_x;
+  // A thread's outputs: (row, column) of a tile, in groups of P of the inner axis.
+  const int across = Vertical ? p.tile_w : kGradRows;
+  const int first_a = lane % across, first_b = lane / across, step_a = lanes % across,
+            step_b = lanes / across;
+  const int groups = (Vertical ? p.tile_h : p.tile_w) / P;
+  float acc[kSums - 1];
   CarefulSum total;
   SDAN_UNROLL
-  for (int k = 0; k < K; ++k) acc[k] = 0;
-  for (int index = split; index < tiles; index += p.splits) {
-    const Tile t = tile_at(p, index);
-    const int first_x = round_down(t.x - halo_x, kGroup), shift_x = t.x - halo_x - first_x;
-    const int first_g = round_down(t.x, kGroup), shift_g = t.x - first_g;
-    __syncthreads();
-    stage(x, base, tile, p, t.y - halo_y, first_x, p.rows,
-          round_up(p.tile_w + 2 * halo_x + shift_x, kGroup));
-    stage(grad, base, g, p, t.y, first_g, p.tile_h, round_up(p.tile_w + shift_g, kGroup));
-    __syncthreads();
-    if (unit >= units) continue;
-    const int across = p.tile_w / (Vertical ? 1 : P), down = p.tile_h / (Vertical ? P : 1),
-              items = across * down;
-    for (int i = lane; i < items; i += lanes) {
-      int row, column;
-      if (Vertical) {
-        column = i % across;
-        row = i / across / d * (P * d) + i / across % d;
-      } else {
-        row = i % down;
-        column = i / down / d * (P * d) + i / down % d;
-      }
-      // Outputs beyond the tile's own columns are another tile's: their gradient counts as zero
-      // here.
-      const int stride_g = Vertical ? step : d;
-      const float* from_g = g + row * p.pitch + shift_g + column;
+  for (int k = 0; k < kSums - 1; ++k) acc[k] = 0;
+  const auto fetch = [&](int y, int left, int buffer) {
+    float* to = stages + buffer * elements;
+    const auto both = [&](auto wide) {
+      constexpr bool W = decltype(wide)::value;
+      fetch_tile<W>(x + base, to, share_x, p.width, p.pitch, y - halo_y, left - p.lead, p.rows,
+                    across_x, Span{0, p.height}, Span{0, p.width});
+      fetch_tile<W>(grad + base, to + p.rows * p.pitch, share_g, p.width, p.pitch_g, y, left,
+                    p.tile_h, across_g, region.ys, region.xs);
+    };
+    if (p.wide)
+      both(std::true_type{});
+    else
+      both(std::false_type{});
+  };
+  over_tiles(p, region, fetch, [&](int, int, int buffer) {
+    if (unit >= units) return;
+    const float* tile = stages + buffer * elements;
+    const float* g = tile + p.rows * p.pitch;
+    for (int a = first_a, b = first_b; b < groups;) {
+      // Neighbouring groups are neighbours in memory, within a dilation.
+      const int at = b / d * (P * d) + b % d, row = Vertical ? at : a, column = Vertical ? a : at;
+      const float *from_g = g + row * p.pitch_g + column,
+                  *from = tile + row * p.pitch + column + corner;
       float gv[P];
       SDAN_UNROLL
-      for (int j = 0; j < P; ++j) {
-        gv[j] = from_g[j * stride_g];
+      for (int j = 0; j < P; ++j, from_g += step_g) {
+        gv[j] = *from_g;
         if (unit == 0) total.add(gv[j]);
       }
-      const int ro = Vertical ? u.first * d : u.outer * p.dh,
-                co = Vertical ? u.outer * p.dw : u.first * d;
-      const float* from = tile + (row + ro) * p.pitch + shift_x + column + co;
       SDAN_UNROLL
-      for (int q = 0; q < P + K - 1; ++q) {
-        const float v = q < P + valid - 1 ? from[q * step] : 0.0f;
+      for (int q = 0; q < P + K - 1; ++q, from += step) {
+        const float* next = from;
         SDAN_UNROLL
-        for (int j = 0; j < P; ++j)
-          if (q - j >= 0 && q - j < K) acc[q - j] = fmaf(gv[j], v, acc[q - j]);
+        for (int o = 0; o < Outer; ++o, next += step_outer) {
+          const float v = kAll || q < P + valid - 1 ? *next : 0.0f;
+          SDAN_UNROLL
+          for (int j = 0; j < P; ++j)
+            if (q - j >= 0 && q - j < K) acc[o * K + q - j] = fmaf(gv[j], v, acc[o * K + q - j]);
+        }
       }
+      a += step_a, b += step_b;
+      if (a >= across) a -= across, ++b;
     }
-  }
+  });
+  auto* sums = stages;  // [warp][kSums]
   SDAN_UNROLL
-  for (int k = 0; k < K; ++k) {
+  for (int k = 0; k < kSums - 1; ++k) {
     const float s = warp_sum(acc[k]);
-    if (threadIdx.x % 32 == 0) sums[warp * (K + 1) + k] = s;
+    if (threadIdx.x % 32 == 0) sums[warp * kSums + k] = s;
   }
   const float all = warp_sum(total);
-  if (threadIdx.x % 32 == 0) sums[warp * (K + 1) + K] = all;
+  if (threadIdx.x % 32 == 0) sums[warp * kSums + kSums - 1] = all;
   __syncthreads();
-  if (unit < units && lane <= K) {  // the first lanes of the unit's first warp
+  float* to = partial + static_cast<int64_t>(blockIdx.x) * (taps + 1);
+  for (int k = lane; k < kSums && unit < units; k += lanes) {
     CarefulSum s;
-    for (int i = 0; i < warps_per_unit; ++i) s.add(sums[(warp + i) * (K + 1) + lane]);
-    float* to = partial + static_cast<int64_t>(blockIdx.x) * (taps + 1);
-    const int k = u.first + lane;
-    if (lane < valid) to[Vertical ? k * p.kw + u.outer : u.outer * p.kw + k] = s.sum;
-    if (lane == K && unit == 0) to[taps] = s.sum;
+    for (int i = 0; i < p.warps_per_unit; ++i)
+      s.add(sums[(warp - warp % p.warps_per_unit + i) * kSums + k]);
+    const int along = first + k % K, other = at_outer + k / K;
+    if (k == kSums - 1) {
+      if (unit == 0) to[taps] = s.sum;
+    } else if (k % K < valid) {
+      to[Vertical ? along * p.kw + other : other * p.kw + along] = s.sum;
+    }
   }
 }
 
@@ -187,35 +217,6 @@ __global__ void __launch_bounds__(kFewThreads, 1)
     const int tap = u.first + k;
     if (k < valid) to[p.vertical ? tap * p.kw + u.outer : u.outer * p.kw + tap] = s.sum;
     if (k == K && blockIdx.z == 0) to[taps] = s.sum;
-  }
-}
-
-// grad_weight[c][tap] and grad_bias[c] (either may be null): the sum over images n and splits s, in
-// this order, of partial[(n * image_stride + c * channel_stride + s * split_stride) * (taps + 1) +
-// tap]. One thread for each sum.
-template <typename T>
-__global__ void __launch_bounds__(256)
-    wgrad_finish_kernel(const float* __restrict__ partial, T* __restrict__ grad_weight,
-                        T* __restrict__ grad_bias, int channels, int taps, int64_t images,
-                        int splits, int64_t image_stride, int64_t channel_stride,
-                        int64_t split_stride) {
-  const int64_t sums = static_cast<int64_t>(channels) * (taps + 1);
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < sums;
-       i += static_cast<int64_t>(gridDim.x) * blockDim.x) {
-    const int64_t c = i / (taps + 1);
-    const int tap = static_cast<int>(i % (taps + 1));
-    if (tap < taps ? !grad_weight : !grad_bias) continue;
-    CarefulSum total;
-    for (int64_t n = 0; n < images; ++n) {
-      SDAN_UNROLL_BY(8)
-      for (int s = 0; s < splits; ++s)
-        total.add(
-            partial[(n * image_stride + c * channel_stride + s * split_stride) * (taps + 1) + tap]);
-    }
-    if (tap < taps)
-      grad_weight[c * taps + tap] = from_float<T>(total.sum);
-    else
-      grad_bias[c] = from_float<T>(total.sum);
   }
 }
 

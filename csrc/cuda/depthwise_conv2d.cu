@@ -1,6 +1,5 @@
 // Which kernel a depth-wise convolution takes.
 #include "conv_launch.h"
-#include "wgrad_plan.h"
 
 namespace sdan_fast::cuda {
 namespace {
@@ -21,8 +20,7 @@ bool takes_strips(DType dtype, const ConvShape& s) {
 
 }  // namespace
 
-bool conv_fits(DType dtype, const ConvShape& shape, bool weight_gradient) {
-  if (weight_gradient) return plan_weight_gradient(shape).fits;
+bool conv_fits(DType dtype, const ConvShape& shape) {
   return takes_strips(dtype, shape) ||
          (shape.channels_last ? plan_last(shape, 1).fits : plan_square(shape).fits);
 }
