@@ -18,10 +18,11 @@ struct GradPlan {
   int64_t partials = 0, splits = 0;
 };
 
-GradPlan plan_weight_gradient(DType dtype, const ConvShape& s) {
+// paired: two channels of a 16-bit channels_last tensor can be read at once.
+GradPlan plan_weight_gradient(DType dtype, const ConvShape& s, bool paired) {
   GradPlan plan;
   if (s.channels_last) {
-    plan.last = plan_wgrad_last(s);
+    plan.last = plan_wgrad_last(dtype, s, paired && s.c % 2 == 0);
     plan.fits = plan.last.fits, plan.partials = plan.last.partials;
     plan.splits = plan.last.config.grid.x;
     return plan;
@@ -43,17 +44,20 @@ GradPlan plan_weight_gradient(DType dtype, const ConvShape& s) {
 }  // namespace
 
 bool conv_wgrad_fits(DType dtype, const ConvShape& shape) {
-  return plan_weight_gradient(dtype, shape).fits;
+  return plan_weight_gradient(dtype, shape, true).fits &&
+         plan_weight_gradient(dtype, shape, false).fits;
 }
 
 int64_t conv_partial_floats(DType dtype, const ConvShape& shape) {
-  return plan_weight_gradient(dtype, shape).partials * (int64_t{shape.kh} * shape.kw + 1);
+  return std::max(plan_weight_gradient(dtype, shape, true).partials,
+                  plan_weight_gradient(dtype, shape, false).partials) *
+         (int64_t{shape.kh} * shape.kw + 1);
 }
 
 void conv_weight_gradient(DType dtype, const void* grad, const void* x, float* partial,
                           void* grad_weight, void* grad_bias, const ConvShape& shape,
                           Stream stream) {
-  GradPlan plan = plan_weight_gradient(dtype, shape);
+  GradPlan plan = plan_weight_gradient(dtype, shape, aligned(grad, 4) && aligned(x, 4));
   const WgradArguments a{grad, x, partial};
   const int wide = wide_rows(dtype, shape, grad, x);
   if (plan.kind == GradPlan::kMma) {
@@ -62,14 +66,9 @@ void conv_weight_gradient(DType dtype, const void* grad, const void* x, float* p
   } else if (plan.kind == GradPlan::kTile) {
     plan.tile.p.wide = wide, plan.tile.config.stream = stream;
     launch_wgrad_tile(dtype, a, plan.tile);
-  }
-  if (plan.kind == GradPlan::kLast) {
+  } else {
     plan.last.config.stream = stream;
-    with_type(dtype, [&](auto element) {
-      using T = decltype(element);
-      launch("wgrad_last", wgrad_last_kernel<T>, plan.last.config, static_cast<const T*>(grad),
-             static_cast<const T*>(x), partial, plan.last.p);
-    });
+    launch_wgrad_last(dtype, a, plan.last);
   }
   const int64_t taps = int64_t{shape.kh} * shape.kw, c = shape.c, splits = plan.splits;
   sum_parts(partial,

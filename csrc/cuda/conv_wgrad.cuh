@@ -12,16 +12,6 @@ constexpr int kGradTaps = 8, kMoreGradTaps = 12;  // taps per thread of the weig
 constexpr int kGradOutputs = 7;  // columns per thread of a 1 x K strip's; odd, for the banks
 constexpr int kGradRows = 8;     // rows of its tile
 
-// Partial sums of one unit of taps (up to kGradTaps along the inner axis, at one outer tap) over
-// this thread's outputs.
-struct Unit {
-  int outer, first;  // outer tap, first inner tap
-};
-__device__ __forceinline__ Unit unit_at(int unit, int inner_taps) {
-  const int per_outer = (inner_taps + kGradTaps - 1) / kGradTaps;
-  return Unit{unit / per_outer, unit % per_outer * kGradTaps};
-}
-
 // Contiguous tensors: float32, and what the tensor cores do not take. A thread has the sums of
 // `Inner` taps along the inner axis (H if Vertical, else W) at `Outer` taps of the other: all of a
 // square's, where these are its own size.
@@ -143,80 +133,122 @@ __global__ void __launch_bounds__(kFewThreads, 1)
   }
 }
 
-// channels_last tensors. blockDim.x channel lanes, blockDim.y pixel groups; grid: (splits, channels
-// / blockDim.x, units). Block x writes partial[x][channel][tap] for its unit's taps, and unit 0
-// partial[x][channel][taps] = sum of the gradient. Dynamic shared memory: blockDim.x * blockDim.y *
-// (kGradTaps + 1) floats.
-template <typename T>
+// Floats from one sum of all threads to the next: the next row of lanes follows in the banks.
+__host__ __device__ constexpr int last_pitch(int x, int y) {
+  return x * y + ((x - x * y) & 31);
+}
+
+// channels_last tensors. blockDim.x lanes of V channels, blockDim.y groups of P outputs along the
+// inner axis, a dilation apart; grid: (splits, channels / (V blockDim.x), units). A unit is up to
+// Inner taps of the inner axis at up to Outer of the other: a thread has all of their sums. Block x
+// writes partial[x][channel][tap] for its unit's taps, and unit 0 partial[x][channel][taps] = the
+// sum of the gradient. Dynamic shared memory: last_pitch * V * (Inner + 1) floats.
+template <typename T, int V, int Inner, int Outer>
 __global__ void __launch_bounds__(kFewThreads, 1)
     wgrad_last_kernel(const T* __restrict__ grad, const T* __restrict__ x,
                       float* __restrict__ partial, const ConvParams p) {
-  constexpr int P = kLastOutputs, K = kGradTaps;
+  constexpr int P = kLastOutputs, K = Inner;
   SDAN_DYNAMIC_SHARED(raw);
-  auto* sums = reinterpret_cast<float*>(raw);  // [k][thread]
+  auto* sums = reinterpret_cast<float*>(raw);  // [k][e][thread]
   const Axes axes = axes_of(p);
   const Axis in = axes.inner, out = axes.outer;
-  const Unit u = unit_at(static_cast<int>(blockIdx.z), in.taps);
-  const int valid = in.taps - u.first < K ? in.taps - u.first : K, taps = p.kh * p.kw;
-  const int c = static_cast<int>(blockIdx.y * blockDim.x + threadIdx.x);
+  const int per_outer = (in.taps + K - 1) / K, taps = p.kh * p.kw;
+  const int first_outer = static_cast<int>(blockIdx.z) / per_outer * Outer,
+            first = static_cast<int>(blockIdx.z) % per_outer * K;
+  const int valid = in.taps - first < K ? in.taps - first : K;
+  const int c = static_cast<int>(blockIdx.y * blockDim.x + threadIdx.x) * V;
   const int groups_in = (in.length + P * in.dilation - 1) / (P * in.dilation) * in.dilation;
-  const int groups = out.length * groups_in;
+  // A block's threads take neighbouring groups at a time, and its turns follow one another: down a
+  // few columns if the inner axis is H, else along the rows.
+  const int abreast = static_cast<int>(blockDim.y);
+  const int turns = p.vertical ? (out.length + abreast - 1) / abreast * groups_in
+                               : (out.length * groups_in + abreast - 1) / abreast;
+  const int64_t all = p.planes * turns, begin = all * blockIdx.x / gridDim.x,
+                stop = all * (blockIdx.x + 1) / gridDim.x;
   const int halo = (in.taps - 1) / 2 * in.dilation, halo_out = (out.taps - 1) / 2 * out.dilation;
   const int64_t tap_step = in.dilation * in.stride;
-  float acc[K];
-  CarefulSum total;
+  float acc[Outer * K][V];
+  CarefulSum total[V];
   SDAN_UNROLL
-  for (int k = 0; k < K; ++k) acc[k] = 0;
-  const int64_t first_g = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
-  for (int64_t next = first_g, image = 0; c < p.channels && image < p.planes;) {
-    if (next >= groups) {
-      next = first_g;
-      ++image;
-      continue;
-    }
-    const int g = static_cast<int>(next);
-    next += static_cast<int64_t>(gridDim.x) * blockDim.y;
-    const int gi = p.vertical ? g / out.length : g % groups_in,
-              o = p.vertical ? g % out.length : g / groups_in;
+  for (int k = 0; k < Outer * K * V; ++k) acc[k / V][k % V] = 0;
+  int64_t image = begin / turns;
+  int turn = static_cast<int>(begin % turns) - 1;
+  for (int64_t step = begin; step < stop && c < p.channels; ++step) {
+    if (++turn == turns) turn = 0, ++image;
+    const int g = turn * abreast + static_cast<int>(threadIdx.y);
+    const int gi = p.vertical ? turn % groups_in : g % groups_in,
+              at = p.vertical ? turn / groups_in * abreast + static_cast<int>(threadIdx.y)
+                              : g / groups_in;
+    if (at >= out.length) continue;
     const int i0 = gi / in.dilation * (P * in.dilation) + gi % in.dilation;
     if (i0 >= in.length) continue;
     const int64_t plane = image * p.height * p.width * p.channels + c;
-    const T* from_g = grad + plane + o * out.stride + i0 * in.stride;
-    float gv[P];
+    const T* from_g = grad + plane + at * out.stride + i0 * in.stride;
+    float gv[P][V];
     SDAN_UNROLL
     for (int j = 0; j < P; ++j) {
-      gv[j] = i0 + j * in.dilation < in.length ? load_one(from_g + j * tap_step) : 0.0f;
-      if (blockIdx.z == 0) total.add(gv[j]);
-    }
-    const int at = o - halo_out + u.outer * out.dilation;
-    if (at < 0 || at >= out.length) continue;
-    int i = i0 - halo + u.first * in.dilation;
-    const T* from = x + plane + at * out.stride + i * in.stride;
-    SDAN_UNROLL
-    for (int q = 0; q < P + K - 1; ++q) {
-      const float v = i >= 0 && i < in.length && q < P + valid - 1 ? load_one(from) : 0.0f;
       SDAN_UNROLL
-      for (int j = 0; j < P; ++j)
-        if (q - j >= 0 && q - j < K) acc[q - j] = fmaf(gv[j], v, acc[q - j]);
-      i += in.dilation;
-      from += tap_step;
+      for (int e = 0; e < V; ++e) gv[j][e] = 0;
+      if (i0 + j * in.dilation < in.length) load<V>(from_g, gv[j]);
+      from_g += tap_step;
+      SDAN_UNROLL
+      for (int e = 0; e < V; ++e)
+        if (blockIdx.z == 0) total[e].add(gv[j][e]);
     }
+    const int i = i0 - halo + first * in.dilation, end = i + (P + valid - 2) * in.dilation;
+    const auto add = [&](auto inside) {
+      SDAN_UNROLL
+      for (int o = 0; o < Outer; ++o) {
+        const int y = at - halo_out + (first_outer + o) * out.dilation;
+        if (first_outer + o >= out.taps || y < 0 || y >= out.length) continue;
+        const T* from = x + plane + y * out.stride + i * in.stride;
+        int position = i;
+        SDAN_UNROLL
+        for (int q = 0; q < P + K - 1; ++q) {
+          float v[V] = {};
+          if ((decltype(inside)::value || (position >= 0 && position < in.length)) &&
+              (Outer > 1 || q < P + valid - 1))
+            load<V>(from, v);
+          SDAN_UNROLL
+          for (int j = 0; j < P; ++j) {
+            if (q - j < 0 || q - j >= K) continue;
+            SDAN_UNROLL
+            for (int e = 0; e < V; ++e)
+              acc[o * K + q - j][e] = fmaf(gv[j][e], v[e], acc[o * K + q - j][e]);
+          }
+          position += in.dilation;
+          from += tap_step;
+        }
+      }
+    };
+    if (i >= 0 && end < in.length)
+      add(std::true_type{});
+    else
+      add(std::false_type{});
   }
-  const int threads = static_cast<int>(blockDim.x * blockDim.y);
   const int thread = static_cast<int>(threadIdx.y * blockDim.x + threadIdx.x);
+  const int pitch = last_pitch(static_cast<int>(blockDim.x), static_cast<int>(blockDim.y));
   SDAN_UNROLL
-  for (int k = 0; k < K; ++k) sums[k * threads + thread] = acc[k];
-  sums[K * threads + thread] = total.sum;
-  __syncthreads();
-  if (c >= p.channels) return;
-  for (int k = static_cast<int>(threadIdx.y); k <= K; k += static_cast<int>(blockDim.y)) {
-    CarefulSum s;
-    for (int i = 0; i < static_cast<int>(blockDim.y); ++i)
-      s.add(sums[k * threads + i * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x)]);
-    float* to = partial + (static_cast<int64_t>(blockIdx.x) * p.channels + c) * (taps + 1);
-    const int tap = u.first + k;
-    if (k < valid) to[p.vertical ? tap * p.kw + u.outer : u.outer * p.kw + tap] = s.sum;
-    if (k == K && blockIdx.z == 0) to[taps] = s.sum;
+  for (int o = 0; o < Outer; ++o) {
+    if (o > 0) __syncthreads();
+    SDAN_UNROLL
+    for (int e = 0; e < V; ++e) {
+      SDAN_UNROLL
+      for (int k = 0; k < K; ++k) sums[(k * V + e) * pitch + thread] = acc[o * K + k][e];
+      sums[(K * V + e) * pitch + thread] = total[e].sum;
+    }
+    __syncthreads();
+    for (int i = static_cast<int>(threadIdx.y); c < p.channels && i < (K + 1) * V;
+         i += static_cast<int>(blockDim.y)) {
+      const int k = i / V, e = i % V, along = first + k, other = first_outer + o;
+      const bool bias = k == K;
+      if (bias ? blockIdx.z > 0 || o > 0 : k >= valid || other >= out.taps) continue;
+      CarefulSum s;
+      for (int y = 0; y < static_cast<int>(blockDim.y); ++y)
+        s.add(sums[i * pitch + y * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x)]);
+      float* to = partial + (static_cast<int64_t>(blockIdx.x) * p.channels + c + e) * (taps + 1);
+      to[bias ? taps : p.vertical ? along * p.kw + other : other * p.kw + along] = s.sum;
+    }
   }
 }
 

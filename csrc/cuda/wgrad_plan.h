@@ -197,26 +197,42 @@ inline TilePlan plan_wgrad_tile(DType dtype, const ConvShape& s) {
 // ---- channels_last
 
 struct LastPlan : ConvPlan {
-  int64_t partials = 0;  // rows of the partial sums
+  int vector = 1;                        // channels of a thread
+  int taps = kGradTaps, taps_outer = 1;  // of a thread
+  int64_t partials = 0;                  // rows of the partial sums
 };
 
-inline LastPlan plan_wgrad_last(const ConvShape& s) {
+// A thread has two channels in 16 bits (one where they are odd), and the taps of plan_wgrad_tile;
+// of 9 x 9 half of them.
+inline LastPlan plan_wgrad_last(DType dtype, const ConvShape& s, bool paired) {
   LastPlan plan;
   if (too_long(s)) return plan;
   ConvParams& p = plan.p = conv_params(s);
   const int64_t length = p.vertical ? p.height : p.width, other = p.vertical ? p.width : p.height;
-  const int64_t inner = p.vertical ? p.kh : p.kw, outer = p.vertical ? p.kw : p.kh;
-  const int64_t d = p.vertical ? p.dh : p.dw, units = outer * ceil_div(inner, kGradTaps);
-  const int64_t across = ceil_div(p.channels, 128), bx = ceil_div(p.channels, across),
-                by = std::max<int64_t>(1, 256 / bx);
+  const int inner = p.vertical ? p.kh : p.kw, outer = p.vertical ? p.kw : p.kh;
+  const bool single = dtype != DType::kFloat32 && !paired;
+  plan.vector = dtype != DType::kFloat32 && paired ? 2 : 1;
+  if (inner == outer && !single && (inner == 3 || inner == 5 || inner == 7 || inner == 9))
+    plan.taps = inner, plan.taps_outer = std::min(inner, inner == 9 ? 5 : 7);
+  else if (ceil_div(inner, kMoreGradTaps) < ceil_div(inner, kGradTaps))
+    plan.taps = kMoreGradTaps;
+  const int64_t d = p.vertical ? p.dh : p.dw,
+                units = ceil_div(outer, plan.taps_outer) * ceil_div(inner, plan.taps);
+  const int64_t lanes = ceil_div(p.channels, plan.vector), across = ceil_div(lanes, 128),
+                bx = ceil_div(lanes, across), by = std::max<int64_t>(1, 256 / bx);
+  // A block for each SM of a large GPU, or as many as leave a thread sums of 128 pixels.
   const int64_t groups = ceil_div(length, kLastOutputs * d) * d * other;
-  const int64_t blocks =
-      std::clamp<int64_t>(ceil_div(kManyBlocks, across * units), 1, ceil_div(groups, by));
-  plan.fits = across <= 65535 && units <= 65535;
+  const int64_t turns = ceil_div(groups, by) * p.planes;
+  const int64_t blocks = std::clamp<int64_t>(
+      std::max(ceil_div(132, across * units), ceil_div(turns, 128 / kLastOutputs)), 1,
+      std::max<int64_t>(1, turns));
+  plan.fits = across <= 65535 && units <= 65535 && blocks <= kMostBlocks;
   plan.config.block = dim3(static_cast<unsigned>(bx), static_cast<unsigned>(by));
   plan.config.grid = dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(across),
                           static_cast<unsigned>(units));
-  plan.config.shared_bytes = static_cast<size_t>(bx * by * (kGradTaps + 1) * 4);
+  plan.config.shared_bytes =
+      static_cast<size_t>(last_pitch(static_cast<int>(bx), static_cast<int>(by))) * plan.vector *
+      (plan.taps + 1) * 4;
   plan.partials = blocks * p.channels;
   return plan;
 }

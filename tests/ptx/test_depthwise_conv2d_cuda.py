@@ -23,7 +23,10 @@ def text():
     for _, t in DTYPE.values():
         p, v = f"const {t}*", 4 // (4 if t == "float" else 2)
         instances.append(f"void conv_last_kernel<{t}, 3, {v}>({p}, {p}, {p}, {t}*, const ConvParams)")
-        instances.append(f"void wgrad_last_kernel<{t}>({p}, {p}, float*, const ConvParams)")
+        for pair, inner, outer in ((v, 3, 3), (v, 8, 1), (1, 12, 1)):
+            instances.append(
+                f"void wgrad_last_kernel<{t}, {pair}, {inner}, {outer}>({p}, {p}, float*, const ConvParams)"
+            )
     return ptx("conv_wgrad.cuh", tuple(instances))
 
 
@@ -162,10 +165,21 @@ def test_channels_last(text, dtype):
 
     splits = 3
     partial = torch.full((splits, c, taps + 1), float("nan"))
-    run(
-        text, entry(text, "wgrad_last_kernel", mangled), (splits, 1, 3), (c, 4), [g, x, partial, p],
-        shared_bytes=4 * 9 * c * 4,
-    )  # fmt: skip
+    # All taps of a thread's channels, or units of 8 taps of the three columns.
+    for pair, inner, outer in ((v, 3, 3), (v, 8, 1), (1, 12, 1)):
+        partial.fill_(float("nan"))
+        name = entry(text, "wgrad_last_kernel", f"{mangled}", f"Li{pair}ELi{inner}ELi{outer}E")
+        lanes = c // pair
+        pitch = lanes * 4 + (lanes - lanes * 4) % 32
+        shared = 4 * pitch * pair * (inner + 1)
+        run(text, name, (splits, 1, 3 // outer), (lanes, 4), [g, x, partial, p], shared_bytes=shared)
+        check_sums(partial, x, weight, bias, g, dilation, splits)
+
+
+def check_sums(partial, x, weight, bias, g, dilation, splits):
+    """The gradients of weight and bias from partial sums of channels_last tensors."""
+    c, taps, kwargs = x.shape[1], weight[0].numel(), {"dilation": list(dilation)}
+    exact = [t.double() for t in (x, weight, bias)]
     gw, gb = torch.full_like(weight, float("nan")), torch.full_like(bias, float("nan"))
     weight_sums(partial, gw, gb, c, taps, 1, splits, (0, 1, c))
     eager = CONV.reference_backward(g, x, weight, bias, **kwargs, output_mask=[True] * 3)
