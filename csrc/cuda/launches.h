@@ -147,8 +147,12 @@ struct SumParams {
   int64_t outer_stride, inner_stride, image_stride, split_stride;
   void* to[kSumOutputs];
   int64_t first[kSumOutputs + 1];
+  // sum_parts fills these in: a thread's way to its next term, 32 further on, in images, splits and
+  // floats, and the floats that the end of an image's splits adds.
+  int32_t images_on, splits_on;
+  int64_t on, wrap;
 };
-void sum_parts(const float* parts, const SumParams& sums, Stream stream);
+void sum_parts(const float* parts, SumParams sums, Stream stream);
 
 // One row of sums, `count` for each of `outputs` in turn.
 SumParams flat_sums(DType dtype, std::initializer_list<void*> outputs, int64_t count,

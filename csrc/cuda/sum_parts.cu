@@ -34,9 +34,13 @@ SumParams weight_sums(DType dtype, void* grad_weight, void* grad_bias, int64_t c
   return p;
 }
 
-void sum_parts(const float* parts, const SumParams& p, Stream stream) {
+void sum_parts(const float* parts, SumParams p, Stream stream) {
   const int64_t count = p.outer * p.inner;
   if (count == 0 || std::none_of(p.to, p.to + kSumOutputs, [](const void* t) { return t; })) return;
+  constexpr int kGroups = kSumThreads / kSumsPerBlock;
+  p.images_on = kGroups / p.splits, p.splits_on = kGroups % p.splits;
+  p.on = p.images_on * p.image_stride + p.splits_on * p.split_stride;
+  p.wrap = p.image_stride - p.splits * p.split_stride;
   Config c;
   c.block = dim3(kSumThreads);
   c.grid = dim3(static_cast<unsigned>(ceil_div(count, kSumsPerBlock)));

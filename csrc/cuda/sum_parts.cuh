@@ -6,7 +6,7 @@
 
 namespace sdan_fast::cuda {
 
-constexpr int kSumThreads = 256, kSumsPerBlock = 8, kSumGroups = kSumThreads / kSumsPerBlock;
+constexpr int kSumThreads = 256, kSumsPerBlock = 8;
 
 // A block takes 8 sums, 32 threads each; the terms are images x splits, and a thread adds up every
 // 32nd. Its neighbour has the next term of the same sum if Along, else the next sum: whichever lies
@@ -19,47 +19,42 @@ __global__ void __launch_bounds__(kSumThreads)
             group = Along ? lane : warp * (32 / kSumsPerBlock) + lane / kSumsPerBlock;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kSumsPerBlock + which;
   const int64_t row = i / p.inner, column = i % p.inner;
-  void* to = nullptr;
-  int64_t at = 0;
-  SDAN_UNROLL
-  for (int k = 0; k < kSumOutputs; ++k) {
-    const int64_t width = p.first[k + 1] - p.first[k];
-    if (column >= p.first[k] && column < p.first[k + 1])
-      to = p.to[k], at = row * width + column - p.first[k];
-  }
-  const bool wanted = to && i < p.outer * p.inner;
+  const bool there = row < p.outer;
   CarefulSum total;
-  if (wanted) {
-    const int images_on = kSumGroups / p.splits, splits_on = kSumGroups % p.splits;
-    const int64_t on = images_on * p.image_stride + splits_on * p.split_stride,
-                  wrap = p.image_stride - p.splits * p.split_stride;
+  if (there) {
     int64_t image = group / p.splits;
     int split = group % p.splits;
     const float* from = parts + row * p.outer_stride + column * p.inner_stride +
                         image * p.image_stride + split * p.split_stride;
     while (image < p.images) {
       total.add(*from);
-      image += images_on, split += splits_on, from += on;
-      if (split >= p.splits) split -= p.splits, ++image, from += wrap;
+      image += p.images_on, split += p.splits_on, from += p.on;
+      if (split >= p.splits) split -= p.splits, ++image, from += p.wrap;
     }
   }
+  const auto keep = [&](float sum) {
+    SDAN_UNROLL
+    for (int k = 0; k < kSumOutputs; ++k)
+      if (p.to[k] && column >= p.first[k] && column < p.first[k + 1])
+        store_any(p.dtype, p.to[k], row * (p.first[k + 1] - p.first[k]) + column - p.first[k], sum);
+  };
   if constexpr (Along) {
     const float sum = warp_sum(total);
-    if (wanted && lane == 0) store_any(p.dtype, to, at, sum);
+    if (there && lane == 0) keep(sum);
   } else {
     SDAN_SHARED(float, sums, [kSumThreads / 32][kSumsPerBlock][2]);
     SDAN_UNROLL
     for (int d = 16; d >= kSumsPerBlock; d >>= 1) total.merge(d);
     if (lane < kSumsPerBlock) sums[warp][lane][0] = total.sum, sums[warp][lane][1] = total.lost;
     __syncthreads();
-    if (warp > 0 || lane >= kSumsPerBlock || !wanted) return;
+    if (warp > 0 || lane >= kSumsPerBlock || !there) return;
     CarefulSum all;
     SDAN_UNROLL
     for (int w = 0; w < kSumThreads / 32; ++w) {
       all.add(sums[w][lane][0]);
       all.add(-sums[w][lane][1]);
     }
-    store_any(p.dtype, to, at, all.sum - all.lost);
+    keep(all.sum - all.lost);
   }
 }
 

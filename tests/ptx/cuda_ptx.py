@@ -112,7 +112,10 @@ def sum_parts(
     code = (torch.float32, torch.bfloat16, torch.float16).index(dtype)
     head = struct.pack("<2i7q", code, splits, outer, inner, images, *strides)
     pointers = {len(head) + 8 * i: as_array(t) for i, t in enumerate(to) if t is not None}
-    packed = ptxrun.Struct(head + bytes(32) + struct.pack("<5q", *at), pointers)
+    images_on, splits_on = divmod(32, splits)
+    image, split = strides[2:]
+    way = images_on, splits_on, images_on * image + splits_on * split, image - splits * split
+    packed = ptxrun.Struct(head + bytes(32) + struct.pack("<5q2i2q", *at, *way), pointers)
     along = strides[3] == 1 and splits > 1
     name = entry(_sums(), f"sum_parts_kernelILb{int(along)}E")
     return run(_sums(), name, -(-outer * inner // 8), 256, [parts, packed])
