@@ -30,7 +30,7 @@ struct FieldParams {
 
 // `from` and `to` hold, for W and then for H, a field of every stage; the one of this stage is all
 // ones before it. A thread computes one value.
-__global__ void __launch_bounds__(kFieldThreads)
+__global__ void __launch_bounds__(kFieldThreads, 1)
     chain_fields_kernel(const void* __restrict__ across, const void* __restrict__ down,
                         const float* __restrict__ from, float* __restrict__ to, int64_t stages,
                         const FieldParams p) {
@@ -92,7 +92,7 @@ struct BiasFields {
 // carefully. Block x (plane, segment) writes partial[i][x] for the biases i of H_s, V_s, H_s+1,
 // V_s+1.
 template <int V>
-__global__ void __launch_bounds__(kBiasThreads)
+__global__ void __launch_bounds__(kBiasThreads, 1)
     chain_bias_sums_kernel(const void* __restrict__ grad, const BiasFields fields,
                            float* __restrict__ partial, const BiasParams p) {
   constexpr int R = kBiasRows;
