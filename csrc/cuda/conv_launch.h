@@ -26,6 +26,18 @@ void with_taps(int taps, F&& f) {
   }
 }
 
+// Whether every row of every tensor begins at a multiple of `elements`, and these at one of bytes.
+inline bool aligned_rows(DType dtype, const ConvShape& s, const void* a, const void* b,
+                         int64_t elements) {
+  const size_t bytes = static_cast<size_t>(elements) * (dtype == DType::kFloat32 ? 4 : 2);
+  return s.w % elements == 0 && aligned(a, bytes) && aligned(b, bytes);
+}
+
+// Wide accesses: every row of every tensor begins at a multiple of 16 bytes.
+inline bool wide_rows(DType dtype, const ConvShape& s, const void* a, const void* b) {
+  return aligned_rows(dtype, s, a, b, dtype == DType::kFloat32 ? 4 : 8);
+}
+
 void launch_conv_square(const ConvArguments& a, const SquarePlan& plan);
 void launch_conv_last(DType dtype, const ConvArguments& a, const ConvShape& shape, bool flip,
                       Stream stream);

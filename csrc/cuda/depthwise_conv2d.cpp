@@ -39,9 +39,11 @@ MemoryFormat computing_format(const Tensor& x, const Tensor& weight,
                               const std::vector<int64_t>& dilation, bool weight_gradient,
                               const char* op) {
   const MemoryFormat format = format_of(x);
-  for (const MemoryFormat f : {format, MemoryFormat::ChannelsLast})
-    if (conv_fits(dtype_of(x, op, "x"), shape_for(x, weight, dilation, f), weight_gradient))
-      return f;
+  const DType dtype = dtype_of(x, op, "x");
+  for (const MemoryFormat f : {format, MemoryFormat::ChannelsLast}) {
+    const ConvShape shape = shape_for(x, weight, dilation, f);
+    if (weight_gradient ? conv_wgrad_fits(dtype, shape) : conv_fits(dtype, shape)) return f;
+  }
   STD_TORCH_CHECK(false, op, ": the CUDA C++ kernel has no room for a kernel of ", weight.size(2),
                   " x ", weight.size(3), " taps with dilation (", dilation[0], ", ", dilation[1],
                   ") on an image of ", x.size(2), " x ", x.size(3));
@@ -82,9 +84,10 @@ std::vector<Tensor> weight_gradients(const Tensor& grad, const Tensor& x, const 
     const MemoryFormat format = computing_format(x, weight, dilation, true, op);
     const ConvShape shape = shape_for(x, weight, dilation, format);
     const Tensor g = in_format(grad, format), dense = in_format(x, format);
-    const int64_t floats[1] = {conv_partial_floats(shape)};
+    const DType dtype = dtype_of(x, op, "x");
+    const int64_t floats[1] = {conv_partial_floats(dtype, shape)};
     Tensor partial = empty_in(x, {floats, 1}, MemoryFormat::Contiguous, ScalarType::Float);
-    conv_weight_gradient(dtype_of(x, op, "x"), g.data_ptr(), dense.data_ptr(),
+    conv_weight_gradient(dtype, g.data_ptr(), dense.data_ptr(),
                          static_cast<float*>(partial.data_ptr()),
                          mask[0] ? grad_weight.data_ptr() : nullptr,
                          mask[1] ? grad_bias.data_ptr() : nullptr, shape, on.stream());

@@ -392,19 +392,21 @@ struct CarefulSum {
     lost = (t - sum) - y;
     sum = t;
   }
+  // Adds the sum of the lane whose number differs in bit `d`. Sums of lanes that cancel leave
+  // little, so the rounding error of adding them is carried along as well: it is found exactly.
+  __device__ __forceinline__ void merge(int d) {
+    const float other = __shfl_xor_sync(0xffffffffu, sum, d),
+                also = __shfl_xor_sync(0xffffffffu, lost, d);
+    const float t = sum + other, z = t - sum;
+    lost = (lost + also) - ((sum - (t - z)) + (other - z));
+    sum = t;
+  }
 };
 
-// The sum over a warp. Sums of lanes that cancel leave little, so the rounding errors of adding
-// them are carried along as well: each pair's is found exactly.
+// The sum over a warp.
 __device__ __forceinline__ float warp_sum(CarefulSum v) {
   SDAN_UNROLL
-  for (int d = 16; d > 0; d >>= 1) {
-    const float sum = __shfl_xor_sync(0xffffffffu, v.sum, d),
-                lost = __shfl_xor_sync(0xffffffffu, v.lost, d);
-    const float t = v.sum + sum, z = t - v.sum;
-    v.lost = (v.lost + lost) - ((v.sum - (t - z)) + (sum - z));
-    v.sum = t;
-  }
+  for (int d = 16; d > 0; d >>= 1) v.merge(d);
   return v.sum - v.lost;
 }
 

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
 #include <vector>
 
 namespace sdan_fast::cuda {
@@ -38,15 +39,16 @@ struct ConvShape {
 
 // Whether the kernels have room for the shape in its layout. Where they have none for contiguous
 // tensors (far dilations), they may for channels_last ones.
-bool conv_fits(DType dtype, const ConvShape& shape, bool weight_gradient);
+bool conv_fits(DType dtype, const ConvShape& shape);
 
 // flip: with the taps reversed, which is the gradient of the input.
 void conv_forward(DType dtype, const void* x, const void* weight, const void* bias, void* y,
                   const ConvShape& shape, bool flip, Stream stream);
 
-// The weight gradient in two launches; `partial` holds conv_partial_floats(shape) floats. A null
-// gradient is not wanted.
-int64_t conv_partial_floats(const ConvShape& shape);
+// The weight gradient in two launches, if the kernels have room; `partial` holds
+// conv_partial_floats floats. A null gradient is not wanted.
+bool conv_wgrad_fits(DType dtype, const ConvShape& shape);
+int64_t conv_partial_floats(DType dtype, const ConvShape& shape);
 void conv_weight_gradient(DType dtype, const void* grad, const void* x, float* partial,
                           void* grad_weight, void* grad_bias, const ConvShape& shape,
                           Stream stream);
@@ -77,12 +79,12 @@ void convolve_strips(DType dtype, const StripPass& pass, Stream stream);
 
 // strip_conv_chain_bias.cu. The bias gradients of a whole chain, `strips` its 2 * stages horizontal
 // and vertical convolutions in turn; their `bias` does not matter. `scratch` holds
-// chain_bias_floats(shape) floats; a null gradient is not wanted. N * C and H * W < 2^31.
+// chain_bias_floats floats; a null gradient is not wanted. N * C and H * W < 2^31.
 struct ChainShape {
   int64_t n, c, h, w, stages;
   bool channels_last;
 };
-int64_t chain_bias_floats(const ChainShape& shape);
+int64_t chain_bias_floats(DType dtype, const ChainShape& shape);
 void chain_bias_gradients(DType dtype, const void* grad, const Strip* strips, float* scratch,
                           void* const* grad_biases, const ChainShape& shape, Stream stream);
 
@@ -134,11 +136,33 @@ int64_t gate_partial_floats(const GateShape& shape);
 void gate(DType dtype, const void* a, const void* t, const void* b, const void* bias, void* y,
           void* h, float* partial, void* grad_bias, const GateShape& shape, Stream stream);
 
-// out[i] = the sum over images n and splits s of parts[n * image + i * out + s * split].
-struct PartStrides {
-  int64_t image, out, split;
+// sum_parts.cu: sum (r, c), of outer * inner, is that over images n and splits s of parts[r *
+// outer_stride + c * inner_stride + n * image_stride + s * split_stride]. It goes to the output k
+// that has its column: as element (r, c - first[k]) of outer x (first[k + 1] - first[k]). A null
+// output is not wanted.
+constexpr int kSumOutputs = 4;
+struct SumParams {
+  DType dtype;  // of the outputs
+  int32_t splits;
+  int64_t outer, inner, images;
+  int64_t outer_stride, inner_stride, image_stride, split_stride;
+  void* to[kSumOutputs];
+  int64_t first[kSumOutputs + 1];
+  // sum_parts fills these in: a thread's way to its next term, 32 further on, in images, splits and
+  // floats, and the floats that the end of an image's splits adds.
+  int32_t images_on, splits_on;
+  int64_t on, wrap;
 };
-void sum_parts(DType dtype, const float* parts, void* out, int64_t count, int64_t images,
-               int splits, const PartStrides& strides, Stream stream);
+void sum_parts(const float* parts, SumParams sums, Stream stream);
+
+// One row of sums, `count` for each of `outputs` in turn.
+SumParams flat_sums(DType dtype, std::initializer_list<void*> outputs, int64_t count,
+                    int64_t images, int64_t splits, int64_t image_stride, int64_t sum_stride,
+                    int64_t split_stride);
+// `taps` sums of a weight and one of a bias for each channel, which lie together in rows; the
+// strides are in rows.
+SumParams weight_sums(DType dtype, void* grad_weight, void* grad_bias, int64_t channels,
+                      int64_t taps, int64_t images, int64_t splits, int64_t image_stride,
+                      int64_t channel_stride, int64_t split_stride);
 
 }  // namespace sdan_fast::cuda

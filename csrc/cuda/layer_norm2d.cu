@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "depthwise_conv2d.cuh"
 #include "launch.h"
 
 namespace sdan_fast::cuda {
@@ -130,10 +129,10 @@ void norm_backward(DType dtype, const void* grad, const void* x, const void* wei
       });
     }
     if (!partial) return;
-    Config c = norm_config(ceil_div(2 * int64_t{s.channels}, 256), 0x7fffffff, 0, stream);
-    launch("norm_finish", wgrad_finish_kernel<T>, c, static_cast<const float*>(partial),
-           static_cast<T*>(grad_weight), static_cast<T*>(grad_bias), s.channels, 1, int64_t{1},
-           static_cast<int>(config.grid.x), int64_t{0}, int64_t{1}, int64_t{s.channels});
+    sum_parts(partial,
+              weight_sums(dtype, grad_weight, grad_bias, s.channels, 1, 1, config.grid.x, 0, 1,
+                          s.channels),
+              stream);
   });
 }
 

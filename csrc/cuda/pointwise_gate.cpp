@@ -106,8 +106,10 @@ std::vector<Tensor> pointwise_gate_backward_op(Tensor grad_output, Tensor u, Ten
       if (need_x) c.pixels.convolve_transposed(w, h_matrix, c.pixels.matrix(gx, c.ci));
       if (need_w) {
         const Tensor parts = c.pixels.weight_parts(h_matrix, x_matrix, c.co, c.ci);
-        sum_parts(c.dtype, static_cast<const float*>(parts.data_ptr()), gw.data_ptr(), c.co * c.ci,
-                  c.pixels.parts(), 1, {c.co * c.ci, 1, 0}, on.stream());
+        sum_parts(static_cast<const float*>(parts.data_ptr()),
+                  flat_sums(c.dtype, {gw.data_ptr()}, c.co * c.ci, c.pixels.parts(), 1, c.co * c.ci,
+                            1, 0),
+                  on.stream());
       }
     }
   }

@@ -80,22 +80,11 @@ void gate(DType dtype, const void* a, const void* t, const void* b, const void* 
       wide ? run(gate_kernel<T, kWidest>) : run(gate_kernel<T, 1>);
     if (!partial) return;
     const int64_t c = s.channels, splits = plan.splits;
-    const PartStrides strides =
-        s.channels_last ? PartStrides{0, 1, c} : PartStrides{c * splits, splits, 1};
-    sum_parts(dtype, partial, grad_bias, c, s.channels_last ? 1 : s.n, static_cast<int>(splits),
-              strides, stream);
-  });
-}
-
-void sum_parts(DType dtype, const float* parts, void* out, int64_t count, int64_t images,
-               int splits, const PartStrides& strides, Stream stream) {
-  if (count == 0) return;
-  with_type(dtype, [&](auto element) {
-    using T = decltype(element);
-    const int64_t blocks = std::min<int64_t>(ceil_div(count, kGateThreads), 0x7fffffff);
-    launch("sum_parts", sum_parts_kernel<T>,
-           gate_config(dim3(static_cast<unsigned>(blocks)), stream), parts, static_cast<T*>(out),
-           count, images, splits, strides.image, strides.out, strides.split);
+    sum_parts(partial,
+              s.channels_last
+                  ? flat_sums(dtype, {grad_bias}, c, 1, splits, 0, 1, c)
+                  : flat_sums(dtype, {grad_bias}, c, s.n, splits, c * splits, splits, 1),
+              stream);
   });
 }
 

@@ -117,23 +117,4 @@ __global__ void __launch_bounds__(kGateThreads)
   }
 }
 
-// out[i] = the sum over n < images, then over s < splits, of part[n * image_stride + i * out_stride
-// + s * split_stride]. One thread for each sum.
-template <typename T>
-__global__ void __launch_bounds__(kGateThreads)
-    sum_parts_kernel(const float* __restrict__ part, T* __restrict__ out, int64_t count,
-                     int64_t images, int splits, int64_t image_stride, int64_t out_stride,
-                     int64_t split_stride) {
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kGateThreads + threadIdx.x; i < count;
-       i += static_cast<int64_t>(gridDim.x) * kGateThreads) {
-    CarefulSum total;
-    for (int64_t n = 0; n < images; ++n) {
-      SDAN_UNROLL_BY(8)
-      for (int s = 0; s < splits; ++s)
-        total.add(part[n * image_stride + i * out_stride + s * split_stride]);
-    }
-    out[i] = from_float<T>(total.sum);
-  }
-}
-
 }  // namespace sdan_fast::cuda

@@ -175,12 +175,11 @@ std::vector<Tensor> star_conv_backward_op(Tensor grad_output, Tensor x, Tensor n
     if (need_pw) {
       const Tensor parts = c.pixels.weight_parts(c.pixels.matrix(*both, 2 * c.co),
                                                  c.pixels.matrix(p.z, c.ci), 2 * c.co, c.ci);
-      const auto* from = static_cast<const float*>(parts.data_ptr());
       const int64_t count = c.co * c.ci;
-      for (const int i : {3, 6})
-        if (target[i])
-          sum_parts(c.dtype, from + (i == 3 ? 0 : count), target[i], count, c.pixels.parts(), 1,
-                    {2 * count, 1, 0}, on.stream());
+      sum_parts(
+          static_cast<const float*>(parts.data_ptr()),
+          flat_sums(c.dtype, {target[3], target[6]}, count, c.pixels.parts(), 1, 2 * count, 1, 0),
+          on.stream());
     }
     if (need_norm) {
       Tensor gz = empty_matrix(x, {p.z.numel()});

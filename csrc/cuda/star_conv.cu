@@ -3,7 +3,6 @@
 
 #include <algorithm>
 
-#include "depthwise_conv2d.cuh"
 #include "launch.h"
 
 namespace sdan_fast::cuda {
@@ -56,15 +55,31 @@ struct BackwardPlan {
   int64_t splits;  // partial sums of a channel (of an image, for contiguous tensors)
 };
 
+// Output rows of a thread of the backward, which reads and computes four more: those with which the
+// SM of a large GPU that has the most blocks (`blocks` of so many groups of rows) does the fewest.
+template <typename F>
+int rows_of_backward(int64_t height, F&& blocks) {
+  constexpr int64_t kSms = 132, kMost = 32;
+  int64_t least = 0, best = 1;
+  for (int64_t rows = 1; rows <= std::min(kMost, height); ++rows) {
+    const int64_t cost = ceil_div(blocks(ceil_div(height, rows)), kSms) * (rows + 4);
+    if (least && cost >= least) continue;
+    least = cost, best = rows;
+  }
+  return static_cast<int>(best);
+}
+
 BackwardPlan plan_backward(const StarConvShape& s, int v, int outer) {
   BackwardPlan plan;
   StarConvParams& p = plan.p = star_conv_params(s, outer);
-  p.rows = rows_of(s, v, 16);
-  const int64_t groups = ceil_div(s.height, p.rows);
   if (!s.channels_last) {
-    const int64_t blocks = ceil_div(s.width / v * groups, kStarConvWarps * kStarConvOwners),
-                  planes = s.n * s.channels;
-    plan.splits = std::clamp<int64_t>(ceil_div(2 * kSumBlocks, planes), 1, blocks);
+    const int64_t planes = s.n * s.channels;
+    const auto of_plane = [&](int64_t groups) {
+      return ceil_div(s.width / v * groups, kStarConvWarps * kStarConvOwners);
+    };
+    p.rows = rows_of_backward(s.height, [&](int64_t groups) { return planes * of_plane(groups); });
+    plan.splits = std::clamp<int64_t>(ceil_div(2 * kSumBlocks, planes), 1,
+                                      of_plane(ceil_div(s.height, p.rows)));
     p.splits = static_cast<int32_t>(plan.splits);
     plan.grid = dim3(grid_of(planes * plan.splits));
     return plan;
@@ -74,8 +89,10 @@ BackwardPlan plan_backward(const StarConvShape& s, int v, int outer) {
   p.vectors = static_cast<int32_t>(ceil_div(vectors, across));
   p.columns =
       static_cast<int32_t>(std::min<int64_t>(kStarConvThreads / p.vectors, int64_t{s.width} + 2));
-  const int64_t tiles = s.n * groups * ceil_div(s.width, p.columns - 2);
-  plan.splits = std::clamp<int64_t>(tiles, 1, std::max<int64_t>(1, kSumBlocks / across));
+  const int64_t per_row = s.n * ceil_div(s.width, p.columns - 2);
+  p.rows = rows_of_backward(s.height, [&](int64_t groups) { return groups * per_row * across; });
+  plan.splits = std::clamp<int64_t>(ceil_div(s.height, p.rows) * per_row, 1,
+                                    std::max<int64_t>(1, kSumBlocks / across));
   plan.grid = dim3(static_cast<unsigned>(plan.splits), static_cast<unsigned>(across));
   return plan;
 }
@@ -151,11 +168,11 @@ void star_conv_backward(DType dtype, const void* grad, const void* p, const void
       wide ? run(star_conv_backward_kernel<T, kGradVector>) : run(star_conv_backward_kernel<T, 1>);
     if (!partial) return;
     const int64_t c = s.channels, splits = plan.splits;
-    Config finish = star_conv_config(dim3(grid_of(ceil_div(c * kStarConvSums, 256))), 0, stream);
-    launch("wgrad_finish", wgrad_finish_kernel<T>, finish, static_cast<const float*>(partial),
-           static_cast<T*>(grad_weight), static_cast<T*>(grad_bias), s.channels, 9,
-           s.channels_last ? 1 : s.n, static_cast<int>(splits), c * splits,
-           s.channels_last ? 1 : splits, s.channels_last ? c : int64_t{1});
+    sum_parts(partial,
+              s.channels_last ? weight_sums(dtype, grad_weight, grad_bias, c, 9, 1, splits, 0, 1, c)
+                              : weight_sums(dtype, grad_weight, grad_bias, c, 9, s.n, splits,
+                                            c * splits, splits, 1),
+              stream);
   });
 }
 

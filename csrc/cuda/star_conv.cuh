@@ -11,7 +11,7 @@
 //   channels_last  the neighbouring columns are other threads' vectors: p comes again from L1, the
 //                  gradients of a go through shared memory
 // Backward forms a = DW3x3(p) + bias again. Weight and bias gradients stay in registers over all of
-// a block's rows, and leave as one partial sum per block; wgrad_finish adds those in a fixed order.
+// a block's rows, and leave as one partial sum per block; sum_parts adds those.
 #pragma once
 
 #include "activation.cuh"
@@ -197,6 +197,7 @@ __global__ void __launch_bounds__(kStarConvThreads, 1)
         SDAN_UNROLL
         for (int e = 0; e < V + 2; ++e) x[0][e] = x[1][e], x[1][e] = x[2][e];
         with_neighbours<V>(v, at, left, right, x[2]);
+        if (k < 2) continue;  // three rows of p make the first one of a
         float a[V];
         SDAN_UNROLL
         for (int e = 0; e < V; ++e) a[e] = shift;
@@ -382,6 +383,7 @@ __global__ void __launch_bounds__(kStarConvThreads, 1)
         load_or_zero<T, V>(p + (pixel + j - 1) * s.step + c,
                            inside && column + j > 0 && column + j <= s.width, x[2][j]);
       }
+      if (k < 2) continue;  // three rows of p make the first one of a
       float a[V], vb[V], g[V];
       load_or_zero<T, V>(b + at * s.step + c, has_a, vb);
       load_or_zero<T, V>(grad + at * s.channels + c, has_a, g);

@@ -199,7 +199,7 @@ std::vector<Tensor> bias_gradients(const Tensor& grad, const std::vector<Link>& 
                   "many pixels of one, got ",
                   shape_of(grad));
   const OnDevice on(grad);
-  const int64_t floats[1] = {chain_bias_floats(shape)};
+  const int64_t floats[1] = {chain_bias_floats(dtype_of(grad, op, "grad_output"), shape)};
   Tensor scratch = empty_in(grad, {floats, 1}, MemoryFormat::Contiguous, ScalarType::Float);
   chain_bias_gradients(dtype_of(grad, op, "grad_output"), grad.data_ptr(), strips.data(),
                        static_cast<float*>(scratch.data_ptr()), to.data(), shape, on.stream());

@@ -16,7 +16,12 @@ struct SumsPlan {
   int64_t partials = 0;  // of one bias
 };
 
-SumsPlan plan_sums(const ChainShape& s) {
+// Columns of a thread, 16 bytes.
+int columns_of(DType dtype) {
+  return dtype == DType::kFloat32 ? 4 : 8;
+}
+
+SumsPlan plan_sums(DType dtype, const ChainShape& s) {
   SumsPlan plan;
   if (s.channels_last) {
     const int64_t across = ceil_div(s.c, 64), bx = ceil_div(s.c, across), by = kBiasThreads / bx;
@@ -34,10 +39,17 @@ SumsPlan plan_sums(const ChainShape& s) {
     return plan;
   }
   const int64_t planes = s.n * s.c;
-  // A block has rows for all of its threads.
-  const int64_t rows = std::max<int64_t>(1, kBiasThreads / ceil_div(s.w, kBiasColumns));
-  plan.segment =
-      ceil_div(s.h, std::clamp<int64_t>(ceil_div(kBiasBlocks, planes), 1, ceil_div(s.h, rows)));
+  // Some rows for each thread, or else its own sums would cost more than they, but work for every
+  // SM of a large GPU: the cut after which the one with the most blocks has the least.
+  const int64_t rows = std::max<int64_t>(1, kBiasThreads / ceil_div(s.w, columns_of(dtype)));
+  constexpr int64_t kSms = 132, kFixed = 4;  // what a block does besides, in rows of its threads
+  int64_t least = 0;
+  for (int64_t cuts = 1; cuts <= std::min<int64_t>(16, ceil_div(s.h, rows)); ++cuts) {
+    const int64_t segment = ceil_div(s.h, cuts);
+    const int64_t cost = ceil_div(planes * cuts, kSms) * (ceil_div(segment, rows) + kFixed);
+    if (least && cost >= least) continue;
+    least = cost, plan.segment = segment;
+  }
   plan.splits = ceil_div(s.h, plan.segment);
   plan.partials = planes * plan.splits;
   plan.config.block = dim3(kBiasThreads);
@@ -52,8 +64,8 @@ int64_t field_floats(const ChainShape& s) {
 
 }  // namespace
 
-int64_t chain_bias_floats(const ChainShape& s) {
-  return 2 * field_floats(s) + 4 * plan_sums(s).partials;
+int64_t chain_bias_floats(DType dtype, const ChainShape& s) {
+  return 2 * field_floats(s) + 4 * plan_sums(dtype, s).partials;
 }
 
 void chain_bias_gradients(DType dtype, const void* grad, const Strip* strips, float* scratch,
@@ -71,22 +83,20 @@ void chain_bias_gradients(DType dtype, const void* grad, const Strip* strips, fl
                   {h.dilation, v.dilation},
                   s.channels_last};
     Config c;
-    c.block = dim3(kBiasThreads);
+    c.block = dim3(kFieldThreads);
     c.grid = dim3(static_cast<unsigned>(std::clamp<int64_t>(
-        ceil_div((stage + 1) * s.c * std::max(s.h, s.w), kBiasThreads), 1, 1 << 20)));
+        ceil_div((stage + 1) * s.c * std::max(s.h, s.w), kFieldThreads), 1, 1 << 20)));
     c.stream = stream;
     std::swap(fields, before);
     launch("chain_fields", chain_fields_kernel, c, h.weight, v.weight,
            static_cast<const float*>(before), fields, s.stages, p);
   }
-  SumsPlan plan = plan_sums(s);
+  SumsPlan plan = plan_sums(dtype, s);
   plan.config.stream = stream;
-  const size_t bytes = dtype == DType::kFloat32 ? 16 : 8;
   for (int64_t first = 0; first < s.stages; first += 2) {
     const int stages = static_cast<int>(std::min<int64_t>(2, s.stages - first));
-    BiasGradients grads{};
-    for (int i = 0; i < 2 * stages; ++i) grads.to[i] = grad_biases[2 * first + i];
-    if (std::none_of(grads.to, grads.to + 4, [](const void* g) { return g; })) continue;
+    void* const* wanted = grad_biases + 2 * first;
+    if (std::none_of(wanted, wanted + 2 * stages, [](const void* g) { return g; })) continue;
     BiasFields behind{};
     for (int i = 0; i <= stages && first + i < s.stages; ++i) {
       behind.across[i] = fields + (first + i) * s.c * s.w;
@@ -99,18 +109,21 @@ void chain_bias_gradients(DType dtype, const void* grad, const Strip* strips, fl
                        static_cast<int32_t>(s.w),
                        stages,
                        static_cast<int32_t>(plan.segment),
-                       s.w % kBiasColumns == 0 && aligned(grad, bytes)};
+                       s.w % columns_of(dtype) == 0 && aligned(grad, 16)};
     launch("chain_bias_sums",
-           s.channels_last ? chain_bias_sums_last_kernel : chain_bias_sums_kernel, plan.config,
-           grad, behind, partial, p);
-    Config c;
-    c.block = dim3(kBiasThreads);
-    c.grid = dim3(static_cast<unsigned>(ceil_div(2 * stages * s.c, kBiasThreads)));
-    c.stream = stream;
-    launch("chain_bias_finish", chain_bias_finish_kernel, c, static_cast<const float*>(partial),
-           grads, dtype, 2 * stages, static_cast<int>(s.c), s.channels_last ? 1 : s.n,
-           static_cast<int>(plan.splits), plan.partials, s.c * plan.splits,
-           s.channels_last ? 1 : plan.splits, s.channels_last ? s.c : 1);
+           s.channels_last            ? chain_bias_sums_last_kernel
+           : dtype == DType::kFloat32 ? chain_bias_sums_kernel<4>
+                                      : chain_bias_sums_kernel<8>,
+           plan.config, grad, behind, partial, p);
+    // A sum for each channel and bias.
+    SumParams sums{};
+    sums.dtype = dtype, sums.splits = static_cast<int32_t>(plan.splits);
+    sums.outer = s.c, sums.inner = 2 * stages, sums.images = s.channels_last ? 1 : s.n;
+    sums.outer_stride = s.channels_last ? 1 : plan.splits, sums.inner_stride = plan.partials;
+    sums.image_stride = s.c * plan.splits, sums.split_stride = s.channels_last ? s.c : 1;
+    std::copy(wanted, wanted + 2 * stages, sums.to);
+    for (int k = 0; k <= kSumOutputs; ++k) sums.first[k] = std::min(k, 2 * stages);
+    sum_parts(partial, sums, stream);
   }
 }
 

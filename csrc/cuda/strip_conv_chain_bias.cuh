@@ -10,14 +10,15 @@
 //
 //   chain_fields        one stage's convolutions, applied to the fields of the stages up to it
 //   chain_bias_sums     partial sums for the two or fewer stages of a launch, one per block
-//   chain_bias_finish   adds them in a fixed order
+//   sum_parts           adds them
 #pragma once
 
 #include "conv_tile.cuh"
 
 namespace sdan_fast::cuda {
 
-constexpr int kBiasThreads = 256, kBiasColumns = 4;
+constexpr int kBiasThreads = 256, kFieldThreads = 64;
+constexpr int kBiasRows = 4;  // of the gradient that a thread sums at a time
 
 // Fields are stored as [stage][channel][position], or [stage][position][channel] if `last`.
 struct FieldParams {
@@ -29,7 +30,7 @@ struct FieldParams {
 
 // `from` and `to` hold, for W and then for H, a field of every stage; the one of this stage is all
 // ones before it. A thread computes one value.
-__global__ void __launch_bounds__(kBiasThreads)
+__global__ void __launch_bounds__(kFieldThreads, 1)
     chain_fields_kernel(const void* __restrict__ across, const void* __restrict__ down,
                         const float* __restrict__ from, float* __restrict__ to, int64_t stages,
                         const FieldParams p) {
@@ -61,13 +62,22 @@ __global__ void __launch_bounds__(kBiasThreads)
   }
 }
 
+// 16 bytes of the gradient: 4 of float32, 8 of 16 bits.
+template <int V>
+__device__ __forceinline__ void load_wide(DType dtype, const void* p, int64_t i, float (&v)[V]) {
+  if constexpr (V == 4)
+    load<4>(static_cast<const float*>(p) + i, v);
+  else
+    load8_any(dtype, p, i, v);
+}
+
 struct BiasParams {
   int64_t images;
   DType dtype;
   int32_t channels, height, width;
   int32_t stages;   // of this launch: 1 or 2
   int32_t segment;  // rows of a column that are summed at a time
-  int32_t wide;     // 1: 4 columns may be read at once, of the gradient and of the fields
+  int32_t wide;     // 1: V columns may be read at once, of the gradient and of the fields
 };
 
 // The fields of a launch's stages s and s + 1, and of the one behind: down[i] and across[i] of
@@ -76,6 +86,118 @@ struct BiasFields {
   const float* down[3];
   const float* across[3];
 };
+
+// Contiguous tensors. A block sums a segment of a plane's rows, a thread V columns (4 of float32, 8
+// of 16 bits) and every so many rows of them. In 16 bits a few terms are added plainly, their sums
+// carefully. Block x (plane, segment) writes partial[i][x] for the biases i of H_s, V_s, H_s+1,
+// V_s+1.
+template <int V>
+__global__ void __launch_bounds__(kBiasThreads, 1)
+    chain_bias_sums_kernel(const void* __restrict__ grad, const BiasFields fields,
+                           float* __restrict__ partial, const BiasParams p) {
+  constexpr int R = kBiasRows;
+  constexpr bool kCareful = V == 4;
+  SDAN_SHARED(float, sums, [4][kBiasThreads / 32]);
+  const auto segments = static_cast<unsigned>((p.height + p.segment - 1) / p.segment);
+  const int64_t plane = blockIdx.x / segments, c = plane % p.channels;
+  const int begin = static_cast<int>(blockIdx.x % segments) * p.segment,
+            end = p.height - begin < p.segment ? p.height : begin + p.segment;
+  const int groups = (p.width + V - 1) / V, threads = static_cast<int>(blockDim.x),
+            abreast = groups < threads ? groups : threads, rows = threads / abreast;
+  const int first = begin + static_cast<int>(threadIdx.x) / abreast;
+  const float* down[3];
+  SDAN_UNROLL
+  for (int s = 0; s < 3; ++s) down[s] = fields.down[s] ? fields.down[s] + c * p.height : nullptr;
+  CarefulSum total[4];
+  for (int g = static_cast<int>(threadIdx.x) % abreast; first < begin + rows && g < groups;
+       g += abreast) {
+    const int x = g * V;
+    const int64_t base = plane * p.height * p.width + x;
+    CarefulSum columns[3][V];
+    for (int y = first; y < end; y += rows * R) {
+      float v[R][V], few[3][V] = {};
+      SDAN_UNROLL
+      for (int r = 0; r < R; ++r) {
+        const int at = y + r * rows;
+        const int64_t i = base + static_cast<int64_t>(at) * p.width;
+        if (p.wide && at < end) {
+          load_wide<V>(p.dtype, grad, i, v[r]);
+        } else {
+          SDAN_UNROLL
+          for (int e = 0; e < V; ++e)
+            v[r][e] = at < end && x + e < p.width ? load_any(p.dtype, grad, i + e) : 0.0f;
+        }
+        SDAN_UNROLL
+        for (int s = 0; s < 3; ++s) {
+          if (s > p.stages) continue;
+          const float factor = down[s] && at < end ? down[s][at] : 1.0f;
+          SDAN_UNROLL
+          for (int e = 0; e < V; ++e) {
+            if constexpr (kCareful)
+              columns[s][e].add(v[r][e] * factor);
+            else
+              few[s][e] = fmaf(v[r][e], factor, few[s][e]);
+          }
+        }
+      }
+      if constexpr (!kCareful) {
+        SDAN_UNROLL
+        for (int s = 0; s < 3; ++s) {
+          if (s > p.stages) continue;
+          SDAN_UNROLL
+          for (int e = 0; e < V; ++e) columns[s][e].add(few[s][e]);
+        }
+      }
+    }
+    // Columns beyond the image are zero. H_s has the field down(s), all others those behind it.
+    float across[3][V], few[4] = {};
+    SDAN_UNROLL
+    for (int s = 1; s < 3; ++s) {
+      const float* from =
+          fields.across[s] && s <= p.stages ? fields.across[s] + c * p.width + x : nullptr;
+      SDAN_UNROLL
+      for (int e = 0; e < V; e += 4) {
+        float four[4] = {1, 1, 1, 1};
+        if (from && p.wide) {
+          load<4>(from + e, four);
+        } else if (from) {
+          SDAN_UNROLL
+          for (int k = 0; k < 4; ++k)
+            if (x + e + k < p.width) four[k] = from[e + k];
+        }
+        SDAN_UNROLL
+        for (int k = 0; k < 4; ++k) across[s][e + k] = four[k];
+      }
+    }
+    SDAN_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      SDAN_UNROLL
+      for (int e = 0; e < V; ++e) {
+        const CarefulSum& column = columns[(i + 1) / 2][e];
+        const float factor = across[i / 2 + 1][e];
+        if constexpr (kCareful) {
+          total[i].add(column.sum * factor);
+          total[i].add(-column.lost * factor);
+        } else {
+          few[i] = fmaf(column.sum - column.lost, factor, few[i]);
+        }
+      }
+      if (!kCareful) total[i].add(few[i]);
+    }
+  }
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  SDAN_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    const float s = warp_sum(total[i]);
+    if (threadIdx.x % 32 == 0) sums[i][warp] = s;
+  }
+  __syncthreads();
+  if (threadIdx.x < 2u * static_cast<unsigned>(p.stages)) {
+    CarefulSum s;
+    for (int i = 0; i < threads / 32; ++i) s.add(sums[threadIdx.x][i]);
+    partial[static_cast<int64_t>(threadIdx.x) * gridDim.x + blockIdx.x] = s.sum;
+  }
+}
 
 // From sums of grad * down over a column to what it adds to the four bias gradients.
 struct BiasSums {
@@ -93,84 +215,6 @@ struct BiasSums {
     for (int i = 0; i < 3; ++i) column[i] = CarefulSum{};
   }
 };
-
-// Contiguous tensors. A block sums a segment of a plane's rows, a thread kBiasColumns columns and
-// every so many rows of them. Block x (plane, segment) writes partial[i][x] for the biases i of
-// H_s, V_s, H_s+1, V_s+1.
-__global__ void __launch_bounds__(kBiasThreads)
-    chain_bias_sums_kernel(const void* __restrict__ grad, const BiasFields fields,
-                           float* __restrict__ partial, const BiasParams p) {
-  constexpr int V = kBiasColumns;
-  SDAN_SHARED(float, sums, [4][kBiasThreads / 32]);
-  const auto segments = static_cast<unsigned>((p.height + p.segment - 1) / p.segment);
-  const int64_t plane = blockIdx.x / segments, c = plane % p.channels;
-  const int begin = static_cast<int>(blockIdx.x % segments) * p.segment,
-            end = p.height - begin < p.segment ? p.height : begin + p.segment;
-  const int groups = (p.width + V - 1) / V, threads = static_cast<int>(blockDim.x),
-            abreast = groups < threads ? groups : threads, rows = threads / abreast;
-  const int row = static_cast<int>(threadIdx.x) / abreast;
-  const int64_t base = plane * p.height * p.width;
-  const auto down_at = [&](int s, int y) {
-    return fields.down[s] ? fields.down[s][c * p.height + y] : 1.0f;
-  };
-  BiasSums mine;
-  for (int g = static_cast<int>(threadIdx.x) % abreast; row < rows && g < groups; g += abreast) {
-    const int x = g * V;
-    CarefulSum columns[3][V];
-    for (int y = begin + row; y < end; y += rows) {
-      float v[V] = {};
-      const int64_t i = base + static_cast<int64_t>(y) * p.width + x;
-      if (p.wide) {
-        load4_any(p.dtype, grad, i, v);
-      } else {
-        SDAN_UNROLL
-        for (int e = 0; e < V; ++e)
-          if (x + e < p.width) v[e] = load_any(p.dtype, grad, i + e);
-      }
-      SDAN_UNROLL
-      for (int s = 0; s < 3; ++s) {
-        if (s > p.stages) continue;
-        const float down = down_at(s, y);
-        SDAN_UNROLL
-        for (int e = 0; e < V; ++e) columns[s][e].add(v[e] * down);
-      }
-    }
-    float across[3][V];
-    SDAN_UNROLL
-    for (int s = 0; s < 3; ++s) {
-      SDAN_UNROLL
-      for (int e = 0; e < V; ++e) across[s][e] = 1;
-      if (s == 0 || s > p.stages || !fields.across[s]) continue;
-      const float* from = fields.across[s] + c * p.width + x;
-      if (p.wide) {
-        load<V>(from, across[s]);
-      } else {
-        SDAN_UNROLL
-        for (int e = 0; e < V; ++e)
-          if (x + e < p.width) across[s][e] = from[e];
-      }
-    }
-    SDAN_UNROLL
-    for (int e = 0; e < V; ++e) {  // columns beyond the image are zero
-      const float at[3] = {across[0][e], across[1][e], across[2][e]};
-      SDAN_UNROLL
-      for (int s = 0; s < 3; ++s) mine.column[s] = columns[s][e];
-      mine.add_column(at);
-    }
-  }
-  const int warp = static_cast<int>(threadIdx.x) / 32;
-  SDAN_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    const float s = warp_sum(mine.total[i]);
-    if (threadIdx.x % 32 == 0) sums[i][warp] = s;
-  }
-  __syncthreads();
-  if (threadIdx.x < 2u * static_cast<unsigned>(p.stages)) {
-    CarefulSum s;
-    for (int i = 0; i < threads / 32; ++i) s.add(sums[threadIdx.x][i]);
-    partial[static_cast<int64_t>(threadIdx.x) * gridDim.x + blockIdx.x] = s.sum;
-  }
-}
 
 // channels_last tensors. blockDim.x channels, blockDim.y columns of segments of images, in turn;
 // grid: (splits, channels / blockDim.x). Block x writes partial[i][x][channel]. Dynamic shared
@@ -219,31 +263,6 @@ __global__ void __launch_bounds__(kBiasThreads)
     for (int k = 0; k < static_cast<int>(blockDim.y); ++k)
       s.add(sums[i * threads + k * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x)]);
     partial[(static_cast<int64_t>(i) * gridDim.x + blockIdx.x) * p.channels + c] = s.sum;
-  }
-}
-
-struct BiasGradients {
-  void* to[4];  // null: not wanted
-};
-
-// to[i][c] = the sum over n < images and s < splits, in this order, of partial[i * count +
-// n * image_stride + c * channel_stride + s * split_stride]. One thread for each sum.
-__global__ void __launch_bounds__(kBiasThreads)
-    chain_bias_finish_kernel(const float* __restrict__ partial, const BiasGradients grads,
-                             DType dtype, int biases, int channels, int64_t images, int splits,
-                             int64_t count, int64_t image_stride, int64_t channel_stride,
-                             int64_t split_stride) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x, c = i % channels;
-  if (i >= static_cast<int64_t>(biases) * channels) return;
-  const int which = static_cast<int>(i / channels);
-  SDAN_UNROLL
-  for (int b = 0; b < 4; ++b) {
-    if (b != which || !grads.to[b]) continue;
-    CarefulSum total;
-    for (int64_t n = 0; n < images; ++n)
-      for (int s = 0; s < splits; ++s)
-        total.add(partial[b * count + n * image_stride + c * channel_stride + s * split_stride]);
-    store_any(dtype, grads.to[b], c, total.sum - total.lost);
   }
 }
 

@@ -6,6 +6,7 @@ import functools
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
@@ -84,3 +85,48 @@ def run(
     """Run one kernel; tensors among `args` are changed in place. Faults, races and deadlocks raise."""
     values = [as_array(a) if isinstance(a, Tensor) else a for a in args]
     return ptxrun.run(text, kernel, grid, block, values, shared_bytes, approx=approx, batch_lanes=1 << 15)
+
+
+@functools.cache
+def _sums() -> str:
+    signature = "(const float*, const SumParams)"
+    return ptx("sum_parts.cuh", tuple(f"void sum_parts_kernel<{a}>{signature}" for a in ("true", "false")))
+
+
+def sum_parts(
+    parts: Tensor,
+    outputs: Sequence[Tensor | None],
+    first: Sequence[int],
+    outer: int,
+    images: int,
+    splits: int,
+    strides: Sequence[int],
+) -> ptxrun.Stats:
+    """The second stage of a gradient's sums: `outer` rows of sums, output k has columns first[k] up to first[k + 1].
+
+    strides, in floats: of rows, columns, images and splits of the partial sums.
+    """
+    dtype = next(t.dtype for t in outputs if t is not None)
+    inner, to = first[-1], [*outputs, *[None] * (4 - len(outputs))]
+    at = [*first, *[inner] * (5 - len(first))]
+    code = (torch.float32, torch.bfloat16, torch.float16).index(dtype)
+    head = struct.pack("<2i7q", code, splits, outer, inner, images, *strides)
+    pointers = {len(head) + 8 * i: as_array(t) for i, t in enumerate(to) if t is not None}
+    images_on, splits_on = divmod(32, splits)
+    image, split = strides[2:]
+    way = images_on, splits_on, images_on * image + splits_on * split, image - splits * split
+    packed = ptxrun.Struct(head + bytes(32) + struct.pack("<5q2i2q", *at, *way), pointers)
+    along = strides[3] == 1 and splits > 1
+    name = entry(_sums(), f"sum_parts_kernelILb{int(along)}E")
+    return run(_sums(), name, -(-outer * inner // 8), 256, [parts, packed])
+
+
+def weight_sums(
+    parts: Tensor, weight: Tensor | None, bias: Tensor | None, channels: int, taps: int, images: int, splits: int,
+    strides: Sequence[int],
+) -> ptxrun.Stats:  # fmt: skip
+    """Of rows of a weight's and a bias's sums; strides, in rows: of images, channels and splits."""
+    image, channel, split = (n * (taps + 1) for n in strides)
+    return sum_parts(
+        parts, [weight, bias], [0, taps, taps + 1], channels, images, splits, [channel, 1, image, split]
+    )

@@ -6,7 +6,7 @@ import struct
 
 import pytest
 import torch
-from cuda_ptx import entry, nvcc, ptx, run
+from cuda_ptx import entry, nvcc, ptx, run, weight_sums
 from host_harness import assert_bound, random
 
 from sdan_fast.ops._op import OPS
@@ -14,21 +14,19 @@ from sdan_fast.ops._op import OPS
 pytestmark = pytest.mark.skipif(nvcc() is None, reason="no nvcc")
 CONV = OPS["depthwise_conv2d"]
 DTYPE = {torch.float32: (0, "float"), torch.bfloat16: (1, "bfloat16"), torch.float16: (2, "float16")}
-GRAD = "const void*, const void*, float*, const ConvParams, int"
 
 
 @pytest.fixture(scope="module")
 def text():
-    instances = [f"void wgrad_tile_kernel<{v}>({GRAD})" for v in ("true", "false")]
+    instances = []
     for _, t in DTYPE.values():
         p, v = f"const {t}*", 4 // (4 if t == "float" else 2)
         instances.append(f"void conv_last_kernel<{t}, 3, {v}>({p}, {p}, {p}, {t}*, const ConvParams)")
-        instances.append(f"void wgrad_last_kernel<{t}>({p}, {p}, float*, const ConvParams)")
-        instances.append(
-            f"void wgrad_finish_kernel<{t}>"
-            f"(const float*, {t}*, {t}*, int, int, int64_t, int, int64_t, int64_t, int64_t)"
-        )
-    return ptx("depthwise_conv2d.cuh", tuple(instances))
+        for pair, inner, outer in ((v, 3, 3), (v, 8, 1), (1, 12, 1)):
+            instances.append(
+                f"void wgrad_last_kernel<{t}, {pair}, {inner}, {outer}>({p}, {p}, float*, const ConvParams)"
+            )
+    return ptx("conv_wgrad.cuh", tuple(instances))
 
 
 FIELDS = [
@@ -56,17 +54,6 @@ def params(dtype, planes, **fields):
     """ConvParams as bytes; the fields that a kernel does not read may be missing."""
     values = [fields.get(name, 0) for name in FIELDS]
     return struct.pack("<iiq17i4x", DTYPE[dtype][0], 0, planes, *values)
-
-
-def up(x, n):
-    return -(-x // n) * n
-
-
-def row_tile(w, kernel, dilation):
-    """The tile that conv_plan.h chooses for rows."""
-    (kh, kw), (dh, dw) = kernel, dilation
-    t = {"tile_h": 8, "tile_w": up(w, 7 * dw), "rows": 8 + (kh - 1) * dh}
-    return t | {"pitch": up(t["tile_w"] + (kw - 1) * dw + 14, 32) + 4}
 
 
 def inputs(shape, kernel, dtype):
@@ -105,52 +92,8 @@ def test_channels_last(text, dtype):
 
     splits = 3
     partial = torch.full((splits, c, taps + 1), float("nan"))
-    run(
-        text, entry(text, "wgrad_last_kernel", mangled), (splits, 1, 3), (c, 4), [g, x, partial, p],
-        shared_bytes=4 * 9 * c * 4,
-    )  # fmt: skip
     gw, gb = torch.full_like(weight, float("nan")), torch.full_like(bias, float("nan"))
-    finish = entry(text, "wgrad_finish_kernel", mangled)
-    run(text, finish, 2, 256, [partial, gw, gb, c, taps, 1, splits, 0, 1, c])
-    eager = CONV.reference_backward(g, x, weight, bias, **kwargs, output_mask=[True] * 3)
-    want = CONV.reference_backward(g.double(), *exact, **kwargs, output_mask=[True] * 3)
-    assert_bound(gw, eager[1], want[1])
-    assert_bound(gb, eager[2], want[2])
-
-
-@pytest.mark.parametrize("dtype", DTYPE, ids=str)
-@pytest.mark.parametrize(("kernel", "d"), [((1, 11), 2), ((11, 1), 2), ((3, 3), 1)], ids=str)
-def test_weight_gradient(text, kernel, d, dtype):
-    n, c, h, w = shape = (2, 2, 21, 40)
-    (kh, kw), dilation = kernel, (d if kernel[0] > 1 else 1, d if kernel[1] > 1 else 1)
-    vertical = kh > 1
-    x, weight, bias, g = inputs(shape, kernel, dtype)
-    if vertical:
-        hx = (kw - 1) * dilation[1]
-        t = {
-            "tile_h": up(h, 8 * d),
-            "tile_w": 32,
-            "rows": up(h, 8 * d) + (kh - 1) * d,
-            "pitch": up(32 + hx + 7, 8),
-        }
-    else:
-        t = row_tile(w, kernel, dilation)
-    t |= {"tiles_y": -(-h // t["tile_h"]), "tiles_x": -(-w // t["tile_w"])}
-    outer, inner = (kw, kh) if vertical else (kh, kw)
-    units = outer * -(-inner // 8)
-    per_unit, splits, taps = 8 // units, 2, kh * kw
-    warps = units * per_unit
-    fields = dict(zip(["kh", "kw", "dh", "dw"], (*kernel, *dilation), strict=True))
-    p = params(dtype, n * c, channels=c, height=h, width=w, wide=1, splits=splits, **fields, **t)
-    partial = torch.full((n * c * splits, taps + 1), float("nan"))
-    name = entry(text, "wgrad_tile_kernel", f"ILb{int(vertical)}E")
-    shared = 4 * ((t["rows"] + t["tile_h"]) * t["pitch"] + warps * 9)
-    run(text, name, n * c * splits, 32 * warps, [g, x, partial, p, per_unit], shared_bytes=shared)
-    gw, gb = torch.full_like(weight, float("nan")), torch.full_like(bias, float("nan"))
-    _, tname = DTYPE[dtype]
-    finish = entry(text, "wgrad_finish_kernel", "If" if tname == "float" else f"{len(tname)}{tname}")
-    run(text, finish, 1, 256, [partial, gw, gb, c, taps, n, splits, c * splits, splits, 1])
-    kwargs, exact = {"dilation": list(dilation)}, [t.double() for t in (x, weight, bias)]
+    weight_sums(partial, gw, gb, c, taps, 1, splits, (0, 1, c))
     eager = CONV.reference_backward(g, x, weight, bias, **kwargs, output_mask=[True] * 3)
     want = CONV.reference_backward(g.double(), *exact, **kwargs, output_mask=[True] * 3)
     assert_bound(gw, eager[1], want[1])

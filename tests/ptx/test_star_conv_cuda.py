@@ -6,7 +6,7 @@ import struct
 
 import pytest
 import torch
-from cuda_ptx import entry, nvcc, ptx, run
+from cuda_ptx import entry, nvcc, ptx, run, sum_parts
 from host_harness import assert_bound, random
 from torch import Tensor
 
@@ -204,9 +204,6 @@ def gate_text():
             for kernel in ("gate", "gate_last"):
                 signature = f"({p}, {p}, {p}, {p}, {q}, {q}, float*, const GateParams)"
                 instances.append(f"void {kernel}_kernel<{t}, {v}>{signature}")
-        instances.append(
-            f"void sum_parts_kernel<{t}>(const float*, {q}, int64_t, int64_t, int, int64_t, int64_t, int64_t)"
-        )
     return ptx("pointwise_gate.cuh", tuple(instances))
 
 
@@ -245,7 +242,6 @@ def test_gate(gate_text, dtype, shape, wide, last):
     launch(g, u, None, None, again, t=None)  # the sums alone
     assert torch.equal(again, partial)
     gb = torch.full((c,), NAN, dtype=dtype)
-    strides = (0, 1, c) if last else (c * splits, splits, 1)
-    name = entry(gate_text, f"sum_parts_kernel{TYPES[dtype][1]}E")
-    run(gate_text, name, 1, THREADS, [partial, gb, c, 1 if last else n, splits, *strides])
+    image, column, split = (0, 1, c) if last else (c * splits, splits, 1)
+    sum_parts(partial, [gb], [0, c], 1, 1 if last else n, splits, (0, column, image, split))
     assert_bound(gb, (g * u).sum((0, 2, 3)), (g.double() * u.double()).sum((0, 2, 3)))

@@ -6,7 +6,7 @@ import struct
 
 import pytest
 import torch
-from cuda_ptx import as_array, entry, nvcc, ptx, ptxrun, run
+from cuda_ptx import as_array, entry, nvcc, ptx, ptxrun, run, sum_parts
 from host_harness import assert_bound, random
 
 from sdan_fast.ops._op import OPS
@@ -19,7 +19,9 @@ STAGES = ((11, 5, 1, 1), (7, 3, 3, 2), (3, 9, 1, 4))  # kw, kh, dw, dh
 
 @pytest.fixture(scope="module")
 def text():
-    return ptx("strip_conv_chain_bias.cuh", ())  # the kernels are no templates
+    signature = "(const void*, const BiasFields, float*, const BiasParams)"
+    instances = [f"void chain_bias_sums_kernel<{v}>{signature}" for v in (4, 8)]
+    return ptx("strip_conv_chain_bias.cuh", tuple(instances))  # the others are no templates
 
 
 def with_pointers(tensors):
@@ -39,28 +41,30 @@ def bias_gradients(text, grad, weights, stages, segment):
         p = struct.pack("<10i", dtype, i, c, w, h, kw, kh, dw, dh, last)
         across, down = weights[2 * i : 2 * i + 2]
         name = entry(text, "chain_fields")
-        run(text, name, 2, 256, [across, down, before, fields, struct.pack("<q", count), p])
+        run(text, name, 2, 64, [across, down, before, fields, struct.pack("<q", count), p])
     grads = [torch.full((c,), nan, dtype=grad.dtype) for _ in range(2 * count)]
     stats = []
     for first in range(0, count, 2):
         some = min(2, count - first)
         across = [fields[s * c * w :] if s < count else None for s in range(first, first + 3)]
         down = [fields[count * c * w + s * c * h :] if s < count else None for s in range(first, first + 3)]
-        p = struct.pack("<q7i", n, dtype, c, h, w, some, segment, int(w % 4 == 0)) + bytes(4)
+        p = struct.pack(
+            "<q7i", n, dtype, c, h, w, some, segment, int(w * grad.element_size() % 16 == 0)
+        ) + bytes(4)
         segments = -(-h // segment)
         splits = 3 if last else segments
         partials = splits * c if last else n * c * segments
         partial = torch.full((4 * partials,), nan)
         grid, block = ((splits, 1), (c, 256 // c)) if last else ((partials,), (256,))
-        name = entry(text, f"chain_bias_sums{'_last' if last else ''}_kernelE")
+        wide = 16 // grad.element_size()
+        name = entry(text, "chain_bias_sums_last_kernelE" if last else f"chain_bias_sums_kernelILi{wide}E")
         shared = 16 * block[0] * block[1] if last else 0
         args = [grad, with_pointers([*down, *across]), partial, p]
         stats.append(run(text, name, grid, block, args, shared_bytes=shared))
-        to = [grads[2 * first + i] if i < 2 * some else None for i in range(4)]
-        rest = [dtype, 2 * some, c, 1 if last else n, splits, partials, c * splits]
-        sizes = [struct.pack("<q" if i in (3, 5, 6) else "<i", v) for i, v in enumerate(rest)]
-        strides = [struct.pack("<q", v) for v in ((1, c) if last else (splits, 1))]
-        run(text, entry(text, "chain_bias_finish"), 1, 256, [partial, with_pointers(to), *sizes, *strides])
+        outputs = grads[2 * first : 2 * first + 2 * some]
+        row, split = (1, c) if last else (splits, 1)
+        strides = (row, partials, c * splits, split)
+        sum_parts(partial, outputs, list(range(2 * some + 1)), c, 1 if last else n, splits, strides)
     return grads, stats
 
 

@@ -1,0 +1,52 @@
+// The launch of sum_parts.
+#include "sum_parts.cuh"
+
+#include <algorithm>
+
+#include "launch.h"
+
+namespace sdan_fast::cuda {
+
+SumParams flat_sums(DType dtype, std::initializer_list<void*> outputs, int64_t count,
+                    int64_t images, int64_t splits, int64_t image_stride, int64_t sum_stride,
+                    int64_t split_stride) {
+  SumParams p{};
+  p.dtype = dtype, p.splits = static_cast<int32_t>(splits);
+  p.outer = 1, p.inner = count * static_cast<int64_t>(outputs.size()), p.images = images;
+  p.inner_stride = sum_stride, p.image_stride = image_stride, p.split_stride = split_stride;
+  std::copy(outputs.begin(), outputs.end(), p.to);
+  for (int k = 0; k <= kSumOutputs; ++k) p.first[k] = std::min(k * count, p.inner);
+  return p;
+}
+
+SumParams weight_sums(DType dtype, void* grad_weight, void* grad_bias, int64_t channels,
+                      int64_t taps, int64_t images, int64_t splits, int64_t image_stride,
+                      int64_t channel_stride, int64_t split_stride) {
+  const int64_t row = taps + 1;
+  SumParams p{};
+  p.dtype = dtype, p.splits = static_cast<int32_t>(splits);
+  p.outer = channels, p.inner = row, p.images = images;
+  p.outer_stride = channel_stride * row, p.inner_stride = 1;
+  p.image_stride = image_stride * row, p.split_stride = split_stride * row;
+  p.to[0] = grad_weight, p.to[1] = grad_bias;
+  p.first[1] = taps;
+  std::fill(p.first + 2, std::end(p.first), row);
+  return p;
+}
+
+void sum_parts(const float* parts, SumParams p, Stream stream) {
+  const int64_t count = p.outer * p.inner;
+  if (count == 0 || std::none_of(p.to, p.to + kSumOutputs, [](const void* t) { return t; })) return;
+  constexpr int kGroups = kSumThreads / kSumsPerBlock;
+  p.images_on = kGroups / p.splits, p.splits_on = kGroups % p.splits;
+  p.on = p.images_on * p.image_stride + p.splits_on * p.split_stride;
+  p.wrap = p.image_stride - p.splits * p.split_stride;
+  Config c;
+  c.block = dim3(kSumThreads);
+  c.grid = dim3(static_cast<unsigned>(ceil_div(count, kSumsPerBlock)));
+  c.stream = stream;
+  const bool along = p.split_stride == 1 && p.splits > 1;
+  launch("sum_parts", along ? sum_parts_kernel<true> : sum_parts_kernel<false>, c, parts, p);
+}
+
+}  // namespace sdan_fast::cuda

@@ -1,0 +1,61 @@
+// The second stage of every gradient that is a sum: adds the partial sums that the blocks of a
+// first stage left, in a fixed order.
+#pragma once
+
+#include "conv_tile.cuh"
+
+namespace sdan_fast::cuda {
+
+constexpr int kSumThreads = 256, kSumsPerBlock = 8;
+
+// A block takes 8 sums, 32 threads each; the terms are images x splits, and a thread adds up every
+// 32nd. Its neighbour has the next term of the same sum if Along, else the next sum: whichever lies
+// next to it.
+template <bool Along>
+__global__ void __launch_bounds__(kSumThreads)
+    sum_parts_kernel(const float* __restrict__ parts, const SumParams p) {
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  const int which = Along ? warp : lane % kSumsPerBlock,
+            group = Along ? lane : warp * (32 / kSumsPerBlock) + lane / kSumsPerBlock;
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kSumsPerBlock + which;
+  const int64_t row = i / p.inner, column = i % p.inner;
+  const bool there = row < p.outer;
+  CarefulSum total;
+  if (there) {
+    int64_t image = group / p.splits;
+    int split = group % p.splits;
+    const float* from = parts + row * p.outer_stride + column * p.inner_stride +
+                        image * p.image_stride + split * p.split_stride;
+    while (image < p.images) {
+      total.add(*from);
+      image += p.images_on, split += p.splits_on, from += p.on;
+      if (split >= p.splits) split -= p.splits, ++image, from += p.wrap;
+    }
+  }
+  const auto keep = [&](float sum) {
+    SDAN_UNROLL
+    for (int k = 0; k < kSumOutputs; ++k)
+      if (p.to[k] && column >= p.first[k] && column < p.first[k + 1])
+        store_any(p.dtype, p.to[k], row * (p.first[k + 1] - p.first[k]) + column - p.first[k], sum);
+  };
+  if constexpr (Along) {
+    const float sum = warp_sum(total);
+    if (there && lane == 0) keep(sum);
+  } else {
+    SDAN_SHARED(float, sums, [kSumThreads / 32][kSumsPerBlock][2]);
+    SDAN_UNROLL
+    for (int d = 16; d >= kSumsPerBlock; d >>= 1) total.merge(d);
+    if (lane < kSumsPerBlock) sums[warp][lane][0] = total.sum, sums[warp][lane][1] = total.lost;
+    __syncthreads();
+    if (warp > 0 || lane >= kSumsPerBlock || !there) return;
+    CarefulSum all;
+    SDAN_UNROLL
+    for (int w = 0; w < kSumThreads / 32; ++w) {
+      all.add(sums[w][lane][0]);
+      all.add(-sums[w][lane][1]);
+    }
+    keep(all.sum - all.lost);
+  }
+}
+
+}  // namespace sdan_fast::cuda

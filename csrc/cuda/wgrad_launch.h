@@ -1,0 +1,18 @@
+// What the conv_wgrad*.cu files share: one for each family of kernels, so that they compile at the
+// same time.
+#pragma once
+
+#include "wgrad_plan.h"
+
+namespace sdan_fast::cuda {
+
+struct WgradArguments {
+  const void *grad, *x;
+  float* partial;
+};
+
+void launch_wgrad_mma(DType dtype, const WgradArguments& a, const MmaPlan& plan);
+void launch_wgrad_last(DType dtype, const WgradArguments& a, const LastPlan& plan);
+void launch_wgrad_tile(DType dtype, const WgradArguments& a, const TilePlan& plan);
+
+}  // namespace sdan_fast::cuda
