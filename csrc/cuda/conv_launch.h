@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "conv_plan.h"
+#include "last_plan.h"
 #include "square_plan.h"
 
 namespace sdan_fast::cuda {

@@ -15,7 +15,6 @@ namespace sdan_fast::cuda {
 // Enough for four blocks on an SM of 228 KiB; the most that every architecture from sm_75 on has.
 constexpr int64_t kSharedGoal = 48 * 1024, kSharedMost = 64 * 1024;
 constexpr int64_t kSms = 132;          // of a large GPU
-constexpr int64_t kManyBlocks = 1056;  // 8 for each SM of a large GPU
 constexpr int64_t kMostBlocks = 0x7fffffff;
 
 struct ConvPlan {
@@ -68,33 +67,6 @@ inline ConvParams conv_params(const ConvShape& s) {
 inline bool too_long(const ConvShape& s) {  // indices within an image and halos are 32 bits wide
   return s.h * s.w > kMostBlocks || s.c > kMostBlocks || int64_t{s.kh} * s.dh > (1 << 24) ||
          int64_t{s.kw} * s.dw > (1 << 24) || int64_t{s.kh} * s.kw > (1 << 20);
-}
-
-// Channels go to lanes in `v`s, as many as there are up to 128; pixel groups fill the block up to
-// 256 threads.
-inline ConvPlan plan_last(const ConvShape& s, int v) {
-  ConvPlan plan;
-  if (too_long(s)) return plan;
-  ConvParams& p = plan.p = conv_params(s);
-  const int64_t taps = int64_t{p.kh} * p.kw, lanes = ceil_div(p.channels, v);
-  const int64_t most = std::min<int64_t>(128, kSharedGoal / 4 / v / taps);
-  if (most < 1) return plan;
-  const int64_t across = ceil_div(lanes, most), bx = ceil_div(lanes, across),
-                by = std::max<int64_t>(1, 256 / bx);
-  const int64_t length = p.vertical ? p.height : p.width, other = p.vertical ? p.width : p.height;
-  const int64_t d = p.vertical ? p.dh : p.dw;
-  const int64_t groups = ceil_div(length, kLastOutputs * d) * d * other;
-  const int64_t images = std::min<int64_t>(p.planes, 65535);
-  // A thread takes several groups, to read its taps once for them, unless that leaves the GPU idle.
-  const int64_t blocks =
-      std::max(ceil_div(groups, by * 8),
-               std::min(ceil_div(groups, by), ceil_div(kManyBlocks, images * across)));
-  plan.fits = across <= 65535;
-  plan.config.block = dim3(static_cast<unsigned>(bx), static_cast<unsigned>(by));
-  plan.config.grid = dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(across),
-                          static_cast<unsigned>(images));
-  plan.config.shared_bytes = static_cast<size_t>(taps * bx * v * 4);
-  return plan;
 }
 
 }  // namespace sdan_fast::cuda

@@ -11,7 +11,7 @@ namespace {
 struct GradPlan {
   bool fits = false;
   enum { kLast, kMma, kTile } kind = kLast;
-  LastPlan last;
+  WgradLastPlan last;
   MmaPlan mma;
   TilePlan tile;
   // Partial sums: rows of taps + 1 floats, and how many are those of one channel of one image.

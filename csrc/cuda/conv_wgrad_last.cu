@@ -5,7 +5,7 @@
 
 namespace sdan_fast::cuda {
 
-void launch_wgrad_last(DType dtype, const WgradArguments& a, const LastPlan& plan) {
+void launch_wgrad_last(DType dtype, const WgradArguments& a, const WgradLastPlan& plan) {
   with_type(dtype, [&](auto element) {
     using T = decltype(element);
     constexpr int kPair = is_16bit<T> ? 2 : 1;

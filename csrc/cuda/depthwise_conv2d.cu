@@ -22,7 +22,7 @@ bool takes_strips(DType dtype, const ConvShape& s) {
 
 bool conv_fits(DType dtype, const ConvShape& shape) {
   return takes_strips(dtype, shape) ||
-         (shape.channels_last ? plan_last(shape, 1).fits : plan_square(dtype, shape).fits);
+         (shape.channels_last ? plan_last<1>(dtype, shape).fits : plan_square(dtype, shape).fits);
 }
 
 void conv_forward(DType dtype, const void* x, const void* weight, const void* bias, void* y,

@@ -12,7 +12,7 @@ struct WgradArguments {
 };
 
 void launch_wgrad_mma(DType dtype, const WgradArguments& a, const MmaPlan& plan);
-void launch_wgrad_last(DType dtype, const WgradArguments& a, const LastPlan& plan);
+void launch_wgrad_last(DType dtype, const WgradArguments& a, const WgradLastPlan& plan);
 void launch_wgrad_tile(DType dtype, const WgradArguments& a, const TilePlan& plan);
 
 }  // namespace sdan_fast::cuda

@@ -196,7 +196,7 @@ inline TilePlan plan_wgrad_tile(DType dtype, const ConvShape& s) {
 
 // ---- channels_last
 
-struct LastPlan : ConvPlan {
+struct WgradLastPlan : ConvPlan {
   int vector = 1;                        // channels of a thread
   int taps = kGradTaps, taps_outer = 1;  // of a thread
   int64_t partials = 0;                  // rows of the partial sums
@@ -204,8 +204,8 @@ struct LastPlan : ConvPlan {
 
 // A thread has two channels in 16 bits (one where they are odd), and the taps of plan_wgrad_tile;
 // of 9 x 9 half of them.
-inline LastPlan plan_wgrad_last(DType dtype, const ConvShape& s, bool paired) {
-  LastPlan plan;
+inline WgradLastPlan plan_wgrad_last(DType dtype, const ConvShape& s, bool paired) {
+  WgradLastPlan plan;
   if (too_long(s)) return plan;
   ConvParams& p = plan.p = conv_params(s);
   const int64_t length = p.vertical ? p.height : p.width, other = p.vertical ? p.width : p.height;

@@ -21,7 +21,6 @@ def text():
     instances = []
     for _, t in DTYPE.values():
         p, v = f"const {t}*", 4 // (4 if t == "float" else 2)
-        instances.append(f"void conv_last_kernel<{t}, 3, {v}>({p}, {p}, {p}, {t}*, const ConvParams)")
         for pair, inner, outer in ((v, 3, 3), (v, 8, 1), (1, 12, 1)):
             instances.append(
                 f"void wgrad_last_kernel<{t}, {pair}, {inner}, {outer}>({p}, {p}, float*, const ConvParams)"
@@ -68,30 +67,33 @@ def inputs(shape, kernel, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPE, ids=str)
-def test_channels_last(text, dtype):
+def test_weight_gradient_in_channels_last(text, dtype):
     kernel, dilation, taps = (3, 3), (2, 2), 9
     n, c, h, w = shape = (2, 24, 13, 17)
     x, weight, bias, g = inputs(shape, kernel, dtype)
     x, g = (t.contiguous(memory_format=torch.channels_last) for t in (x, g))
-    y = torch.full_like(x, float("nan"))
     v = 4 // x.element_size()
     _, tname = DTYPE[dtype]
     mangled = "If" if tname == "float" else f"{len(tname)}{tname}"
     fields = dict(zip(["kh", "kw", "dh", "dw"], (*kernel, *dilation), strict=True))
     p = params(dtype, n, channels=c, height=h, width=w, vertical=1, splits=1, **fields)
-    st = run(
-        text, entry(text, "conv_last_kernel", mangled), (3, 1, n), (c // v, 4), [x, weight, bias, y, p],
-        shared_bytes=4 * taps * c,
-    )  # fmt: skip
-    kwargs, exact = {"dilation": list(dilation)}, [t.double() for t in (x, weight, bias)]
-    assert_bound(y, CONV.reference(x, weight, bias, **kwargs), CONV.reference(*exact, **kwargs))
-    # Also of 24 16-bit channels, a sector and a half: neighbouring threads have neighbouring pixels. The loads of a tap
-    # are shifted by whole pixels, so that in 16 bits they begin in the middle of a sector.
-    assert st.store_efficiency >= 0.85
-    assert st.load_efficiency >= (0.85 if dtype == torch.float32 else 0.8)
-
     splits = 3
     partial = torch.full((splits, c, taps + 1), float("nan"))
+    # All taps of a thread's channels, or units of 8 taps of the three columns.
+    for pair, inner, outer in ((v, 3, 3), (v, 8, 1), (1, 12, 1)):
+        partial.fill_(float("nan"))
+        name = entry(text, "wgrad_last_kernel", mangled, f"Li{pair}ELi{inner}ELi{outer}E")
+        lanes = c // pair
+        pitch = lanes * 4 + (lanes - lanes * 4) % 32
+        shared = 4 * pitch * pair * (inner + 1)
+        run(text, name, (splits, 1, 3 // outer), (lanes, 4), [g, x, partial, p], shared_bytes=shared)
+        check_sums(partial, x, weight, bias, g, dilation, splits)
+
+
+def check_sums(partial, x, weight, bias, g, dilation, splits):
+    """The gradients of weight and bias from partial sums of channels_last tensors."""
+    c, taps, kwargs = x.shape[1], weight[0].numel(), {"dilation": list(dilation)}
+    exact = [t.double() for t in (x, weight, bias)]
     gw, gb = torch.full_like(weight, float("nan")), torch.full_like(bias, float("nan"))
     weight_sums(partial, gw, gb, c, taps, 1, splits, (0, 1, c))
     eager = CONV.reference_backward(g, x, weight, bias, **kwargs, output_mask=[True] * 3)
