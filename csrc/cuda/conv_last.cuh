@@ -70,7 +70,7 @@ __device__ __forceinline__ void add_column(const T* from, int64_t next, int firs
 // blockDim.x vectors of V channels by blockDim.y pixels. grid: (image, image of its rows and tile;
 // channels / (V blockDim.x)). Dynamic shared memory: kh * kw * V * blockDim.x floats.
 template <typename T, int K, int V>
-__global__ void __launch_bounds__(kLastThreads, 3)
+__global__ void __launch_bounds__(kLastThreads, K == 9 ? 2 : 3)  // 9 rows of taps spill otherwise
     conv_last_kernel(const T* __restrict__ x, const T* __restrict__ weight,
                      const T* __restrict__ bias, T* __restrict__ y, const LastParams p) {
   constexpr int R = last_rows(K);
