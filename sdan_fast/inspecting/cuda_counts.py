@@ -208,7 +208,8 @@ class Sequence:
 def _count_all(committed: dict[str, str], only: str, rank: int, of: int) -> dict[str, Any]:
     """Rows of counts by pass; `committed`: keys by identity, whose rows need no execution.
 
-    Every `of`-th of the passes that do need one is executed, from the one of number `rank`; the others are left out.
+    Every `of`-th pass is executed if it needs to be, from the one of number `rank`; the others' are left out. All
+    passes have a number, needed or not: keys may differ from process to process with where tensors lie.
     """
     library, _ = recorder.libraries()
     executor = Executor(
@@ -216,9 +217,9 @@ def _count_all(committed: dict[str, str], only: str, rank: int, of: int) -> dict
     )
     short = demangle(list(executor.ptx))
     rows: dict[str, list[Any]] = {}
-    executed = stale = 0
+    executed = 0
     with arguments.blank():
-        for case, name, mask, call in passes():
+        for number, (case, name, mask, call) in enumerate(passes()):
             title = f"{case.name} {name}"
             if only not in title:
                 continue
@@ -230,8 +231,7 @@ def _count_all(committed: dict[str, str], only: str, rank: int, of: int) -> dict
             if all(committed.get(a) == key for a, (_, key) in zip(at, seen)):
                 rows[title] = at
                 continue
-            stale += 1
-            if stale % of != rank:
+            if number % of != rank:
                 continue
             print(title, file=sys.stderr, flush=True)
             counts = Sequence(executor, call, executor.execute).entries
