@@ -11,7 +11,8 @@ from .phases import first_tap, last_tap, load_phases, load_row, needed, put, rea
 from .reduce import join_all, total
 from .star import activate, activate_grad
 
-UNROLLED = tl.constexpr(35)  # the longest strip of a known model
+# The longest strip of a known model.
+UNROLLED = tl.constexpr(35) if tl is not None else 35
 
 
 @jit
