@@ -18,8 +18,7 @@ struct GradPlan {
   int64_t partials = 0, splits = 0;
 };
 
-// paired: two channels of a 16-bit channels_last tensor can be read at once.
-GradPlan plan_weight_gradient(DType dtype, const ConvShape& s, bool paired) {
+GradPlan choose_plan(DType dtype, const ConvShape& s, bool paired) {
   GradPlan plan;
   if (s.channels_last) {
     plan.last = plan_wgrad_last(dtype, s, paired && s.c % 2 == 0);
@@ -39,6 +38,13 @@ GradPlan plan_weight_gradient(DType dtype, const ConvShape& s, bool paired) {
   }
   plan.splits = plan.partials / std::max<int64_t>(1, s.n * s.c);
   return plan;
+}
+
+// paired: two channels of a 16-bit channels_last tensor can be read at once. One call asks five
+// times.
+const GradPlan& plan_weight_gradient(DType dtype, const ConvShape& s, bool paired) {
+  if (paired) return remembered<GradPlan>(dtype, s, [&] { return choose_plan(dtype, s, true); });
+  return remembered<GradPlan>(dtype, s, [&] { return choose_plan(dtype, s, false); });
 }
 
 }  // namespace

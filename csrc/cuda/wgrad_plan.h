@@ -224,7 +224,7 @@ inline WgradLastPlan plan_wgrad_last(DType dtype, const ConvShape& s, bool paire
   const int64_t groups = ceil_div(length, kLastOutputs * d) * d * other;
   const int64_t turns = ceil_div(groups, by) * p.planes;
   const int64_t blocks = std::clamp<int64_t>(
-      std::max(ceil_div(132, across * units), ceil_div(turns, 128 / kLastOutputs)), 1,
+      std::max(ceil_div(kSms, across * units), ceil_div(turns, 128 / kLastOutputs)), 1,
       std::max<int64_t>(1, turns));
   plan.fits = across <= 65535 && units <= 65535 && blocks <= kMostBlocks;
   plan.config.block = dim3(static_cast<unsigned>(bx), static_cast<unsigned>(by));
