@@ -174,6 +174,8 @@ class Images:
         groups = ceil_div(channels // self.v, tiles)
         along = H if conv.axis == "h" else W
         dilations = [conv.dilations[1]] if conv.axis == "hw" else [c.dilation for c in step.convs]
+        if conv.axis == "w":
+            dilations = [d * heuristics.interleaved(d, self.x.shape[1] * itemsize) for d in dilations]
         items = max(ceil_div(along, p * d) * d for d in dilations) * groups
         if conv.axis == "hw":
             return Shape("square", p, 1, groups, False, ceil_div(H * items, BLOCK))

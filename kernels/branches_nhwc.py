@@ -9,6 +9,7 @@ from __future__ import annotations
 from ._triton import jit, tl
 from .branches_nchw import groups_of, length, rounds_of
 from .depthwise_nchw import first_row
+from .heuristics import interleaved
 from .phases import compile_time, load_phases, put, store_phases
 
 
@@ -18,12 +19,18 @@ def tiles_of(job, v):
     return -(-(job[2] // v) // job[14])
 
 
+@compile_time
+def apart(kind, dilation, pixel_bytes):
+    """How far apart, in dilations, the positions of a thread of a job are."""
+    return interleaved(dilation, pixel_bytes) if kind == "rows" else 1
+
+
 @jit
 def locate_pixels(
     block, step, H, W, KIND: tl.constexpr, LINES: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, D: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """(first of P positions on the filter's main axis, position on the other, channel group, in range) of each thread.
+    """(first of P positions, D apart, on the filter's main axis, position on the other, channel group, in range).
 
     A program of "square" owns BLOCK consecutive items of an image, of "rows" LINES whole rows, of "columns" LINES whole
     columns, each for GROUPS groups of channels, which vary fastest.
@@ -55,10 +62,10 @@ def locate_pixels(
 @jit
 def accumulate_pixels(
     x_ptr, w_ptr, a, b, channel, ok, H, W, PIXEL: tl.constexpr, COLUMNS: tl.constexpr, KA: tl.constexpr,
-    KB: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr, P: tl.constexpr, V: tl.constexpr, FLIP: tl.constexpr,
-    WIDE: tl.constexpr,
+    KB: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr, P: tl.constexpr, S: tl.constexpr, V: tl.constexpr,
+    FLIP: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """A convolution at positions a, a + DA, ... (P of them) on the main axis, columns or rows, and b on the other.
+    """A convolution at positions a, a + S DA, ... (P of them) on the main axis, columns or rows, and b on the other.
 
     PIXEL: elements from pixel to pixel. KA taps along the main axis, KB along the other. Returns P V tensors, float32.
     """
@@ -79,7 +86,7 @@ def accumulate_pixels(
         else:
             row = (a * stride_a + bb * stride_b) * PIXEL
         weights = ()
-        for e in tl.static_range(P + KA - 1):
+        for e in tl.static_range((P - 1) * S + KA):
             if e < KA:
                 tap = kb * KA + e
                 if FLIP:
@@ -92,9 +99,9 @@ def accumulate_pixels(
             away = (e - KA // 2) * DA * stride_a * PIXEL
             x = load_phases(x_ptr + away, row, channel, inside, PIXEL, 0, 0, V, V > 1)
             for p in tl.static_range(P):
-                if e - p >= 0 and e - p < KA:
+                if e - p * S >= 0 and e - p * S < KA:
                     for v in tl.static_range(V):
-                        acc = put(acc, p * V + v, acc[p * V + v] + weights[(e - p) * V + v] * x[v])
+                        acc = put(acc, p * V + v, acc[p * V + v] + weights[(e - p * S) * V + v] * x[v])
     return acc
 
 
@@ -111,18 +118,18 @@ def load_channels(ptr, channel, V: tl.constexpr):
 def convolve_pixels(
     x_ptr, y_ptr, w_ptr, bias_ptr, field_bias_ptr, field_ptr, block, step, first_group, H, W, PIXEL: tl.constexpr,
     KIND: tl.constexpr, LINES: tl.constexpr, GROUPS: tl.constexpr, ALL_GROUPS: tl.constexpr, KA: tl.constexpr,
-    KB: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr, P: tl.constexpr, FLIP: tl.constexpr, BIAS: tl.constexpr,
-    FIELD: tl.constexpr, ADD: tl.constexpr, IN_PLACE: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr,
-    WIDE: tl.constexpr,
+    KB: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr, P: tl.constexpr, S: tl.constexpr, FLIP: tl.constexpr,
+    BIAS: tl.constexpr, FIELD: tl.constexpr, ADD: tl.constexpr, IN_PLACE: tl.constexpr, V: tl.constexpr,
+    BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One step of y [+]= w * x [+ field_bias field] [+ bias] on one image; IN_PLACE: y is x, read before written."""
-    a, b, channel, ok = locate_pixels(block, step, H, W, KIND, LINES, GROUPS, P, DA, BLOCK)
+    a, b, channel, ok = locate_pixels(block, step, H, W, KIND, LINES, GROUPS, P, S * DA, BLOCK)
     channel += first_group
     if ALL_GROUPS % GROUPS:
         ok = ok & (channel < ALL_GROUPS)
         channel = tl.minimum(channel, ALL_GROUPS - 1)
     acc = accumulate_pixels(
-        x_ptr, w_ptr, a, b, channel, ok, H, W, PIXEL, KIND == "columns", KA, KB, DA, DB, P, V, FLIP, WIDE
+        x_ptr, w_ptr, a, b, channel, ok, H, W, PIXEL, KIND == "columns", KA, KB, DA, DB, P, S, V, FLIP, WIDE
     )
     if FIELD:
         shift = load_channels(field_bias_ptr, channel, V)
@@ -136,7 +143,7 @@ def convolve_pixels(
     if IN_PLACE:
         tl.debug_barrier()
     for p in tl.static_range(P):
-        position = a + p * DA
+        position = a + p * (S * DA)
         if KIND == "columns":
             good = ok & (position < H)
             pixel = position.to(tl.int64) * W + b if WIDE else position * W + b
@@ -201,6 +208,7 @@ def run_job_nhwc(
     BIAS2: tl.constexpr = JOB[18]
     ADD: tl.constexpr = JOB[19]
     WRITE_FIELD: tl.constexpr = JOB[20]
+    PIXEL_BYTES: tl.constexpr = C * buffers[0].dtype.element_ty.primitive_bitwidth // 8
     ALL_GROUPS: tl.constexpr = CHANNELS // V
     TILES: tl.constexpr = tiles_of(JOB, V)
     w1_ptr, w2_ptr, b1_ptr, field_bias_ptr, b2_ptr = pointers
@@ -211,6 +219,8 @@ def run_job_nhwc(
     source = buffers[SRC] + offset
     result = buffers[DST] + offset
     field_ptr += FIRST_CHANNEL
+    S1: tl.constexpr = apart(KIND, DW, PIXEL_BYTES)
+    S2: tl.constexpr = apart(KIND, D2, PIXEL_BYTES)
     if KIND == "columns":
         KA: tl.constexpr = KH
         DA: tl.constexpr = DH
@@ -221,27 +231,27 @@ def run_job_nhwc(
         KA: tl.constexpr = KW
         DA: tl.constexpr = DW
         KB: tl.constexpr = KH
-        items = groups_of(W, P, DA) * (LINES * GROUPS)
-        items2 = groups_of(W, P, D2) * (LINES * GROUPS)
+        items = groups_of(W, P, S1 * DA) * (LINES * GROUPS)
+        items2 = groups_of(W, P, S2 * D2) * (LINES * GROUPS)
     steps = rounds_of(items, BLOCK, LOOP)
     if K2 == 0:
         for step in range(steps):
             convolve_pixels(
                 source, result, w1_ptr, b2_ptr, b2_ptr, field_ptr, block, step, first_group, H, W, C, KIND, LINES,
-                GROUPS, ALL_GROUPS, KA, KB, DA, DH, P, FLIP, BIAS2, False, ADD, False, V, BLOCK, WIDE,
+                GROUPS, ALL_GROUPS, KA, KB, DA, DH, P, S1, FLIP, BIAS2, False, ADD, False, V, BLOCK, WIDE,
             )  # fmt: skip
     else:
         middle = buffers[TMP] + offset
         for step in range(steps):
             convolve_pixels(
                 source, middle, w1_ptr, b1_ptr, field_bias_ptr, field_ptr, block, step, first_group, H, W, C, KIND,
-                LINES, GROUPS, ALL_GROUPS, KA, 1, DA, 1, P, FLIP, BIAS1, FIELD, False, False, V, BLOCK, WIDE,
+                LINES, GROUPS, ALL_GROUPS, KA, 1, DA, 1, P, S1, FLIP, BIAS1, FIELD, False, False, V, BLOCK, WIDE,
             )  # fmt: skip
         tl.debug_barrier()  # what other threads of the program wrote is read from here on
         for step in range(rounds_of(items2, BLOCK, LOOP)):
             convolve_pixels(
                 middle, result, w2_ptr, b2_ptr, b2_ptr, field_ptr, block, step, first_group, H, W, C, KIND, LINES,
-                GROUPS, ALL_GROUPS, K2, 1, D2, 1, P, FLIP, BIAS2, False, ADD, TMP == DST, V, BLOCK, WIDE,
+                GROUPS, ALL_GROUPS, K2, 1, D2, 1, P, S2, FLIP, BIAS2, False, ADD, TMP == DST, V, BLOCK, WIDE,
             )  # fmt: skip
         if WRITE_FIELD:  # noqa: SIM102 - known at compile time, the condition inside is not
             if (n == 0) & (block == 0):

@@ -57,14 +57,14 @@ def convolve(
     along_h = KH > 1  # squares too, whose neighbouring threads then have neighbouring pixels
     KA, KB, DA, DB = (KH, KW, DH, DW) if along_h else (KW, 1, DW, 1)
     length, lines = (H, W) if along_h else (W, H)
-    s = heuristics.conv_nhwc(KA, KB, length, DA, C, channel_vector(x, y, *extra), along_h)
+    s = heuristics.conv_nhwc(KA, KB, length, DA, C, channel_vector(x, y, *extra), along_h, x.element_size())
     taps = weight.reshape(C, KH * KW).t().contiguous()
-    groups = ceil_div(length, s.P * DA) * DA if s.P > 1 else length
+    groups = ceil_div(length, s.P * s.S * DA) * s.S * DA if s.P > 1 else length
     blocks, tiles = ceil_div(groups, s.BG) * ceil_div(lines, s.BL), ceil_div(C, s.BC)
     launch(conv_nhwc, (N * blocks * tiles,), x, taps, taps if bias is None else bias.contiguous(), y, *extra,
            C // s.VEC, H, W, groups, lines, x.stride(0), pixel_stride(x) // s.VEC, y.stride(0),
            pixel_stride(y) // s.VEC, blocks, tiles, KA=KA, KB=KB, DA=DA, DB=DB, ALONG_H=along_h, KT=s.KT, P=s.P,
-           BG=s.BG, BL=s.BL, BC=s.BC, VEC=s.VEC, **flags, num_warps=s.warps)  # fmt: skip
+           S=s.S, BG=s.BG, BL=s.BL, BC=s.BC, VEC=s.VEC, **flags, num_warps=s.warps)  # fmt: skip
 
 
 def weight_grad(

@@ -79,14 +79,16 @@ def conv_nhwc(
     x_ptr, w_ptr, bias_ptr, y_ptr, gate_ptr, grad_ptr, gate_grad_ptr, CV, H, W, GROUPS, LINES,
     x_batch, x_pixel, y_batch, y_pixel, blocks, tiles,
     KA: tl.constexpr, KB: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr, ALONG_H: tl.constexpr,
-    KT: tl.constexpr, P: tl.constexpr, BG: tl.constexpr, BL: tl.constexpr, BC: tl.constexpr, VEC: tl.constexpr,
-    FLIP: tl.constexpr, BIAS: tl.constexpr, STAR: tl.constexpr, OUTER: tl.constexpr, WIDE: tl.constexpr,
+    KT: tl.constexpr, P: tl.constexpr, S: tl.constexpr, BG: tl.constexpr, BL: tl.constexpr, BC: tl.constexpr,
+    VEC: tl.constexpr, FLIP: tl.constexpr, BIAS: tl.constexpr, STAR: tl.constexpr, OUTER: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """conv_nchw for channels_last: channel c of pixel i of image n at n x_batch + i x_pixel VEC + c, C = CV VEC
     channels.
 
     The filter has KA taps along its main axis, which is H if ALONG_H, and KB along the other; it is stored as
-    [KH, KW, C]. KT of the KA are in registers at a time. gate, grad and gate_grad lie as y does.
+    [KH, KW, C]. KT of the KA are in registers at a time. A thread's positions are S DA apart, those of S neighbouring
+    threads between each other, so that they store pixels side by side. gate, grad and gate_grad lie as y does.
     """
     BP: tl.constexpr = BG * BL
     NT: tl.constexpr = (KA + KT - 1) // KT
@@ -98,10 +100,10 @@ def conv_nhwc(
     LA, LB, SA, SB = W, H, 1, W
     if ALONG_H:
         LA, LB, SA, SB = H, W, W, 1
-    a0, b, ok = pixel_tile((pid // tiles) % blocks, GROUPS, LINES, P, DA, BG, BL, ALONG_H)
+    a0, b, ok = pixel_tile((pid // tiles) % blocks, GROUPS, LINES, P, S * DA, BG, BL, ALONG_H)
     x_ptr += n * x_batch
-    # From one of a thread's positions to the next. Each address is made of the first: of a chain of additions AMD's
-    # compiler asks at every link what the whole may be, which takes it minutes and gigabytes.
+    # From one tap to the next. Each address is made of the first: of a chain of additions AMD's compiler asks at every
+    # link what the whole may be, which takes it minutes and gigabytes.
     hop = DA * SA * x_pixel * VEC
     start = tl.zeros((BP, BC), tl.float32)
     if BIAS:
@@ -124,17 +126,17 @@ def conv_nhwc(
         mask = (ok & inside(bb, LB))[:, None] & c_ok[None, :]
         a = a0 + (first - KA // 2) * DA
         at = x_ptr + pixel_offsets(a, bb, c, SA, SB, x_pixel, VEC, WIDE)
-        for e in tl.static_range(P + KT - 1):
+        for e in tl.static_range((P - 1) * S + KT):
             x = load_pixel(at + e * hop, mask, inside(a + e * DA, LA))
             for p in tl.static_range(P):
-                if e - p >= 0 and e - p < KT:
-                    acc = put(acc, p, acc[p] + weights[e - p] * x)
+                if e - p * S >= 0 and e - p * S < KT:
+                    acc = put(acc, p, acc[p] + weights[e - p * S] * x)
     y_ptr += n * y_batch
     at = pixel_offsets(a0, b, c, SA, SB, y_pixel, VEC, WIDE)
-    hop = DA * SA * y_pixel * VEC
+    hop = S * DA * SA * y_pixel * VEC
     mask = ok[:, None] & c_ok[None, :]
     for p in tl.static_range(P):
-        good = a0 + p * DA < LA
+        good = a0 + p * (S * DA) < LA
         here = at + p * hop
         y = acc[p]
         if STAR != "none":

@@ -30,9 +30,9 @@ def test_a_device_has_one_file_name():
 def test_a_file_replaces_choices_of_its_class_of_calls_alone(tmp_path):
     path = tmp_path / "gpu.json"
     path.write_text(json.dumps(GOOD))
-    before = heuristics.conv_nhwc(11, 1, 320, 1, 28, 4, False)
+    before = heuristics.conv_nhwc(11, 1, 320, 1, 28, 4, False, 2)
     with device_settings.in_force(device_settings.load(path)):
-        after, other = (heuristics.conv_nhwc(11, 1, 320, 1, c, 4, False) for c in (28, 56))
+        after, other = (heuristics.conv_nhwc(11, 1, 320, 1, c, 4, False, 2) for c in (28, 56))
     assert (before.P, before.warps) == (8, 4)
     assert (after.P, after.warps, after.BG * after.BL) == (4, 8, 2 * before.BG * before.BL)
     assert (other.P, other.warps) == (8, 4)
@@ -168,7 +168,7 @@ def test_every_kernel_that_heuristics_ask_for_has_choices():
             heuristics.norm_pointwise(56, 56, 28, itemsize)
             heuristics.norm_pointwise(56, 56, 28, itemsize, backward=True)
         heuristics.pointwise_wgrad_planes(56, 56)
-        heuristics.conv_nhwc(11, 1, 320, 1, 28, 4, False)
+        heuristics.conv_nhwc(11, 1, 320, 1, 28, 4, False, 2)
         heuristics.wgrad_nhwc(11, 1, 320, 1, 28, 4)
         heuristics.pixels(28, 4096)
         heuristics.pixels(28, 2048, warps=8)

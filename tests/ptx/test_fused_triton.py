@@ -114,6 +114,12 @@ def test_float32_weight_gradient_in_planes():
     assert fma_share(st) >= 0.3 and conflicts([st]) < 0.1 and unshifted(st) >= 0.85, fma_share(st)
 
 
+def read_once(st, argument):
+    """Bytes that a launch reads of a tensor, each counted once; a tensor may be several of its arguments."""
+    (read,) = (n for name, (n, _) in st.footprint.items() if argument in name.split("/"))
+    return read
+
+
 STAGES, MASK = [(3, 1), (3, 2)], [True] * 4
 
 
@@ -147,13 +153,16 @@ def test_chain_sweep(dtype, fmt):
 
 @pytest.mark.slow
 @formats
-@pytest.mark.parametrize("shape", [(1, 1, 1, 2064), (1, 1, 1100, 8)], ids=["rows", "columns"])
+@pytest.mark.parametrize("shape", [(1, 2, 1, 4400), (1, 2, 4400, 8)], ids=["rows", "columns"])
 def test_chain_longer_than_a_program(shape, fmt):
     """Programs that go around several times, and hold what lies between two strips in a tensor of its own."""
     args, kwargs = chain_args(shape, STAGES, MASK, BF16, fmt)
     with ptx_interpreted() as stats:
         check_op(strip_conv_chain, chain_reference, args, kwargs, needed=[True] + [False] * 8)
-    assert len(stats) == 4 and any(job[15] for st in stats for job in st.constexprs["JOBS"])
+    long = ["rows"] if shape[2] == 1 else ["columns"]
+    assert [kinds(st) for st in stats] == [["rows"], ["columns"]] * 2
+    assert all(st.kernel == ("branches_nchw" if fmt == NCHW else "branches_nhwc") for st in stats)
+    assert all(job[15] for st in stats if kinds(st) == long for job in st.constexprs["JOBS"])
 
 
 @pytest.mark.slow
@@ -168,12 +177,12 @@ def test_chain_traffic(shape):
         # Of the vectors that a row's taps load the middle one is not shifted; the others lose sectors at row ends.
         wide = [s.efficiency for s in st.sites if s.space == "global" and s.kind == "ld" and s.size == 16]
         assert max(wide) >= 0.95 and st.store_efficiency >= 0.85 and fma_share(st) >= 0.3
-        assert st.footprint["a_ptr"][0] == size
+        assert read_once(st, "a_ptr") == size
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
-@pytest.mark.parametrize("shape", [(1, 56, 2, 320), (1, 56, 180, 4)], ids=["rows", "columns"])
+@pytest.mark.parametrize("shape", [(1, 56, 8, 320), (1, 56, 180, 4)], ids=["rows", "columns"])
 def test_chain_traffic_channels_last(shape, dtype):
     """The same in channels_last, where all channels of SDAN are taken: FMAs, stores, and each tensor touched once."""
     args, kwargs = chain_args(shape, [(11, 1), (11, 6)], MASK, dtype, torch.channels_last)
@@ -181,7 +190,7 @@ def test_chain_traffic_channels_last(shape, dtype):
         strip_conv_chain.forward(*args, **kwargs)
     for st in stats:
         assert st.store_efficiency >= 0.85 and fma_share(st) >= 0.3
-        assert st.footprint["a_ptr"][0] == args[0].numel() * args[0].element_size()
+        assert read_once(st, "a_ptr") == args[0].numel() * args[0].element_size()
 
 
 @formats
