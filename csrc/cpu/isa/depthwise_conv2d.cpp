@@ -2,6 +2,7 @@
 // then convolved, the rest is read in place.
 #include "depthwise_conv2d.h"
 
+#include "by_dtype.h"
 #include "tile_conv.h"
 
 namespace sdan_fast {
@@ -211,41 +212,15 @@ void run_tile(const DepthwiseArgs& a, int64_t n, int64_t group, int64_t tile) {
   run_staged<kLanewise>(p, whole, staged);
 }
 
-template <bool kLanewise, typename T>
-void run(const DepthwiseArgs& a, int64_t begin, int64_t end) {
-  const int64_t groups = (a.c + a.lanes - 1) / a.lanes;
-  const int64_t tiles = a.grid.tiles_h * a.grid.tiles_w;
-  for (int64_t t = begin; t < end; ++t) {
-    const int64_t n = t / (groups * tiles);
-    const int64_t rest = t % (groups * tiles);
-    if constexpr (kLanewise) {
-      run_tile<kLanewise, T>(a, n, rest % groups, rest / groups);
-    } else {
-      run_tile<kLanewise, T>(a, n, rest / tiles, rest % tiles);
-    }
-  }
-}
-
-template <typename T>
-void run_format(const DepthwiseArgs& a, int64_t begin, int64_t end) {
-  if (a.channels_last) {
-    run<true, T>(a, begin, end);
-  } else {
-    run<false, T>(a, begin, end);
-  }
-}
-
 }  // namespace
 
 void depthwise_conv2d_run(const DepthwiseArgs& args, int64_t begin, int64_t end) {
-  switch (args.dtype) {
-    case DType::kFloat32:
-      return run_format<float>(args, begin, end);
-    case DType::kBFloat16:
-      return run_format<bfloat16>(args, begin, end);
-    default:
-      return run_format<float16>(args, begin, end);
-  }
+  by_dtype(args.dtype, [&](auto t) {
+    using T = decltype(t);
+    for_each_tile(args, begin, end, [&](auto lanewise, int64_t n, int64_t group, int64_t tile) {
+      run_tile<decltype(lanewise)::value, T>(args, n, group, tile);
+    });
+  });
 }
 
 }  // namespace SDAN_ISA

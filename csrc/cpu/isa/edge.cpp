@@ -8,6 +8,7 @@
 // multiply-adds. Rounding errors grow by about a quarter, since the terms do: in the mean square,
 // 5 to 3.
 #include "band.h"
+#include "by_dtype.h"
 
 namespace sdan_fast {
 namespace SDAN_ISA {
@@ -95,14 +96,7 @@ void shuffle_as(const EdgePlan& plan, int64_t n, int64_t y, int64_t x, int64_t c
 
 void shuffle(const EdgePlan& plan, int64_t n, int64_t y, int64_t x, int64_t count,
              const float* block) {
-  switch (plan.out.dtype) {
-    case DType::kFloat32:
-      return shuffle_as<float>(plan, n, y, x, count, block);
-    case DType::kBFloat16:
-      return shuffle_as<bfloat16>(plan, n, y, x, count, block);
-    case DType::kFloat16:
-      return shuffle_as<float16>(plan, n, y, x, count, block);
-  }
+  by_dtype(plan.out.dtype, [&](auto t) { shuffle_as<decltype(t)>(plan, n, y, x, count, block); });
 }
 
 // f(column, vecs, begin, end) for every block of the tile that has columns [begin, end) of output.

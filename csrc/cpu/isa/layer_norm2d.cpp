@@ -5,6 +5,7 @@
 // accuracy.
 #include "layer_norm2d.h"
 
+#include "by_dtype.h"
 #include "planes.h"
 #include "prefetch.h"
 #include "vec.h"
@@ -209,14 +210,7 @@ void run(const LayerNormArgs& a, int64_t begin, int64_t end) {
 }  // namespace
 
 void layer_norm2d_run(const LayerNormArgs& args, int64_t begin, int64_t end) {
-  switch (args.dtype) {
-    case DType::kFloat32:
-      return run<float>(args, begin, end);
-    case DType::kBFloat16:
-      return run<bfloat16>(args, begin, end);
-    default:
-      return run<float16>(args, begin, end);
-  }
+  by_dtype(args.dtype, [&](auto t) { run<decltype(t)>(args, begin, end); });
 }
 
 }  // namespace SDAN_ISA

@@ -5,6 +5,7 @@
 // at a time.
 #include "pointwise_gate.h"
 
+#include "by_dtype.h"
 #include "planes.h"
 #include "pointwise.h"
 #include "vec.h"
@@ -268,25 +269,11 @@ void run(const PointwiseGateArgs& a, int64_t begin, int64_t end) {
 }  // namespace
 
 void pointwise_gate_pack(const PointwiseGateArgs& args) {
-  switch (args.dtype) {
-    case DType::kFloat32:
-      return pack<float>(args);
-    case DType::kBFloat16:
-      return pack<bfloat16>(args);
-    default:
-      return pack<float16>(args);
-  }
+  by_dtype(args.dtype, [&](auto t) { pack<decltype(t)>(args); });
 }
 
 void pointwise_gate_run(const PointwiseGateArgs& args, int64_t begin, int64_t end) {
-  switch (args.dtype) {
-    case DType::kFloat32:
-      return run<float>(args, begin, end);
-    case DType::kBFloat16:
-      return run<bfloat16>(args, begin, end);
-    default:
-      return run<float16>(args, begin, end);
-  }
+  by_dtype(args.dtype, [&](auto t) { run<decltype(t)>(args, begin, end); });
 }
 
 }  // namespace SDAN_ISA

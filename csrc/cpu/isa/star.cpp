@@ -1,6 +1,7 @@
 // The star, outer(activation(a) * b), vectorized over dense memory.
 #include "star.h"
 
+#include "by_dtype.h"
 #include "vec.h"
 
 namespace sdan_fast {
@@ -92,14 +93,7 @@ void run_activation(const StarArgs& args, int64_t begin, int64_t end) {
 }  // namespace
 
 void star_run(const StarArgs& args, int64_t begin, int64_t end) {
-  switch (args.dtype) {
-    case DType::kFloat32:
-      return run_activation<float>(args, begin, end);
-    case DType::kBFloat16:
-      return run_activation<bfloat16>(args, begin, end);
-    default:
-      return run_activation<float16>(args, begin, end);
-  }
+  by_dtype(args.dtype, [&](auto t) { run_activation<decltype(t)>(args, begin, end); });
 }
 
 }  // namespace SDAN_ISA

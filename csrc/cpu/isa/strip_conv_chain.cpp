@@ -10,6 +10,7 @@
 // the image.
 #include "strip_conv_chain.h"
 
+#include "by_dtype.h"
 #include "tile_conv.h"
 
 namespace sdan_fast {
@@ -385,41 +386,15 @@ void run_tile(const StripChainArgs& a, int64_t n, int64_t block, int64_t tile) {
   }
 }
 
-template <bool kLanewise, typename T>
-void run(const StripChainArgs& a, int64_t begin, int64_t end) {
-  const int64_t blocks = (a.c + a.lanes - 1) / a.lanes;
-  const int64_t tiles = a.grid.tiles_h * a.grid.tiles_w;
-  for (int64_t t = begin; t < end; ++t) {
-    const int64_t n = t / (blocks * tiles);
-    const int64_t rest = t % (blocks * tiles);
-    if constexpr (kLanewise) {
-      run_tile<kLanewise, T>(a, n, rest % blocks, rest / blocks);
-    } else {
-      run_tile<kLanewise, T>(a, n, rest / tiles, rest % tiles);
-    }
-  }
-}
-
-template <typename T>
-void run_format(const StripChainArgs& a, int64_t begin, int64_t end) {
-  if (a.channels_last) {
-    run<true, T>(a, begin, end);
-  } else {
-    run<false, T>(a, begin, end);
-  }
-}
-
 }  // namespace
 
 void strip_conv_chain_run(const StripChainArgs& args, int64_t begin, int64_t end) {
-  switch (args.dtype) {
-    case DType::kFloat32:
-      return run_format<float>(args, begin, end);
-    case DType::kBFloat16:
-      return run_format<bfloat16>(args, begin, end);
-    default:
-      return run_format<float16>(args, begin, end);
-  }
+  by_dtype(args.dtype, [&](auto t) {
+    using T = decltype(t);
+    for_each_tile(args, begin, end, [&](auto lanewise, int64_t n, int64_t group, int64_t tile) {
+      run_tile<decltype(lanewise)::value, T>(args, n, group, tile);
+    });
+  });
 }
 
 }  // namespace SDAN_ISA

@@ -11,6 +11,8 @@
 // R taps, because unaligned loads rather than multiply-adds would bind otherwise.
 #pragma once
 
+#include <type_traits>
+
 #include "prefetch.h"
 #include "vec.h"
 
@@ -376,6 +378,23 @@ SDAN_INLINE void stage_weights(float* out, const T* w, int64_t channel_stride, i
       } else {
         *out++ = to_float(w[from]);
       }
+    }
+  }
+}
+
+// f(lanewise, n, group, tile) for tasks [begin, end) of an op's parallel loop: a group is `lanes`
+// channels. In channels_last the groups of a tile follow one another, since they share its lines.
+template <typename Args, typename F>
+SDAN_INLINE void for_each_tile(const Args& a, int64_t begin, int64_t end, const F& f) {
+  const int64_t groups = (a.c + a.lanes - 1) / a.lanes;
+  const int64_t tiles = a.grid.tiles_h * a.grid.tiles_w;
+  for (int64_t t = begin; t < end; ++t) {
+    const int64_t n = t / (groups * tiles);
+    const int64_t rest = t % (groups * tiles);
+    if (a.channels_last) {
+      f(std::true_type{}, n, rest % groups, rest / groups);
+    } else {
+      f(std::false_type{}, n, rest / tiles, rest % tiles);
     }
   }
 }
