@@ -175,7 +175,8 @@ class Images:
         along = H if conv.axis == "h" else W
         dilations = [conv.dilations[1]] if conv.axis == "hw" else [c.dilation for c in step.convs]
         if conv.axis == "w":
-            dilations = [d * heuristics.interleaved(d, self.x.shape[1] * itemsize) for d in dilations]
+            pixel = self.x.shape[1] * itemsize
+            dilations = [c.dilation * heuristics.interleaved(c.taps, c.dilation, pixel) for c in step.convs]
         items = max(ceil_div(along, p * d) * d for d in dilations) * groups
         if conv.axis == "hw":
             return Shape("square", p, 1, groups, False, ceil_div(H * items, BLOCK))

@@ -20,9 +20,9 @@ def tiles_of(job, v):
 
 
 @compile_time
-def apart(kind, dilation, pixel_bytes):
+def apart(kind, taps, dilation, pixel_bytes):
     """How far apart, in dilations, the positions of a thread of a job are."""
-    return interleaved(dilation, pixel_bytes) if kind == "rows" else 1
+    return interleaved(taps, dilation, pixel_bytes) if kind == "rows" else 1
 
 
 @jit
@@ -219,8 +219,8 @@ def run_job_nhwc(
     source = buffers[SRC] + offset
     result = buffers[DST] + offset
     field_ptr += FIRST_CHANNEL
-    S1: tl.constexpr = apart(KIND, DW, PIXEL_BYTES)
-    S2: tl.constexpr = apart(KIND, D2, PIXEL_BYTES)
+    S1: tl.constexpr = apart(KIND, KW, DW, PIXEL_BYTES)
+    S2: tl.constexpr = apart(KIND, K2, D2, PIXEL_BYTES)
     if KIND == "columns":
         KA: tl.constexpr = KH
         DA: tl.constexpr = DH

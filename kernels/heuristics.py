@@ -135,13 +135,13 @@ def positions(length: int, dilation: int, most: int) -> int:
 
 
 @compile_time
-def interleaved(dilation, pixel_bytes):
+def interleaved(taps, dilation, pixel_bytes):
     """How far apart, in dilations, a thread's pixels along a row are in channels_last: 1, or 2 for whole sectors.
 
     Undilated, its neighbour's would be several pixels away, and a pixel of 28 channels in 16 bits alone fills 70 % of
-    its sectors. Two side by side fill 87 %, for half as many loads again.
+    its sectors. Two side by side fill 87 %, for half as many loads again; of few taps twice as many, which stay at 1.
     """
-    return 2 if dilation == 1 and pixel_bytes < 64 and pixel_bytes % 32 else 1
+    return 2 if taps > 5 and dilation == 1 and pixel_bytes < 64 and pixel_bytes % 32 else 1
 
 
 def conv_nhwc(
@@ -161,7 +161,7 @@ def conv_nhwc(
     """
     bc = max(channel_tile(channels, 32 if vector == 4 else 64), vector)
     kt = taps_at_a_time(taps, 6 if vector == 8 or across > 1 else 11)
-    s = 1 if along_h else interleaved(dilation, channels * itemsize)
+    s = 1 if along_h else interleaved(taps, dilation, channels * itemsize)
     p = positions(length, s * dilation, 16 if taps <= 5 and across == 1 and vector <= 4 else 8)
     t = tuned("conv_nhwc", f"{taps} taps d{dilation}, {channels} channels by {vector}", P=p, warps=4)
     p = t["P"]
