@@ -38,9 +38,10 @@ def interpreter() -> Any:
 
 @functools.cache
 def interpreter_hash() -> str:
-    """Of the interpreter's sources and of this file, since counts depend on them."""
+    """Of the interpreter's sources, of this file and of the model's, since a table's rows depend on them."""
     digest = hashlib.sha256(Path(__file__).read_bytes())
-    for path in sorted(INTERPRETER.glob("ptx*.py")):
+    model = [Path(__file__).with_name(name) for name in ("counts_table.py", "devices.py", "modelled_time.py")]
+    for path in [*sorted(INTERPRETER.glob("ptx*.py")), *model]:
         digest.update(path.read_bytes())
     return digest.hexdigest()[:8]
 

@@ -66,10 +66,12 @@ def ptx_of_kernels(module: Path) -> dict[str, str]:
 
 
 def calls() -> Iterator[tuple[workload.Case, bool]]:
-    """(call, backward too), as for the Triton kernels."""
+    """(call, backward too): as for the Triton kernels, and both ways for all that has weight gradients of its own."""
     from .triton_counts import calls
 
-    return calls()
+    for case, backward in calls():
+        picture = case.shape[0] == workload.PICTURE[0]
+        yield case, backward or (case.op == "depthwise_conv2d" and picture)
 
 
 def passes() -> Iterator[tuple[workload.Case, str, list[bool] | None, Callable[[], Any]]]:
@@ -237,7 +239,7 @@ def _count_all(committed: dict[str, str], only: str, rank: int, of: int) -> dict
             counts = Sequence(executor, call, executor.execute).entries
             executed += sum(isinstance(c, Counts) for c in counts)
             counted = [Counted(kernel, c, key) for (kernel, key), c in zip(seen, counts, strict=True)]
-            rows[title] = counts_table.rows_of(title, counted, counts_table.needed_multiply_adds(case, mask))
+            rows[title] = counts_table.rows_of(title, counted, counts_table.needed_work(case, mask))
     return {"rows": rows, "executed": executed}
 
 

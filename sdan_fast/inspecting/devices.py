@@ -53,6 +53,7 @@ class Gpu:
     """A GPU's public rates. Per clock and SM: warp instructions issued, and lanes of each unit.
 
     bandwidth: bytes per second of DRAM. tensor: dense 16-bit multiply-adds per second with float32 sums.
+    round_trip: clocks from a load to its value where that lies in DRAM, as measured by pointer chasing (ROUND_TRIPS).
     """
 
     name: str
@@ -62,6 +63,7 @@ class Gpu:
     clock: float
     bandwidth: float
     tensor: float
+    round_trip: int
     issue: int = 4
     fma_lanes: int = 64
     int_lanes: int = 64
@@ -74,7 +76,13 @@ class Gpu:
         """float32 multiply-adds per second."""
         return self.sms * self.clock * self.fma_lanes
 
+    @property
+    def latency(self) -> float:
+        """Seconds of a round trip to DRAM."""
+        return self.round_trip / self.clock
 
+
+ROUND_TRIPS = "pointer chasing by others, github.com/markdewing/AI_kernels, latency/README.md"
 GPUS = {
     "A100": Gpu(
         "A100 SXM4 80 GB",
@@ -85,6 +93,7 @@ GPUS = {
         1.41e9,
         2.039e12,
         156e12,
+        550,
     ),
     "H100": Gpu(
         "H100 SXM5 80 GB",
@@ -95,6 +104,7 @@ GPUS = {
         1.98e9,
         3.35e12,
         494.7e12,
+        700,
         fma_lanes=128,
     ),
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from . import arguments, committed, counts_table, cuda_counts, triton_counts, workload
-from .devices import GPUS
+from .devices import GPUS, ROUND_TRIPS
 from .modelled_time import SECTOR_PATH
 from .table import Row, Table, number
 from .tools import Unavailable
@@ -33,11 +33,15 @@ resource:
 | issue slots | all warp instructions but moves | 4 an SM and clock |
 | shared memory and L1 | wavefronts, and sectors / {path} bytes | 1 an SM and clock |
 
-Blocks go evenly to the SMs, and the SM with the most of them decides. The floor of a launch is the larger of its
-compulsory bytes (every tensor that it reads or writes, once) over the bandwidth, and the multiply-adds that the op's
-definition needs of it over the rate of the unit that does them. The ratio of the two is the kernel's gap.
+Blocks go evenly to the SMs, and the SM with the most of them decides. No launch takes less than one round trip to
+DRAM (its latency below), since what it writes depends on what it reads. The floor of a launch is the largest of this
+round trip, its compulsory bytes (every tensor that it reads or writes, once) over the bandwidth, and the multiply-adds
+that the op's definition needs of it over the rate of the unit that does them: depth-wise weight gradients belong to
+the kernels named `wgrad`, 1x1 products to PyTorch's kernels and to those that use tensor cores, the rest to the
+others, each kind split as the launches execute theirs. The ratio of the two is the kernel's gap. The round trip is a
+limit and not a term of a sum: added to time and floor alike, it would only make all ratios look better.
 
-What the model leaves out: latencies and occupancy (the compiled tables have the latter), launch overhead, caches
+What the model leaves out: other latencies and occupancy (the compiled tables have the latter), launch overhead, caches
 shared by blocks (the L2 holds whole tensors of these sizes, so real traffic can be less), ptxas's scheduling and its
 merging of instructions (counts are of PTX). Both GPUs are modelled with the counts of one PTX: sm_80's for Triton,
 since the interpreter knows its tensor-core instructions and not sm_90's, and the one of the build for CUDA C++.
@@ -53,7 +57,11 @@ The GPUs, from public data sheets:
 
 def page() -> str:
     """The whole page."""
-    gpus = "\n".join(f"* **{name}**, {gpu.name}: {gpu.source}." for name, gpu in GPUS.items())
+    gpus = "\n".join(
+        f"* **{name}**, {gpu.name}: {gpu.source}; a round trip to DRAM takes {gpu.round_trip} clocks, "
+        f"{gpu.latency * 1e6:.2f} us ({ROUND_TRIPS})."
+        for name, gpu in GPUS.items()
+    )
     parts = [_INTRODUCTION.format(path=SECTOR_PATH, gpus=gpus)]
     tables = {
         "Triton": committed.load(committed.TRITON_COUNTS, triton_counts.IDENTITY),
@@ -94,7 +102,7 @@ def _summary(tables: dict[str, Table]) -> str:
     ]
     passes = {name: _passes(table) for name, table in tables.items()}
     with arguments.blank():
-        for case, backward in triton_counts.calls():
+        for case, backward in cuda_counts.calls():
             names = ["forward", *(["backward", "backward of x"] if backward else [])]
             for title, mask in zip(names, [None, *workload.masks(case.op, case.make()[0])]):
                 call = f"{case.name} {title}"

@@ -144,7 +144,7 @@ def execute_passes(
                 continue
             on_pass(title)
             counted = [Counted(la.name, execute(la, s), key_of(la, s)) for la, s in _specialized(call)]
-            needed = counts_table.needed_multiply_adds(case, mask)
+            needed = counts_table.needed_work(case, mask)
             table = Table(IDENTITY, COLUMNS, {})
             for row in counts_table.rows_of(title, counted, needed):
                 table.add(row)
