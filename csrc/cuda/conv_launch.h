@@ -6,6 +6,7 @@
 
 #include "conv_plan.h"
 #include "last_plan.h"
+#include "product_plan.h"
 #include "square_plan.h"
 
 namespace sdan_fast::cuda {
@@ -39,6 +40,8 @@ inline bool wide_rows(DType dtype, const ConvShape& s, const void* a, const void
   return aligned_rows(dtype, s, a, b, dtype == DType::kFloat32 ? 4 : 8);
 }
 
+void launch_conv_mma(DType dtype, const ConvArguments& a, const ProductPlan& plan);
+void launch_conv_mma_last(DType dtype, const ConvArguments& a, const LastProductPlan& plan);
 void launch_conv_square(const ConvArguments& a, const SquarePlan& plan);
 void launch_conv_last(DType dtype, const ConvArguments& a, const ConvShape& shape, bool flip,
                       Stream stream);

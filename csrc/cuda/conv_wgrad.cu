@@ -10,18 +10,27 @@ namespace {
 // The first stage of a weight gradient, by the kernel that takes it.
 struct GradPlan {
   bool fits = false;
-  enum { kLast, kMma, kTile } kind = kLast;
+  enum { kLast, kLastMma, kMma, kTile } kind = kLast;
   WgradLastPlan last;
+  GradProductPlan last_mma;
   MmaPlan mma;
   TilePlan tile;
   // Partial sums: rows of taps + 1 floats, and how many are those of one channel of one image.
   int64_t partials = 0, splits = 0;
 };
 
-GradPlan choose_plan(DType dtype, const ConvShape& s, bool paired) {
+GradPlan choose_plan(DType dtype, const ConvShape& s, int together) {
   GradPlan plan;
+  if (s.channels_last && together == 4 && capability() >= 8) {
+    plan.last_mma = plan_grad_product(dtype, s);
+    plan.kind = GradPlan::kLastMma;
+    plan.fits = plan.last_mma.fits, plan.partials = plan.last_mma.partials;
+    plan.splits = plan.last_mma.config.grid.x;
+    if (plan.fits) return plan;
+  }
   if (s.channels_last) {
-    plan.last = plan_wgrad_last(dtype, s, paired && s.c % 2 == 0);
+    plan.last = plan_wgrad_last(dtype, s, together > 1 && s.c % 2 == 0);
+    plan.kind = GradPlan::kLast;
     plan.fits = plan.last.fits, plan.partials = plan.last.partials;
     plan.splits = plan.last.config.grid.x;
     return plan;
@@ -40,30 +49,38 @@ GradPlan choose_plan(DType dtype, const ConvShape& s, bool paired) {
   return plan;
 }
 
-// paired: two channels of a 16-bit channels_last tensor can be read at once. One call asks five
-// times.
-const GradPlan& plan_weight_gradient(DType dtype, const ConvShape& s, bool paired) {
-  if (paired) return remembered<GradPlan>(dtype, s, [&] { return choose_plan(dtype, s, true); });
-  return remembered<GradPlan>(dtype, s, [&] { return choose_plan(dtype, s, false); });
+// together: how many channels of a 16-bit channels_last tensor can be read at once, 1, 2 or 4. One
+// call asks seven times.
+const GradPlan& plan_weight_gradient(DType dtype, const ConvShape& s, int together) {
+  if (together == 4)
+    return remembered<GradPlan>(dtype, s, [&] { return choose_plan(dtype, s, 4); });
+  if (together == 2)
+    return remembered<GradPlan>(dtype, s, [&] { return choose_plan(dtype, s, 2); });
+  return remembered<GradPlan>(dtype, s, [&] { return choose_plan(dtype, s, 1); });
 }
 
 }  // namespace
 
 bool conv_wgrad_fits(DType dtype, const ConvShape& shape) {
-  return plan_weight_gradient(dtype, shape, true).fits &&
-         plan_weight_gradient(dtype, shape, false).fits;
+  for (const int together : {1, 2, 4})
+    if (!plan_weight_gradient(dtype, shape, together).fits) return false;
+  return true;
 }
 
 int64_t conv_partial_floats(DType dtype, const ConvShape& shape) {
-  return std::max(plan_weight_gradient(dtype, shape, true).partials,
-                  plan_weight_gradient(dtype, shape, false).partials) *
-         (int64_t{shape.kh} * shape.kw + 1);
+  int64_t most = 0;
+  for (const int together : {1, 2, 4})
+    most = std::max(most, plan_weight_gradient(dtype, shape, together).partials);
+  return most * (int64_t{shape.kh} * shape.kw + 1);
 }
 
 void conv_weight_gradient(DType dtype, const void* grad, const void* x, float* partial,
                           void* grad_weight, void* grad_bias, const ConvShape& shape,
                           Stream stream) {
-  GradPlan plan = plan_weight_gradient(dtype, shape, aligned(grad, 4) && aligned(x, 4));
+  const int together = aligned(grad, 8) && aligned(x, 8)   ? 4
+                       : aligned(grad, 4) && aligned(x, 4) ? 2
+                                                           : 1;
+  GradPlan plan = plan_weight_gradient(dtype, shape, together);
   const WgradArguments a{grad, x, partial};
   const int wide = wide_rows(dtype, shape, grad, x);
   if (plan.kind == GradPlan::kMma) {
@@ -72,6 +89,9 @@ void conv_weight_gradient(DType dtype, const void* grad, const void* x, float* p
   } else if (plan.kind == GradPlan::kTile) {
     plan.tile.p.wide = wide, plan.tile.config.stream = stream;
     launch_wgrad_tile(dtype, a, plan.tile);
+  } else if (plan.kind == GradPlan::kLastMma) {
+    plan.last_mma.config.stream = stream;
+    launch_wgrad_mma_last(dtype, a, plan.last_mma);
   } else {
     plan.last.config.stream = stream;
     launch_wgrad_last(dtype, a, plan.last);

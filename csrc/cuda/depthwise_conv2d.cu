@@ -18,6 +18,13 @@ bool takes_strips(DType dtype, const ConvShape& s) {
   return (s.kh == 1 || s.kw == 1) && strips_fit(dtype, strip_of(s));
 }
 
+// Whether a channels_last tensor's convolution is one for tensor cores. fp16's of sm_75 are, but
+// its shared memory is too small.
+bool takes_products(DType dtype, const ConvShape& s, const ConvArguments& a) {
+  return dtype != DType::kFloat32 && capability() >= 8 && aligned(a.x, 8) && aligned(a.y, 8) &&
+         plan_last_product(dtype, s).fits;
+}
+
 }  // namespace
 
 bool conv_fits(DType dtype, const ConvShape& shape) {
@@ -35,7 +42,20 @@ void conv_forward(DType dtype, const void* x, const void* weight, const void* bi
     return convolve_strips(dtype, pass, stream);
   }
   const ConvArguments a{x, weight, bias, y};
+  if (shape.channels_last && takes_products(dtype, shape, a)) {
+    LastProductPlan plan = plan_last_product(dtype, shape);
+    plan.p.flip = flip;
+    plan.config.stream = stream;
+    return launch_conv_mma_last(dtype, a, plan);
+  }
   if (shape.channels_last) return launch_conv_last(dtype, a, shape, flip, stream);
+  if (tensor_cores(dtype) && plan_product(dtype, shape).fits) {
+    ProductPlan plan = plan_product(dtype, shape);
+    plan.p.flip = flip;
+    plan.p.wide = aligned_rows(dtype, shape, x, y, 4);
+    plan.config.stream = stream;
+    return launch_conv_mma(dtype, a, plan);
+  }
   SquarePlan plan = plan_square(dtype, shape);
   plan.p.flip = flip;
   plan.p.wide = aligned_rows(dtype, shape, x, y, 4);

@@ -81,6 +81,27 @@ void launch(const char* name, void (*kernel)(Parameters...), const Config& c,
 
 #endif
 
+// The major compute capability of the current GPU; on the host that of a large one.
+inline int capability() {
+#ifdef SDAN_CUDA_HOST
+  return 9;
+#else
+  int device = 0, major = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  return major;
+#endif
+}
+
+// Whether the current GPU's tensor cores multiply elements of this type, of 16 bits: bfloat16 from
+// sm_80 on.
+inline bool tensor_cores(DType dtype) {
+  return dtype == DType::kFloat16 || (dtype == DType::kBFloat16 && capability() >= 8);
+}
+
+// Of GPUs from sm_80 on, bytes of a block.
+constexpr int64_t kSharedLarge = 99 * 1024;
+
 inline int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }

@@ -1,5 +1,5 @@
-// Tensor cores: the two instructions that the 16-bit weight gradient needs, and what they compute
-// for the host and for what sm_75 lacks.
+// Tensor cores: the instructions that the 16-bit convolutions and weight gradients need, and what
+// they compute for the host and for what sm_75 lacks.
 #pragma once
 
 #include <type_traits>
@@ -43,6 +43,50 @@ __device__ __forceinline__ void load_transposed(SharedAddress row, uint32_t (&r)
       const SharedAddress from =
           __shfl_sync(0xffffffffu, row, 8 * m + 2 * (lane % 4) + half) + Offset;
       r[m] |= static_cast<uint32_t>(reinterpret_cast<const uint16_t*>(from)[lane / 4]) << 16 * half;
+    }
+  }
+#endif
+#endif
+}
+
+// N = 4 or 2 such matrices, Transposed or as they are: lane i gets elements (i / 4, 2 (i % 4) +
+// 0..1) of matrix m then.
+template <bool Transposed, int Offset, int N>
+__device__ __forceinline__ void load_matrices(SharedAddress row, uint32_t (&r)[N]) {
+  static_assert(N == 4 || N == 2);
+  if constexpr (Transposed && N == 4) return load_transposed<Offset>(row, r);
+#if SDAN_DEVICE_PASS
+  if constexpr (N == 4)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4 + %5];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(row), "n"(Offset)
+                 : "memory");
+  else if constexpr (Transposed)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2 + %3];"
+                 : "=r"(r[0]), "=r"(r[1])
+                 : "r"(row), "n"(Offset)
+                 : "memory");
+  else
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2 + %3];"
+                 : "=r"(r[0]), "=r"(r[1])
+                 : "r"(row), "n"(Offset)
+                 : "memory");
+#else
+#ifdef SDAN_CUDA_HOST
+  const int lane = cuda_host::lane_id();
+  if (lane < 8 * N) cuda_host::check_aligned(reinterpret_cast<const void*>(row + Offset), 16);
+  for (int m = 0; m < N; ++m) {
+    if constexpr (Transposed) {
+      r[m] = 0;
+      for (int half = 0; half < 2; ++half) {
+        const SharedAddress from =
+            __shfl_sync(0xffffffffu, row, 8 * m + 2 * (lane % 4) + half) + Offset;
+        r[m] |= static_cast<uint32_t>(reinterpret_cast<const uint16_t*>(from)[lane / 4])
+                << 16 * half;
+      }
+    } else {
+      const SharedAddress from = __shfl_sync(0xffffffffu, row, 8 * m + lane / 4) + Offset;
+      r[m] = reinterpret_cast<const uint32_t*>(from)[lane % 4];
     }
   }
 #endif

@@ -2,6 +2,7 @@
 // same time.
 #pragma once
 
+#include "product_plan.h"
 #include "wgrad_plan.h"
 
 namespace sdan_fast::cuda {
@@ -12,6 +13,7 @@ struct WgradArguments {
 };
 
 void launch_wgrad_mma(DType dtype, const WgradArguments& a, const MmaPlan& plan);
+void launch_wgrad_mma_last(DType dtype, const WgradArguments& a, const GradProductPlan& plan);
 void launch_wgrad_last(DType dtype, const WgradArguments& a, const WgradLastPlan& plan);
 void launch_wgrad_tile(DType dtype, const WgradArguments& a, const TilePlan& plan);
 

@@ -153,6 +153,7 @@ inline TilePlan plan_wgrad_tile(DType dtype, const ConvShape& s) {
   p.warps_per_unit = static_cast<int32_t>(8 / at_once);
   const int64_t warps = at_once * p.warps_per_unit;
   p.lead = static_cast<int32_t>(round_up64(halo_x, kGroup));
+  const int64_t most_shared = capability() >= 8 ? kSharedLarge : kSharedMost;
   int64_t least = 0, bytes = 0;
   const auto consider = [&](int64_t h, int64_t w) {
     // Pitches: an odd number of 16 bytes, and of the row-wise tile 4 modulo 32, for the banks.
@@ -163,7 +164,7 @@ inline TilePlan plan_wgrad_tile(DType dtype, const ConvShape& s) {
     const int64_t tiles = ceil_div(p.region_h, h) * ceil_div(p.region_w, w);
     const int64_t needed =
         std::max(stage * (tiles > 1 ? 2 : 1), warps * (int64_t{plan.inner} * plan.outer + 1) * 4);
-    if (needed > kSharedMost || (least && tiles * (stage + 16 * h * w) >= least)) return;
+    if (needed > most_shared || (least && tiles * (stage + 16 * h * w) >= least)) return;
     least = tiles * (stage + 16 * h * w), bytes = needed;  // copies, and arithmetic
     p.tile_h = static_cast<int32_t>(h), p.tile_w = static_cast<int32_t>(w);
     p.rows = static_cast<int32_t>(h + 2 * halo_y), p.columns = static_cast<int32_t>(columns);

@@ -4,7 +4,7 @@
 
 #include <type_traits>
 
-#include "conv_tile.cuh"
+#include "quad_tile.cuh"
 
 namespace sdan_fast::cuda {
 
@@ -50,6 +50,13 @@ struct Share {
   }
 };
 
+// Zeros where an access of fetch_tile goes, of 8 elements that become float32 or 16 bytes.
+template <typename Staged>
+__device__ __forceinline__ void put_zeros(Staged* to, int bytes) {
+  SDAN_UNROLL_BY(1)
+  for (int i = 0; i < bytes / 4; i += 4) put_shared4(reinterpret_cast<float*>(to) + i, float4{});
+}
+
 // `rows` rows and `across` accesses of a plane to shared memory, beginning with (y, x); what is not
 // of rows `ys` and columns `xs` is zero. An access is 16 bytes if Wide, and x and xs are multiples
 // of that. 16-bit elements become float32 where the tile is.
@@ -58,29 +65,40 @@ __device__ __forceinline__ void fetch_tile(const T* plane, Staged* tile, const S
                                            int width, int pitch, int y, int x, int rows, int across,
                                            Span ys, Span xs) {
   constexpr int N = Wide ? kWide<T> : 1;
-  const auto high = static_cast<unsigned>(ys.end - ys.begin);
   for (int column = share.column; column < across; column += share.columns) {
     if (column < 0) continue;
-    const int at_x = x + column * N, end = y + rows - ys.begin;
-    const bool there = at_x >= xs.begin && at_x < xs.end;
-    const T* from = plane + (static_cast<int64_t>(y + share.row) * width + at_x);
+    const int at_x = x + column * N, end = y + rows, high = ys.end < end ? ys.end : end;
+    int at_y = y + share.row;
     Staged* to = tile + share.row * pitch + column * N;
-    for (int at_y = y + share.row - ys.begin; at_y < end; at_y += share.rows) {
-      const bool inside = there && static_cast<unsigned>(at_y) < high;
+    const int step = share.rows * pitch;
+    const auto clear = [&](int stop) {
+      SDAN_UNROLL_BY(1)
+      for (; at_y < stop; at_y += share.rows, to += step) {
+        if constexpr (Wide)
+          put_zeros(to, N * static_cast<int>(sizeof(Staged)));
+        else
+          *to = Staged{};
+      }
+    };
+    clear(at_x >= xs.begin && at_x < xs.end ? ys.begin : end);
+    const T* from = plane + (static_cast<int64_t>(at_y) * width + at_x);
+    const int64_t bytes = static_cast<int64_t>(share.rows) * width * static_cast<int>(sizeof(T));
+    SDAN_UNROLL_BY(4)
+    for (; at_y < high; at_y += share.rows, to += step) {
       if constexpr (Wide && std::is_same_v<T, Staged>) {
-        cp_async<16>(to, inside ? from : plane, inside ? 16 : 0);
+        cp_async<16>(to, from);
       } else if constexpr (Wide) {
-        float v[N] = {};
-        if (inside) load<N>(from, v);
+        float v[N];
+        load<N>(from, v);
         put_shared<N>(to, v);
       } else if constexpr (std::is_same_v<T, Staged>) {
-        *to = inside ? *from : T{};
+        *to = *from;
       } else {
-        *to = inside ? load_one(from) : 0.0f;
+        *to = load_one(from);
       }
-      from += static_cast<int64_t>(share.rows) * width;
-      to += share.rows * pitch;
+      from = bytes_on(from, bytes);
     }
+    clear(end);
   }
 }
 

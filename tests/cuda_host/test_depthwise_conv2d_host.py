@@ -50,6 +50,25 @@ def test_types_and_layouts(kernel, dtype, layout):
 
 
 @pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize(("k", "d"), [(3, 1), (5, 1), (7, 1), (9, 1), (5, 3), (7, 4), (9, 5)])
+def test_squares_on_tensor_cores(k, d, layout):
+    """In 16 bits; in channels_last from 16 channels on."""
+    c = 20 if layout == "channels_last" else 2
+    run((1, c, 19, 24), (k, k), (d, d), torch.bfloat16, layout)
+    run((1, c, 18, 21), (k, k), (d, d), torch.float16, layout, bias=False)
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+def test_products_do_not_depend_on_the_order_of_threads(layout):
+    run((1, 36, 20, 24), (7, 7), (1, 1), torch.bfloat16, layout, orders=tuple(ORDERS))
+
+
+@pytest.mark.parametrize(("shape", "d"), [((1, 1, 3, 1100), 1), ((1, 1, 230, 24), 4)], ids=str)
+def test_long_rows_and_columns_of_products(shape, d):
+    run(shape, (7, 7), (d, d), torch.bfloat16)
+
+
+@pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize(
     ("kernel", "dilation"),
     [

@@ -1,6 +1,6 @@
 """Rung 5: the PTX of the weight gradient's kernels of contiguous tensors, executed: values, faults, races, traffic.
 
-Those of channels_last tensors are in test_depthwise_conv2d_cuda.py.
+Those of channels_last tensors are in test_conv_wgrad_last_cuda.py and test_depthwise_conv2d_cuda.py.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ pytestmark = pytest.mark.skipif(nvcc() is None, reason="no nvcc")
 CONV = OPS["depthwise_conv2d"]
 MANGLED = {torch.float32: "f", torch.bfloat16: "8bfloat16", torch.float16: "7float16"}
 NAME = {torch.float32: "float", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-# (kernel, dilation, Vertical, Inner, Outer): all taps in one thread, or units of taps.
-TILES = [((1, 11), 2, 0, 12, 1), ((1, 15), 3, 0, 8, 1), ((11, 1), 2, 1, 12, 1), ((5, 3), 1, 1, 8, 1),
-         ((3, 3), 1, 1, 3, 3), ((7, 7), 2, 1, 7, 7)]  # fmt: skip
+# (kernel, dilation, Vertical, Inner, Outer, Step): all taps in one thread, or units of taps.
+TILES = [((1, 11), 2, 0, 12, 1, 0), ((1, 15), 3, 0, 8, 1, 0), ((11, 1), 2, 1, 12, 1, 0), ((5, 3), 1, 1, 8, 1, 0),
+         ((3, 3), 1, 1, 3, 3, 1), ((7, 7), 2, 1, 7, 7, 0), ((5, 5), 3, 1, 5, 5, 3)]  # fmt: skip
 # (kernel, dilation, Units, Pairs)
 PRODUCTS = [((1, 11), 6, 1, 6), ((11, 1), 6, 6, 1), ((3, 3), 1, 4, 2), ((7, 7), 4, 3, 3)]
 
@@ -35,9 +35,9 @@ def tile_text():
     return ptx(
         "conv_wgrad.cuh",
         tuple(
-            f"void wgrad_tile_kernel<{t}, {'true' if v else 'false'}, {k}, {o}>"
+            f"void wgrad_tile_kernel<{t}, {'true' if v else 'false'}, {k}, {o}, {step}>"
             f"(const {t}*, const {t}*, float*, const TileParams)"
-            for t, v, k, o in sorted(found)
+            for t, v, k, o, step in sorted(found)
         ),
     )
 
@@ -90,7 +90,7 @@ class Case:
 
 @pytest.mark.parametrize("width", [40, 19])
 @pytest.mark.parametrize(
-    ("dtype", "kernel", "d", "vertical", "inner", "outer"),
+    ("dtype", "kernel", "d", "vertical", "inner", "outer", "step"),
     # Squares in 16 bits are the tensor cores'.
     [
         (t, *case)
@@ -100,7 +100,7 @@ class Case:
     ],
     ids=str,
 )
-def test_tiles(tile_text, dtype, kernel, d, vertical, inner, outer, width):
+def test_tiles(tile_text, dtype, kernel, d, vertical, inner, outer, step, width):
     case = Case((2, 2, 40, width), kernel, d, dtype)
     (dh, dw), (hy, hx) = case.dilation, case.halo
     tile = (8 * dh, 32) if vertical else (8, up(32, 7 * dw))
@@ -113,7 +113,7 @@ def test_tiles(tile_text, dtype, kernel, d, vertical, inner, outer, width):
     at_once = min(units, 8)
     shared = 8 * (rows * pitches[0] + tile[0] * pitches[1])
     name = entry(tile_text, f"wgrad_tile_kernelI{'N' if dtype.itemsize == 2 else 'f'}",
-                 f"{MANGLED[dtype]}", f"Lb{vertical}ELi{inner}ELi{outer}E")  # fmt: skip
+                 f"{MANGLED[dtype]}", f"Lb{vertical}ELi{inner}ELi{outer}ELi{step}E")  # fmt: skip
     rest = [lead, rows, columns, *pitches, 8 // at_once]
     case.launch(tile_text, name, tile, rest, -(-units // at_once), at_once * (8 // at_once), shared)
     case.check()
