@@ -14,7 +14,6 @@ namespace sdan_fast::cuda {
 
 // Enough for four blocks on an SM of 228 KiB; the most that every architecture from sm_75 on has.
 constexpr int64_t kSharedGoal = 48 * 1024, kSharedMost = 64 * 1024;
-constexpr int64_t kSms = 132;  // of a large GPU
 constexpr int64_t kMostBlocks = 0x7fffffff;
 
 struct ConvPlan {

@@ -102,6 +102,20 @@ __device__ __forceinline__ void store8_any(DType dtype, void* p, int64_t i, cons
   store_words<16>(static_cast<uint16_t*>(p) + i, r);
 }
 
+// i = whole * n + rest, both not negative; in 32 bits where they fit, whose division is some five
+// times as fast.
+struct Quotient {
+  int64_t whole, rest;
+  __device__ __forceinline__ Quotient(int64_t i, int64_t n) {
+    if ((i | n) >> 32) {
+      whole = i / n, rest = i % n;
+    } else {
+      const auto a = static_cast<uint32_t>(i), b = static_cast<uint32_t>(n), q = a / b;
+      whole = q, rest = a - q * b;
+    }
+  }
+};
+
 // x rounded down to a multiple of the power of two n, also below zero.
 __device__ __forceinline__ int round_down(int x, int n) {
   return x & -n;

@@ -17,6 +17,8 @@
 
 namespace sdan_fast::cuda {
 
+constexpr int64_t kSms = 132;  // of a large GPU: what grids are planned for
+
 struct Config {
   dim3 grid, block;
   size_t shared_bytes = 0;

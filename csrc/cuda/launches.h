@@ -148,10 +148,12 @@ struct SumParams {
   int64_t outer_stride, inner_stride, image_stride, split_stride;
   void* to[kSumOutputs];
   int64_t first[kSumOutputs + 1];
-  // sum_parts fills these in: a thread's way to its next term, 32 further on, in images, splits and
-  // floats, and the floats that the end of an image's splits adds.
+  // sum_parts fills these in: a thread's way to its next term, in floats; the floats from one term
+  // to the next, 0 if they are not evenly spaced, and then the way in images and splits as well,
+  // and the floats that the end of an image's splits adds.
+  int64_t on, term_stride;
   int32_t images_on, splits_on;
-  int64_t on, wrap;
+  int64_t wrap;
 };
 void sum_parts(const float* parts, SumParams sums, Stream stream);
 

@@ -8,9 +8,9 @@
 namespace sdan_fast::cuda {
 namespace {
 
-// Threads that keep a large GPU busy: 2 blocks for each of 132 SMs. Partial sums come from at most
-// 8 blocks for each.
-constexpr int64_t kEnoughThreads = 264 * kStarConvThreads, kSumBlocks = 1056;
+// Threads that keep a large GPU busy: 2 blocks for each SM. Partial sums come from at most 8 blocks
+// for each.
+constexpr int64_t kEnoughThreads = 2 * kSms * kStarConvThreads, kSumBlocks = 8 * kSms;
 constexpr int kGradVector = 4;  // wider ones would cost the backward its occupancy
 
 StarConvParams star_conv_params(const StarConvShape& s, int outer) {
@@ -59,7 +59,7 @@ struct BackwardPlan {
 // SM of a large GPU that has the most blocks (`blocks` of so many groups of rows) does the fewest.
 template <typename F>
 int rows_of_backward(int64_t height, F&& blocks) {
-  constexpr int64_t kSms = 132, kMost = 32;
+  constexpr int64_t kMost = 32;
   int64_t least = 0, best = 1;
   for (int64_t rows = 1; rows <= std::min(kMost, height); ++rows) {
     const int64_t cost = ceil_div(blocks(ceil_div(height, rows)), kSms) * (rows + 4);

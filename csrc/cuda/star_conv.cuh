@@ -15,7 +15,7 @@
 #pragma once
 
 #include "activation.cuh"
-#include "device.cuh"
+#include "conv_tile.cuh"
 #include "star.cuh"
 
 namespace sdan_fast::cuda {
@@ -101,17 +101,21 @@ __global__ void __launch_bounds__(kStarConvThreads, 1)
                              T* __restrict__ y, const StarConvParams s) {
   constexpr bool kCoarse = is_16bit<T>;
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int64_t blocks = (star_conv_items(s, V) + kStarConvThreads - 1) / kStarConvThreads;
+  const int items = star_conv_items(s, V);
+  const int64_t blocks = (items + kStarConvThreads - 1) / kStarConvThreads;
   const int64_t pixels = static_cast<int64_t>(s.height) * s.width;
   for (int64_t block = blockIdx.x; block < blocks * s.images * s.channels; block += gridDim.x) {
-    const int64_t plane = block / blocks, image = plane / s.channels;
-    const int c = static_cast<int>(plane % s.channels);
-    const StarConvItem at(
-        s, V, static_cast<int>(block % blocks) * kStarConvThreads + static_cast<int>(threadIdx.x));
-    const int64_t in = image * s.step + c * pixels + at.q * V, out = plane * pixels + at.q * V;
+    const Quotient of_planes(block, blocks), of_images(of_planes.whole, s.channels);
+    const int item =
+        static_cast<int>(of_planes.rest) * kStarConvThreads + static_cast<int>(threadIdx.x);
+    if (item - lane >= items) continue;  // a warp beyond the plane
+    const StarConvItem at(s, V, item);
+    const int64_t plane = of_planes.whole, c = of_images.rest;
+    const int64_t in = of_images.whole * s.step + c * pixels + at.q * V,
+                  out = plane * pixels + at.q * V;
     float w[9];
     SDAN_UNROLL
-    for (int k = 0; k < 9; ++k) w[k] = load_one(weight + c * int64_t{9} + k);
+    for (int k = 0; k < 9; ++k) w[k] = load_one(weight + c * 9 + k);
     const float shift = bias ? load_one(bias + c) : 0.0f;
     float next[V], second[V], third[V];  // outputs that wait for two more rows, and for one
     load_or_zero<T, V>(p + in + (at.row - 1) * int64_t{s.width}, at.live && at.row > 0, next);
@@ -170,6 +174,7 @@ __global__ void __launch_bounds__(kStarConvThreads, 1)
     for (int k = 0; k < kStarConvSums; ++k) acc[k] = 0;
     for (int first = static_cast<int>(block % s.splits) * kPerBlock; first < items;
          first += s.splits * kPerBlock) {
+      if (first + warp * kStarConvOwners >= items) break;  // a warp beyond the plane
       const StarConvItem at(s, V, first + warp * kStarConvOwners + lane - 1);
       const bool owner = at.live && lane > 0 && lane < 31;
       const int64_t in = image * s.step + c * pixels + at.q * V, dense = plane * pixels + at.q * V;

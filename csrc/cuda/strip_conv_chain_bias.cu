@@ -42,7 +42,7 @@ SumsPlan plan_sums(DType dtype, const ChainShape& s) {
   // Some rows for each thread, or else its own sums would cost more than they, but work for every
   // SM of a large GPU: the cut after which the one with the most blocks has the least.
   const int64_t rows = std::max<int64_t>(1, kBiasThreads / ceil_div(s.w, columns_of(dtype)));
-  constexpr int64_t kSms = 132, kFixed = 4;  // what a block does besides, in rows of its threads
+  constexpr int64_t kFixed = 4;  // what a block does besides, in rows of its threads
   int64_t least = 0;
   for (int64_t cuts = 1; cuts <= std::min<int64_t>(16, ceil_div(s.h, rows)); ++cuts) {
     const int64_t segment = ceil_div(s.h, cuts);

@@ -13,7 +13,7 @@
 //   sum_parts           adds them
 #pragma once
 
-#include "conv_tile.cuh"
+#include "quad_tile.cuh"
 
 namespace sdan_fast::cuda {
 
@@ -43,19 +43,32 @@ __global__ void __launch_bounds__(kFieldThreads, 1)
               dilation = axis ? p.dilation[1] : p.dilation[0];
     const int64_t field = static_cast<int64_t>(p.channels) * length;
     const void* weight = axis ? down : across;
+    const int64_t next = p.last ? static_cast<int64_t>(dilation) * p.channels : dilation;
     for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
          i < (p.stage + 1) * field; i += step) {
-      const int64_t in_field = i % field;
-      const int64_t c = p.last ? in_field % p.channels : in_field / length;
-      const int position = static_cast<int>(p.last ? in_field / p.channels : in_field % length);
-      const bool ones = i / field == p.stage;
+      const Quotient of_fields(i, field), in_field(of_fields.rest, p.last ? p.channels : length);
+      const int64_t c = p.last ? in_field.rest : in_field.whole;
+      const int position = static_cast<int>(p.last ? in_field.whole : in_field.rest);
+      // The taps that meet the image.
+      const int middle = (taps - 1) / 2, before = position / dilation,
+                behind = (length - 1 - position) / dilation;
+      const int first = before < middle ? middle - before : 0,
+                end = behind < middle ? middle + behind + 1 : taps;
+      const bool ones = of_fields.whole == p.stage;
+      const float* value = from + offset + i + (first - middle) * next;
       CarefulSum sum;
-      for (int k = 0; k < taps; ++k) {
-        const int64_t away = (k - (taps - 1) / 2) * static_cast<int64_t>(dilation);
-        if (position + away < 0 || position + away >= length) continue;
-        const float tap = load_any(p.dtype, weight, c * taps + k);
-        sum.add(ones ? tap : tap * from[offset + i + away * (p.last ? p.channels : 1)]);
-      }
+      with_element(p.dtype, [&](auto element) {
+        const auto* tap = static_cast<const decltype(element)*>(weight) + c * taps;
+        if (ones) {
+          for (int k = first; k < end; ++k) sum.add(load_one(tap + k));
+        } else {
+          SDAN_UNROLL_BY(2)
+          for (int k = first; k < end; ++k) {
+            sum.add(load_one(tap + k) * *value);
+            value += next;
+          }
+        }
+      });
       to[offset + i] = sum.sum;
     }
     offset += stages * field;

@@ -35,6 +35,8 @@ inline StripParams strip_params(DType dtype, const StripPass& s) {
         static_cast<int32_t>(std::min<int64_t>(from.taps, 2 * ((axis - 1) / from.dilation) + 1));
     to.dilation = to.taps == 1 ? 1 : from.dilation;
     to.halo = (to.taps - 1) / 2 * to.dilation;
+    to.outputs = kFewOutputs;
+    to.inverse = to.dilation > 1 ? static_cast<uint32_t>((int64_t{1} << 32) / to.dilation + 1) : 0;
   }
   return p;
 }
@@ -45,18 +47,46 @@ inline bool strip_aligned(DType dtype, const StripPass& s, int64_t row) {
   return row % 4 == 0 && aligned(s.x, bytes) && aligned(s.y, bytes) && aligned(s.gate, bytes);
 }
 
-// Groups of outputs of the i-th convolution at n positions: a thread's, with those out of range.
-inline int64_t strip_groups(const StripParams& p, int64_t n, int i, bool last) {
-  return ceil_div(n, int64_t{strip_outputs(last)} * p.step[i].dilation) * p.step[i].dilation;
+// Groups of a thread's outputs of a convolution at n positions, with those out of range.
+inline int64_t strip_groups(const StripStep& s, int64_t n) {
+  return ceil_div(n, int64_t{s.outputs} * s.dilation) * s.dilation;
+}
+
+// Whether a pass has a kernel for its number of taps, which then may choose a thread's outputs.
+inline bool strip_chooses(const StripParams& p, bool last) {
+  return strip_chooses(p.step[0].taps, last) && (p.steps == 1 || p.step[0].taps == p.step[1].taps);
+}
+
+// A thread's outputs at n positions: many where that saves a tenth of the multiply-adds of all
+// warps, 32 / quads groups abreast, and of what every group costs besides, about those of a
+// quarter.
+inline int32_t choose_outputs(StripStep s, int64_t n, int64_t quads) {
+  const auto cost = [&](int32_t outputs) {
+    const int64_t period = int64_t{outputs} * s.dilation;
+    const int64_t groups = n / period * s.dilation + std::min<int64_t>(s.dilation, n % period);
+    return ceil_div(groups * quads, 32) * (4 * outputs * s.taps + 2 * (outputs + s.taps) + 40);
+  };
+  return 10 * cost(kManyOutputs) < 9 * cost(kFewOutputs) ? kManyOutputs : kFewOutputs;
 }
 
 // Sets what follows from the outputs of a block along the axis; returns the bytes of shared memory.
 inline int64_t set_segment(StripParams& p, int64_t segment, int64_t quads, bool row, bool last) {
   const int two = p.steps - 1;
   const int64_t h1 = p.step[1].halo, n = std::min<int64_t>(p.length, segment + 2 * h1);
-  int64_t staged = strip_outputs(last) * strip_groups(p, n, 0, last) + 2 * p.step[0].halo;
-  if (row) staged = round_up64(staged + kRowAlign - 1, 4);
-  const int64_t second = two ? strip_outputs(last) * strip_groups(p, segment, 1, last) + 2 * h1
+  for (int i = 0; i < p.steps; ++i)
+    p.step[i].outputs = last                     ? kManyOutputs
+                        : strip_chooses(p, last) ? choose_outputs(p.step[i], i ? segment : n, quads)
+                                                 : kFewOutputs;
+  const auto reached = [&](int i, int64_t count) {
+    return p.step[i].outputs * strip_groups(p.step[i], count) + 2 * p.step[i].halo;
+  };
+  int64_t staged = reached(0, n);
+  if (row) {  // from where a sector begins: before the image, or before a segment in it
+    const auto lead = [](int64_t halo) { return (kRowAlign - halo % kRowAlign) % kRowAlign; };
+    const int64_t h0 = p.step[0].halo;
+    staged = round_up64(staged + std::max(lead(h0), segment < p.length ? lead(h0 + h1) : 0), 4);
+  }
+  const int64_t second = two                ? reached(1, segment)
                          : row || p.restage ? segment  // the outputs
                                             : 0;
   const auto taps = [&](int i) {
@@ -96,10 +126,15 @@ inline StripPlan plan_tiles(StripParams p, int64_t quads, bool row, bool last) {
   segments = std::max(segments, std::min(ceil_div(2 * kSms, p.planes * p.stripes),
                                          length / std::max<int64_t>(1, 7 * halos)));
   plan.config.shared_bytes = static_cast<size_t>(set_segment(p, cut(segments), quads, row, last));
-  // About two groups of outputs a thread: what it takes to get there is an eighth of all then.
-  const int64_t n = std::min<int64_t>(length, p.segment + 2 * p.step[1].halo);
+  // About two groups of outputs a thread, of few outputs where there is a choice: what it takes to
+  // get there is an eighth of all then.
+  const auto items_of = [&](StripStep s, int64_t n) {
+    if (!last) s.outputs = kFewOutputs;
+    return quads * strip_groups(s, n);
+  };
   const int64_t items =
-      quads * std::max(strip_groups(p, n, 0, last), strip_groups(p, p.segment, p.steps - 1, last));
+      std::max(items_of(p.step[0], std::min<int64_t>(length, p.segment + 2 * p.step[1].halo)),
+               items_of(p.step[p.steps - 1], p.segment));
   const int64_t threads = std::clamp<int64_t>((items + 32) / 64 * 32, 32, strip_threads(last));
   plan.config.block = dim3(static_cast<unsigned>(quads), static_cast<unsigned>(threads / quads));
   set_grid(plan, p.planes * p.segments * p.stripes);

@@ -37,16 +37,25 @@ SumParams weight_sums(DType dtype, void* grad_weight, void* grad_bias, int64_t c
 void sum_parts(const float* parts, SumParams p, Stream stream) {
   const int64_t count = p.outer * p.inner;
   if (count == 0 || std::none_of(p.to, p.to + kSumOutputs, [](const void* t) { return t; })) return;
-  constexpr int kGroups = kSumThreads / kSumsPerBlock;
-  p.images_on = kGroups / p.splits, p.splits_on = kGroups % p.splits;
-  p.on = p.images_on * p.image_stride + p.splits_on * p.split_stride;
+  const bool along = p.split_stride == 1 && p.splits > 1,
+             many = !along && count >= kSms * kManySums;
+  const int sums = many ? kManySums : kSumsPerBlock, groups = kSumThreads / sums;
+  p.images_on = groups / p.splits, p.splits_on = groups % p.splits;
   p.wrap = p.image_stride - p.splits * p.split_stride;
+  p.term_stride = p.splits == 1                  ? p.image_stride
+                  : p.images == 1 || p.wrap == 0 ? p.split_stride
+                                                 : 0;
+  p.on = p.term_stride ? groups * p.term_stride
+                       : p.images_on * p.image_stride + p.splits_on * p.split_stride;
   Config c;
   c.block = dim3(kSumThreads);
-  c.grid = dim3(static_cast<unsigned>(ceil_div(count, kSumsPerBlock)));
+  c.grid = dim3(static_cast<unsigned>(ceil_div(count, sums)));
   c.stream = stream;
-  const bool along = p.split_stride == 1 && p.splits > 1;
-  launch("sum_parts", along ? sum_parts_kernel<true> : sum_parts_kernel<false>, c, parts, p);
+  launch("sum_parts",
+         along  ? sum_parts_kernel<true, kSumsPerBlock>
+         : many ? sum_parts_kernel<false, kManySums>
+                : sum_parts_kernel<false, kSumsPerBlock>,
+         c, parts, p);
 }
 
 }  // namespace sdan_fast::cuda

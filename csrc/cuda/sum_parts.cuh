@@ -6,30 +6,45 @@
 
 namespace sdan_fast::cuda {
 
-constexpr int kSumThreads = 256, kSumsPerBlock = 8;
+constexpr int kSumThreads = 256;
+constexpr int kSumsPerBlock = 8, kManySums = 16;  // of a block: where sums are few, and many
 
-// A block takes 8 sums, 32 threads each; the terms are images x splits, and a thread adds up every
-// 32nd. Its neighbour has the next term of the same sum if Along, else the next sum: whichever lies
-// next to it.
-template <bool Along>
+// A block takes `Sums` sums, 256 / Sums threads each, which add up every so many terms, images x
+// splits. A thread's neighbour has the next term of the same sum if Along, else the next sum:
+// whichever lies next to it.
+template <bool Along, int Sums>
 __global__ void __launch_bounds__(kSumThreads)
     sum_parts_kernel(const float* __restrict__ parts, const SumParams p) {
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-  const int which = Along ? warp : lane % kSumsPerBlock,
-            group = Along ? lane : warp * (32 / kSumsPerBlock) + lane / kSumsPerBlock;
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kSumsPerBlock + which;
-  const int64_t row = i / p.inner, column = i % p.inner;
+  static_assert(!Along || Sums == kSumThreads / 32);
+  const int which = Along ? warp : lane % Sums,
+            group = Along ? lane : warp * (32 / Sums) + lane / Sums;
+  const Quotient i(static_cast<int64_t>(blockIdx.x) * Sums + which, p.inner);
+  const int64_t row = i.whole, column = i.rest;
   const bool there = row < p.outer;
   CarefulSum total;
   if (there) {
-    int64_t image = group / p.splits;
-    int split = group % p.splits;
-    const float* from = parts + row * p.outer_stride + column * p.inner_stride +
-                        image * p.image_stride + split * p.split_stride;
-    while (image < p.images) {
-      total.add(*from);
-      image += p.images_on, split += p.splits_on, from += p.on;
-      if (split >= p.splits) split -= p.splits, ++image, from += p.wrap;
+    const float* from = parts + row * p.outer_stride + column * p.inner_stride;
+    if (p.term_stride) {
+      int64_t left = (p.images * p.splits - group + kSumThreads / Sums - 1) / (kSumThreads / Sums);
+      from += group * p.term_stride;
+      for (; left >= 4; left -= 4) {
+        float v[4];
+        SDAN_UNROLL
+        for (int k = 0; k < 4; ++k) v[k] = *from, from += p.on;
+        SDAN_UNROLL
+        for (int k = 0; k < 4; ++k) total.add(v[k]);
+      }
+      for (; left > 0; --left) total.add(*from), from += p.on;
+    } else {
+      int64_t image = group / p.splits;
+      int split = group % p.splits;
+      from += image * p.image_stride + split * p.split_stride;
+      while (image < p.images) {
+        total.add(*from);
+        image += p.images_on, split += p.splits_on, from += p.on;
+        if (split >= p.splits) split -= p.splits, ++image, from += p.wrap;
+      }
     }
   }
   const auto keep = [&](float sum) {
@@ -42,12 +57,12 @@ __global__ void __launch_bounds__(kSumThreads)
     const float sum = warp_sum(total);
     if (there && lane == 0) keep(sum);
   } else {
-    SDAN_SHARED(float, sums, [kSumThreads / 32][kSumsPerBlock][2]);
+    SDAN_SHARED(float, sums, [kSumThreads / 32][Sums][2]);
     SDAN_UNROLL
-    for (int d = 16; d >= kSumsPerBlock; d >>= 1) total.merge(d);
-    if (lane < kSumsPerBlock) sums[warp][lane][0] = total.sum, sums[warp][lane][1] = total.lost;
+    for (int d = 16; d >= Sums; d >>= 1) total.merge(d);
+    if (lane < Sums) sums[warp][lane][0] = total.sum, sums[warp][lane][1] = total.lost;
     __syncthreads();
-    if (warp > 0 || lane >= kSumsPerBlock || !there) return;
+    if (warp > 0 || lane >= Sums || !there) return;
     CarefulSum all;
     SDAN_UNROLL
     for (int w = 0; w < kSumThreads / 32; ++w) {

@@ -71,6 +71,13 @@ def test_images_smaller_than_the_kernels(shape, layout):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_training_patch(dtype):
+    """64 positions are eight threads' 9 outputs each, and with dilation 6 twice as many threads' 5."""
+    run((1, 2, 64, 64), PAIR, dtype, grad=dtype == torch.float32)
+    run((1, 1, 61, 67), ((11, 11, 1, 1), (11, 11, 1, 1)), dtype, grad=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_long_images_take_several_tiles_and_steps(dtype):
     """Lines that shared memory does not hold are cut, so that blocks begin in the middle of the image."""
     run((1, 1, 3, 1100), PAIR, dtype, grad=False)

@@ -90,7 +90,8 @@ def run(
 @functools.cache
 def _sums() -> str:
     signature = "(const float*, const SumParams)"
-    return ptx("sum_parts.cuh", tuple(f"void sum_parts_kernel<{a}>{signature}" for a in ("true", "false")))
+    kinds = ("true, 8", "false, 8", "false, 16")
+    return ptx("sum_parts.cuh", tuple(f"void sum_parts_kernel<{k}>{signature}" for k in kinds))
 
 
 def sum_parts(
@@ -112,13 +113,17 @@ def sum_parts(
     code = (torch.float32, torch.bfloat16, torch.float16).index(dtype)
     head = struct.pack("<2i7q", code, splits, outer, inner, images, *strides)
     pointers = {len(head) + 8 * i: as_array(t) for i, t in enumerate(to) if t is not None}
-    images_on, splits_on = divmod(32, splits)
-    image, split = strides[2:]
-    way = images_on, splits_on, images_on * image + splits_on * split, image - splits * split
-    packed = ptxrun.Struct(head + bytes(32) + struct.pack("<5q2i2q", *at, *way), pointers)
     along = strides[3] == 1 and splits > 1
-    name = entry(_sums(), f"sum_parts_kernelILb{int(along)}E")
-    return run(_sums(), name, -(-outer * inner // 8), 256, [parts, packed])
+    sums = 16 if not along and outer * inner >= 64 else 8  # of a block
+    images_on, splits_on = divmod(256 // sums, splits)
+    image, split = strides[2:]
+    wrap = image - splits * split
+    stride = image if splits == 1 else split if images == 1 or wrap == 0 else 0
+    on = 256 // sums * stride if stride else images_on * image + splits_on * split
+    way = struct.pack("<5q2q2iq", *at, on, stride, images_on, splits_on, wrap)
+    packed = ptxrun.Struct(head + bytes(32) + way, pointers)
+    name = entry(_sums(), f"sum_parts_kernelILb{int(along)}ELi{sums}E")
+    return run(_sums(), name, -(-outer * inner // sums), 256, [parts, packed])
 
 
 def weight_sums(

@@ -1029,9 +1029,10 @@ def _(d, i):
             sites["local"].requests += m.W
 
         def from_param(m, addr):
-            at = int(addr[0])
+            active = addr if addr.size == 1 else _spread(m, addr)[0]  # others may hold anything
+            at = int(active[0])
             buf = d.launch.params[at : at + size * n]
-            if addr.size > 1 and (addr != addr[0]).any() or buf.size < size * n:
+            if (active != active[0]).any() or buf.size < size * n:
                 m.fault("parameter access out of range or not uniform", 0)
             give(m, [buf[k * size : (k + 1) * size].view(UINT[size]) for k in range(n)])
 

@@ -633,6 +633,21 @@ def test_threads_meet_after_an_out_of_line_branch(meet):
     assert st.warp_instructions["branch"] > 0 and st.lane_efficiency < 1
 
 
+def test_parameters_through_a_register_where_lanes_are_away():
+    """The address stands in a register of the lanes that are there alone."""
+    ptx = (
+        HEAD
+        + """.reg .pred %p1; .reg .f32 %f1; .reg .b32 %r1; .reg .b64 %rd<6>;
+      mov.u32 %r1, %tid.x; setp.gt.u32 %p1, %r1, 2; @%p1 bra END;
+      mov.b64 %rd5, z; ld.param.f32 %f1, [%rd5+0]; ld.param.u64 %rd1, [y];
+      mul.wide.u32 %rd2, %r1, 4; add.s64 %rd3, %rd1, %rd2; st.global.f32 [%rd3], %f1;
+    END: ret; }"""
+    )
+    y = np.zeros(32, "f4")
+    run(ptx, "k", 1, 32, [y, 3])
+    assert y.tolist() == [3] * 3 + [0] * 29
+
+
 def test_float_parameters_and_brace_scopes():
     ptx = (
         HEAD
