@@ -123,12 +123,17 @@ __device__ __forceinline__ void add_products(SharedAddress from, int next,
   }
 }
 
+// Products beside each other of a warp: more of them read less, where rows have no use in common.
+__host__ __device__ constexpr int products_across(int r) {
+  return r == 1 ? 4 : 2;
+}
+
 // Sizes in elements; product_plan.h chooses the tiles.
 struct ProductParams {
   int32_t channels, height, width;
   int32_t flip;              // 1: correlate with the taps reversed (input gradient)
   int32_t wide;              // 1: rows of the tensors begin at multiples of 4 elements
-  int32_t tile_h, tile_w;    // outputs of a tile, multiples of 16 R and 16; its rows are D apart
+  int32_t tile_h, tile_w;    // outputs of a tile, of whole products; its rows are D apart
   int32_t tiles_y, tiles_x;  // of each of the D images of a plane
   int32_t images;            // of a block
   int32_t pitch;             // of staged rows; an odd number of 8 elements, for the banks
@@ -238,7 +243,9 @@ __global__ void __launch_bounds__(kProductThreads, 2)
   cp_async_wait<0>();
   __syncthreads();
 
-  const int lane = thread % 32, units_x = p.tile_w / 16, per_image = p.tile_h / (16 * R) * units_x;
+  constexpr int J = products_across(R), S = 16;
+  const int lane = thread % 32, units_x = p.tile_w / (8 * J),
+            per_image = p.tile_h / (S * R) * units_x;
   uint32_t b[K][B::kSteps][2];
   get_bands<K, D>(table, lane, b);
   const SharedAddress corner = shared_address(tile + block_row(lane, R * p.pitch));
@@ -248,30 +255,33 @@ __global__ void __launch_bounds__(kProductThreads, 2)
   for (int unit = thread / 32; unit < p.images * per_image; unit += threads / 32) {
     const int i = D == 1 ? 0 : unit / per_image, in_image = unit - i * per_image,
               along = in_image / units_x;
-    const int down = along * 16 * R, right = (in_image - along * units_x) * 16;
+    const int down = along * S * R, right = (in_image - along * units_x) * 8 * J;
     const int n = rows_of(first_image + i);
     const int left = n - row - down, there = p.width - x0 - column - right;
     if (n <= down || p.width - x0 <= right) continue;
-    float acc[R][2][4];
+    float acc[R][J][4];
     SDAN_UNROLL
-    for (int k = 0; k < R * 8; ++k) acc[k / 8][k / 4 % 2][k % 4] = offset;
-    add_products<T, K, D, R, 2>(corner + (i * section + down * p.pitch + right) * 2, 2 * p.pitch, b,
+    for (int k = 0; k < R * J * 4; ++k) acc[k / (4 * J)][k / 4 % J][k % 4] = offset;
+    add_products<T, K, D, R, J>(corner + (i * section + down * p.pitch + right) * 2, 2 * p.pitch, b,
                                 acc);
     T* at = to + (down * next + i * p.width + right);
     SDAN_UNROLL
     for (int half = 0; half < 2; ++half) {
       SDAN_UNROLL
       for (int r = 0; r < R; ++r) {
-        const float first[2] = {acc[r][0][2 * half], acc[r][0][2 * half + 1]},
-                    second[2] = {acc[r][1][2 * half], acc[r][1][2 * half + 1]};
-        const Words<8> quad = quad_of<T>(first, second);
-        if (8 * R * half + r < left && there > 0) {
+        SDAN_UNROLL
+        for (int j = 0; j < J; j += 2) {
+          const float first[2] = {acc[r][j][2 * half], acc[r][j][2 * half + 1]},
+                      second[2] = {acc[r][j + 1][2 * half], acc[r][j + 1][2 * half + 1]};
+          const Words<8> quad = quad_of<T>(first, second);
+          if (8 * R * half + r >= left || there <= 8 * j) continue;
           if (p.wide) {
-            store_words<8>(at, quad);
+            store_words<8>(at + 8 * j, quad);
           } else {
             SDAN_UNROLL
             for (int e = 0; e < 4; ++e)
-              if (e < there) at[e].bits = static_cast<uint16_t>(quad.w[e / 2] >> 16 * (e % 2));
+              if (e < there - 8 * j)
+                at[8 * j + e].bits = static_cast<uint16_t>(quad.w[e / 2] >> 16 * (e % 2));
           }
         }
         at = bytes_on(at, bytes);

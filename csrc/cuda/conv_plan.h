@@ -22,21 +22,23 @@ struct ConvPlan {
   Config config;
 };
 
-// make(), or what it made for the same call among the last few of this thread: the choice of a tile
-// takes longer than a launch.
+// make(), or what it made for the same call on the same kind of GPU among the last few of this
+// thread: the choice of a tile takes longer than a launch.
 template <typename Plan, typename F>
 const Plan& remembered(DType dtype, const ConvShape& shape, F&& make) {
   struct Entry {
     DType dtype;
     ConvShape shape;
+    int capability;
     Plan plan;
   };
   thread_local std::array<std::optional<Entry>, 16> entries;
   thread_local size_t next = 0;
+  const int here = capability();
   for (const auto& e : entries)
-    if (e && e->dtype == dtype && e->shape == shape) return e->plan;
+    if (e && e->dtype == dtype && e->shape == shape && e->capability == here) return e->plan;
   auto& entry = entries[next++ % entries.size()];
-  entry.emplace(Entry{dtype, shape, make()});
+  entry.emplace(Entry{dtype, shape, here, make()});
   return entry->plan;
 }
 

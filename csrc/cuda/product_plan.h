@@ -35,12 +35,13 @@ ProductPlan choose_product(const ConvShape& s) {
   constexpr int64_t kSector = 16, kClockBytes = 13;  // of DRAM, per SM
   int64_t least = 0, bytes = 0, warps = 1;
   for (const int r : {1, 3}) {
-    // Instructions and reads of shared memory of a warp for 16 R rows of 16 outputs; of a block.
-    const int64_t rounds = r + K - 1, products = int64_t{r} * K * 2 * B::kSteps,
-                  unit = rounds * (B::kBlocks / 2 + 2) + products + r * 35 + 40,
-                  reads = rounds * (B::kBlocks + 1) * 2;
+    // Instructions and reads of shared memory of a warp for 16 R rows of 8 J outputs.
+    const int64_t j = products_across(r), rounds = r + K - 1,
+                  products = int64_t{r} * K * j * B::kSteps,
+                  unit = rounds * (B::kBlocks / 2 + j / 2 + 1) + products + r * j * 16 + 40,
+                  reads = rounds * (B::kBlocks + j - 1) * 2;
     for (int64_t parts = 1; parts <= std::min<int64_t>(16, ceil_div(s.w, kSector)); ++parts) {
-      const int64_t w = round_up64(ceil_div(s.w, parts), kSector), across = ceil_div(s.w, w);
+      const int64_t w = round_up64(ceil_div(s.w, parts), 8 * j), across = ceil_div(s.w, w);
       const int64_t quads = w + 2 * B::kMargin, pitch = round_up64(quads - 8, 16) + 8;
       const int64_t lanes = (w + 2 * round_up64(B::kMargin, kSector)) / 4;  // that copy a row
       for (int64_t h = 16 * r; h < rows + 16 * r; h += 16 * r) {
@@ -49,7 +50,7 @@ ProductPlan choose_product(const ConvShape& s) {
           if (shared > kSharedGoal) break;
           const int64_t down = ceil_div(rows, h), groups = ceil_div(D, images),
                         blocks = planes * groups * across * down,
-                        units = images * (h / (16 * r)) * (w / 16);
+                        units = images * (h / (16 * r)) * (w / (8 * j));
           const auto beside = [&](int64_t n) {  // instructions of n warps beside the products
             const int64_t abreast = std::max<int64_t>(1, n * 32 / lanes);
             return n * (images * (ceil_div(h + halo, abreast) * ceil_div(lanes, n * 32) * 6 + 25) +

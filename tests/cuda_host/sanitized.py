@@ -36,12 +36,13 @@ def depthwise_conv2d() -> None:
     import torch
 
     kernels = (((1, 7), 2), ((9, 1), 2), ((3, 3), 1), ((5, 7), 2))
-    for shape, layout in (
-        ((1, 3, 9, 13), "contiguous"),
-        ((1, 2, 5, 8), "channels_last"),
-        ((1, 1, 4, 16), "shifted"),
+    for shape, layout, some in (
+        ((1, 3, 9, 13), "contiguous", kernels),
+        ((1, 2, 5, 8), "channels_last", kernels),
+        ((1, 1, 4, 16), "shifted", kernels),
+        ((1, 20, 7, 18), "channels_last", (((5, 5), 3),)),  # tensor cores
     ):
-        for kernel, dilation in kernels:
+        for kernel, dilation in some:
             for dtype in (torch.float32, torch.bfloat16):
                 x, g = (laid_out(random(*shape, dtype=dtype, seed=s), layout) for s in (0, 1))
                 weight, bias = (

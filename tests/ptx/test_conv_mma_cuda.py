@@ -54,7 +54,7 @@ def launch(text, k, d, r, x, weight, bias, y, *, flip=0, tile=None, warps=4, ima
     n, c, h, w = x.shape
     rows, halo = -(-h // d), k // 2 * d
     margin = up(halo, 4)
-    th, tw = tile or (up(rows, 16 * r), up(w, 16))
+    th, tw = tile or (up(rows, 16 * r), up(w, 32 if r == 1 else 16))
     down, across, pitch = -(-rows // th), -(-w // tw), up(tw + 2 * margin - 8, 16) + 8
     steps = -(-(8 + margin + halo) // 16)
     table = 2 * k * (8 * steps + 4)
