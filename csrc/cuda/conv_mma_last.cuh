@@ -128,7 +128,8 @@ struct BandTaps {
 // A warp has a quad of channels. grid: (image, image of its rows, tile; channels / lanes). Dynamic
 // shared memory: a tile's planes, the results of 16 x 16 pixels, the taps.
 template <typename T, int K, int D, int J>
-__global__ void __launch_bounds__(kProductThreads, K* Band<K, D>::kSteps > 20 ? 1 : 2)
+__global__ void __launch_bounds__(kProductThreads,
+                                  K == 9 ? 1 : 2)  // 9 rows of taps spill otherwise
     conv_mma_last_kernel(const T* __restrict__ x, const T* __restrict__ weight,
                          const T* __restrict__ bias, T* __restrict__ y, const LastProductParams p) {
   if constexpr (!kTaken<T, true>) return;
