@@ -7,17 +7,41 @@
 
 namespace sdan_fast::cuda {
 
+// A place in shared memory, in bytes, to add to.
+#if SDAN_DEVICE_PASS
+using SharedAddress = unsigned;
+#else
+using SharedAddress = uintptr_t;
+#endif
+
+__device__ __forceinline__ SharedAddress shared_address(const void* p) {
+#if SDAN_DEVICE_PASS
+  return static_cast<unsigned>(__cvta_generic_to_shared(p));
+#else
+  return reinterpret_cast<uintptr_t>(p);
+#endif
+}
+
 // 4 floats to shared memory. Written as an instruction, because the compiler takes a vector store
 // apart now and then.
-__device__ __forceinline__ void put_shared4(float* p, float4 v) {
+__device__ __forceinline__ void put_shared4(SharedAddress p, float4 v) {
 #if SDAN_DEVICE_PASS
-  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(
-                   static_cast<unsigned>(__cvta_generic_to_shared(p))),
-               "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(p), "f"(v.x), "f"(v.y), "f"(v.z),
+               "f"(v.w)
                : "memory");
 #else
   *reinterpret_cast<float4*>(p) = v;
 #endif
+}
+
+__device__ __forceinline__ void put_shared4(float* p, float4 v) {
+  put_shared4(shared_address(p), v);
+}
+
+__device__ __forceinline__ void put_shared4(SharedAddress p, const float (&v)[4]) {
+  float4 a;
+  a.x = v[0], a.y = v[1], a.z = v[2], a.w = v[3];
+  put_shared4(p, a);
 }
 
 // N floats between registers and shared memory, in pieces of 4. Of 8, every other group of 4 lanes

@@ -4,24 +4,9 @@
 
 #include <type_traits>
 
-#include "device.cuh"
+#include "conv_tile.cuh"
 
 namespace sdan_fast::cuda {
-
-// A place in shared memory, in bytes, to add to.
-#if SDAN_DEVICE_PASS
-using SharedAddress = unsigned;
-#else
-using SharedAddress = uintptr_t;
-#endif
-
-__device__ __forceinline__ SharedAddress shared_address(const void* p) {
-#if SDAN_DEVICE_PASS
-  return static_cast<unsigned>(__cvta_generic_to_shared(p));
-#else
-  return reinterpret_cast<uintptr_t>(p);
-#endif
-}
 
 // Four 8 x 8 matrices of 16-bit elements, transposed on the way: lane i gets elements (2 (i % 4),
 // i / 4) and (2 (i % 4) + 1, i / 4) of matrix m as r[m]. Lane 8 m + j says where row j of matrix m

@@ -76,7 +76,8 @@ __device__ __forceinline__ void stage_quads(const T* from, int64_t next, float4*
   int i = static_cast<int>(threadIdx.y);
   from += i * next, to += i * pitch;
   const int64_t bytes = next * abreast * static_cast<int>(sizeof(T));
-  const int step = abreast * pitch;
+  SharedAddress at = shared_address(to);
+  const int step = abreast * pitch * static_cast<int>(sizeof(float4));
   for (; i + (kBatch - 1) * abreast < count; i += kBatch * abreast) {
     float v[kBatch][4];
     SDAN_UNROLL
@@ -86,16 +87,16 @@ __device__ __forceinline__ void stage_quads(const T* from, int64_t next, float4*
     }
     SDAN_UNROLL
     for (int n = 0; n < kBatch; ++n) {
-      put_shared<4>(reinterpret_cast<float*>(to), v[n]);
-      to += step;
+      put_shared4(at, v[n]);
+      at += step;
     }
   }
   SDAN_UNROLL_BY(1)
   for (; i < count; i += abreast) {
     float v[4];
     load_quad<Wide>(from, there, v);
-    put_shared<4>(reinterpret_cast<float*>(to), v);
-    from = bytes_on(from, bytes), to += step;
+    put_shared4(at, v);
+    from = bytes_on(from, bytes), at += step;
   }
 }
 
@@ -103,11 +104,11 @@ __device__ __forceinline__ void stage_quads(const T* from, int64_t next, float4*
 __device__ __forceinline__ void clear_quads(float4* column, int pitch, int begin, int end) {
   const int abreast = static_cast<int>(blockDim.y), row = begin + static_cast<int>(threadIdx.y);
   const float zeros[4] = {0, 0, 0, 0};
-  float4* to = column + row * pitch;
+  SharedAddress at = shared_address(column + row * pitch);
   SDAN_UNROLL_BY(1)
   for (int i = row; i < end; i += abreast) {
-    put_shared<4>(reinterpret_cast<float*>(to), zeros);
-    to += abreast * pitch;
+    put_shared4(at, zeros);
+    at += abreast * pitch * static_cast<int>(sizeof(float4));
   }
 }
 

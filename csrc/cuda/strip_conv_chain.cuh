@@ -82,8 +82,12 @@ __device__ __forceinline__ uint32_t byte_permutation(uint32_t word, uint32_t sel
 // Position 0, 1, ... of the axis cut into groups of `outputs` positions, a dilation apart, that are
 // one thread's: the first position of group g. Exact, as g and the dilation are below 2^16.
 __host__ __device__ __forceinline__ int dilated(int g, const StripStep& s, int outputs) {
-  const int before = s.inverse ? static_cast<int>(static_cast<uint64_t>(g) * s.inverse >> 32) : g;
-  return g + before * (outputs - 1) * s.dilation;
+#if SDAN_DEVICE_PASS
+  const int whole = static_cast<int>(__umulhi(static_cast<unsigned>(g), s.inverse));
+#else
+  const int whole = static_cast<int>(static_cast<uint64_t>(g) * s.inverse >> 32);
+#endif
+  return g + (s.inverse ? whole : g) * ((outputs - 1) * s.dilation);
 }
 
 // What a block computes: positions along the axis, in the image.
@@ -145,7 +149,7 @@ __device__ __forceinline__ void stage_taps(const T* weight, float* to, const Str
   for (int m = thread; m < count; m += threads) {
     const int line = Last ? m / taps : 0, k = Last ? m - line * taps : m;
     float tap = 0;
-    if (k < taps && line < lines)
+    if ((Last || k < taps) && line < lines)
       tap =
           load_one(weight + static_cast<int64_t>(channel(line)) * s.weight_taps + first + next * k);
     to[Last ? k * 4 * (quads | 1) + line : k] = tap;
@@ -243,19 +247,20 @@ __device__ __forceinline__ void clear_around(float4* tile, int count, int first,
 // A thread's outputs to a tile, the first of them to `to`; `left` positions are in range.
 template <int R>
 __device__ __forceinline__ void put_outputs(float4* to, int d, int left, const float (&v)[R][4]) {
-  const int step = d * static_cast<int>(blockDim.x);
+  const int step = d * static_cast<int>(blockDim.x) * static_cast<int>(sizeof(float4));
+  SharedAddress at = shared_address(to);
   if ((R - 1) * d < left) {
     SDAN_UNROLL
     for (int j = 0; j < R; ++j) {
-      put_shared<4>(reinterpret_cast<float*>(to), v[j]);
-      to += step;
+      put_shared4(at, v[j]);
+      at += step;
     }
     return;
   }
   SDAN_UNROLL
   for (int j = 0; j < R; ++j) {
-    if (j * d < left) put_shared<4>(reinterpret_cast<float*>(to), v[j]);
-    to += step;
+    if (j * d < left) put_shared4(at, v[j]);
+    at += step;
   }
 }
 
