@@ -38,6 +38,10 @@ bool picked_pairs();
 // share.
 void* thread_scratch(size_t bytes, int slot = 0);
 
+// Returns once another thread has stored `value` or more there, what it wrote before included. For
+// waits that are short unless the other thread has lost its core.
+void wait_for(const int* counter, int value);
+
 // Asks the system to back fresh memory by huge pages, those that lie inside it whole; no more than
 // a hint.
 void prefer_huge_pages(void* data, size_t bytes);

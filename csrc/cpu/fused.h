@@ -38,6 +38,8 @@ struct StarLevel {
 
 constexpr int kMaxLevels = 8;
 
+struct GatePlan;
+
 // Levels one after another; with fuse.co > 0 the output is the 1x1 convolution of all distilled
 // outputs followed by the last level's, else it is the last level's alone.
 struct StarChain {
@@ -47,11 +49,24 @@ struct StarChain {
   StarLevel levels[kMaxLevels];
   Pointwise fuse;
   ImageView x, out;
+  // Null, or what computes x, row by row: the block before, whose `out` is x.
+  const GatePlan* before;
 };
 
 // Output rows [y0, y1) and columns [x0, x1) of image n.
 struct Region {
   int64_t n, y0, y1, x0, x1;
+};
+
+// What two threads that stream one region from its two ends tell each other. All zero at first.
+struct ChainMeeting {
+  struct alignas(64) Side {
+    const char* scratch;
+    int levels_ready;  // the levels whose last row of input is in their rings
+    int finished;      // whether it has read all that it needs of the other's scratch
+  };
+  alignas(64) int64_t rows_taken;  // by either
+  Side sides[2];                   // from the first row down, from the last row up
 };
 
 // One depth-wise convolution of a branch, for the channels of that branch.
@@ -109,7 +124,10 @@ SDAN_DECLARE_KERNEL(pack_pointwise, const float* weight, int co, int ci, float* 
 
 // Bytes of scratch that star_chain_run needs for a region `width` columns wide.
 SDAN_DECLARE_KERNEL(star_chain_scratch, const StarChain* chain, int64_t width, int64_t* bytes)
-SDAN_DECLARE_KERNEL(star_chain_run, const StarChain* chain, const Region* region, void* scratch)
+// The whole region where `meeting` is null; else what the two calls that share it, one of them
+// `upwards`, take in turn. The second may come late, or find nothing left.
+SDAN_DECLARE_KERNEL(star_chain_run, const StarChain* chain, const Region* region, bool upwards,
+                    ChainMeeting* meeting, void* scratch)
 
 // Bytes of scratch that branch_run needs for a region of that size.
 SDAN_DECLARE_KERNEL(branch_scratch, const BranchPlan* plan, int branch, int64_t height,

@@ -212,6 +212,30 @@ void run_tasks(int64_t threads, int64_t n, const F& f) {
   });
 }
 
+// f(part, y0, y1) for rows of `parts` parts of `height` rows each, whoever gets free taking a share
+// of what is left, at least `least` rows: few pieces at first, small ones when the end is near.
+// Pieces begin at even rows of their part.
+template <typename F>
+void run_rows(int64_t threads, int64_t parts, int64_t height, int64_t least, const F& f) {
+  const int64_t total = parts * height;
+  if (threads <= 1) {
+    for (int64_t i = 0; i < parts; ++i) f(i, int64_t{0}, height);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    int64_t begin = next.load();
+    while (begin < total) {
+      const int64_t y = begin % height;
+      int64_t rows = std::max(least, (total - begin) / (2 * threads));
+      rows = std::min(rows + (rows & 1), height - y);
+      if (!next.compare_exchange_weak(begin, begin + rows)) continue;
+      f(begin / height, y, y + rows);
+      begin = next.load();
+    }
+  });
+}
+
 // Bytes of second-level cache to plan for.
 inline int64_t cache_bytes() {
   static const int64_t bytes = [] {

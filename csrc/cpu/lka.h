@@ -147,26 +147,6 @@ inline void run_branches(const BranchPlan& plan, const std::vector<Branch>& bran
   });
 }
 
-inline void run_gate(const GatePlan& plan, int64_t images) {
-  static const auto scratch_kernel = SDAN_PICK_KERNEL(gate_scratch);
-  static const auto run_kernel = SDAN_PICK_KERNEL(gate_run);
-  if (images == 0 || plan.height == 0 || plan.width == 0) return;
-  int64_t bytes = 0;
-  scratch_kernel(&plan, &bytes);
-  const int64_t threads = threads_for(
-      images * plan.height * plan.width *
-      (multiply_adds(plan.gate) + multiply_adds(plan.project) + multiply_adds(plan.collect)));
-  RegionGrid grid{images, plan.height, plan.width, 1, 1};
-  if (threads > 1) {
-    grid.bands = part_count(plan.height, 4 * threads, std::max<int64_t>(1, 2048 / plan.width));
-    if (grid.bands * images < threads) grid.tiles = part_count(plan.width, threads, 64);
-  }
-  run_tasks(threads, grid.count(), [&](int64_t i) {
-    const Region region = grid.at(i);
-    run_kernel(&plan, &region, thread_scratch(static_cast<size_t>(bytes)));
-  });
-}
-
 inline void run_edge(const EdgePlan& plan, int64_t images) {
   static const auto scratch_kernel = SDAN_PICK_KERNEL(edge_scratch);
   static const auto run_kernel = SDAN_PICK_KERNEL(edge_run);
@@ -179,12 +159,13 @@ inline void run_edge(const EdgePlan& plan, int64_t images) {
     scratch_kernel(&plan, (plan.width + grid.tiles - 1) / grid.tiles, &bytes);
     if (bytes <= cache_bytes() || plan.width / grid.tiles < 256) break;
   }
-  if (threads > 1) {
-    grid.bands = part_count(plan.height,
-                            (2 * threads + images * grid.tiles - 1) / (images * grid.tiles), 16);
-  }
-  run_tasks(threads, grid.count(), [&](int64_t i) {
-    const Region region = grid.at(i);
+  const int64_t least = std::max<int64_t>(16, plan.height / (4 * threads));
+  // Each piece computes a halo of its own. The dense convolution pairs its rows the same way for
+  // any number of threads, since pieces begin at even rows.
+  run_rows(threads, grid.count(), plan.height, least, [&](int64_t part, int64_t y0, int64_t y1) {
+    Region region = grid.at(part);
+    region.y0 = y0;
+    region.y1 = y1;
     run_kernel(&plan, &region, thread_scratch(static_cast<size_t>(bytes)));
   });
 }

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <initializer_list>
 #include <new>
+#include <thread>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -106,6 +107,20 @@ void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t byte
   const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(kHugePage - 1);
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
+}
+
+void wait_for(const int* counter, int value) {
+  // About a millisecond: a yield hands the core to whatever else wants it, for a whole time slice.
+  constexpr int kSpins = 50'000;
+  for (int i = 0; __atomic_load_n(counter, __ATOMIC_ACQUIRE) < value; i += i < kSpins ? 1 : 0) {
+    if (i == kSpins) {
+      std::this_thread::yield();
+    } else {
+#if defined(__x86_64__)
+      __builtin_ia32_pause();
+#endif
+    }
+  }
 }
 
 void* thread_scratch(size_t bytes, int slot) {

@@ -30,8 +30,10 @@ Tensor rsdam(const Tensor& x, std::vector<Tensor> distill, std::vector<Tensor> s
   const Tensor t = empty_planes(x, x.sizes(), between);
   const bool in_place = dtype == between && planar(out);
   const Tensor u = in_place ? out : empty_planes(x, x.sizes(), between);
-  run_rsdam(block, x.size(0), x.size(2), x.size(3), view_of(x, dtype), view_of(t, between),
-            view_of(u, between), view_of(out, dtype));
+  const RsdamImages at{
+      view_of(x, dtype), view_of(t, between), view_of(u, between), view_of(out, dtype), {}};
+  run_rsdam_to_gate(block, x.size(0), x.size(2), x.size(3), at, nullptr);
+  run_gate(gate_of(block, x.size(2), x.size(3), at), x.size(0));
   return out;
 }
 

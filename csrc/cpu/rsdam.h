@@ -49,29 +49,38 @@ inline Rsdam make_rsdam(FloatArena& arena, const Tensor& x, int64_t channels, co
   return block;
 }
 
-// out = the block of x. t and u are scratch images, planes; u may be `out` itself, if that is
-// such.
-inline void run_rsdam(const Rsdam& block, int64_t images, int64_t height, int64_t width,
-                      const ImageView& x, const ImageView& t, const ImageView& u,
-                      const ImageView& out, const ImageView& collected = {}) {
-  StarChain chain = block.chain;
-  chain.height = height;
-  chain.width = width;
-  chain.x = x;
-  chain.out = t;
-  run_star_chain(chain, images);
-  const BranchPlan plan{height, width, block.branches.branches.data(), block.branches.convs.data(),
-                        t,      u};
-  run_branches(plan, block.branches.branches, images);
+// The images that a block reads and writes. t and u are scratch images, planes; u may be `out`
+// itself, if that is such.
+struct RsdamImages {
+  ImageView x, t, u, out, collected;
+};
+
+inline GatePlan gate_of(const Rsdam& block, int64_t height, int64_t width, const RsdamImages& at) {
   GatePlan gate = block.gate;
   gate.height = height;
   gate.width = width;
-  gate.u = u;
-  gate.x = t;
-  gate.residual = x;
-  gate.out = out;
-  gate.collected = collected;
-  run_gate(gate, images);
+  gate.u = at.u;
+  gate.x = at.t;
+  gate.residual = at.x;
+  gate.out = at.out;
+  gate.collected = at.collected;
+  return gate;
+}
+
+// The block of x but for its gate, which is left to the caller. `before` is null, or the gate of
+// the block before, which is still to be run and then leaves x.
+inline void run_rsdam_to_gate(const Rsdam& block, int64_t images, int64_t height, int64_t width,
+                              const RsdamImages& at, const GatePlan* before) {
+  StarChain chain = block.chain;
+  chain.height = height;
+  chain.width = width;
+  chain.x = at.x;
+  chain.out = at.t;
+  chain.before = before;
+  run_star_chain(chain, images);
+  const BranchPlan plan{height, width, block.branches.branches.data(), block.branches.convs.data(),
+                        at.t,   at.u};
+  run_branches(plan, block.branches.branches, images);
 }
 
 }  // namespace sdan_fast

@@ -16,6 +16,8 @@
 // its n C channels side by side: every other block adds its share and the one before's to a running
 // sum while both are in cache. So the images alive at a time are five: the head's output, the
 // running sum, the block's input (which its output replaces), SDM's output and the branches'.
+// A block's gate may run with the next block's SDM, which writes its output over the rows that the
+// gate has read.
 #include "image_memory.h"
 #include "prepared.h"
 #include "rsdam.h"
@@ -236,9 +238,14 @@ Tensor sdan(const Tensor& x, std::vector<Tensor> head, std::vector<Tensor> block
   head_plan.x = view_of(x, dtype);
   head_plan.out = s;
   run_edge(head_plan, images);
+  // The gate of a block goes with the first sweep of the next one.
+  GatePlan gate{};
   for (size_t i = 0; i < network->blocks.size(); ++i) {
-    run_rsdam(network->blocks[i], images, height, width, i == 0 ? s : f, t, u, f, sum);
+    const RsdamImages at{i == 0 ? s : f, t, u, f, sum};
+    run_rsdam_to_gate(network->blocks[i], images, height, width, at, i == 0 ? nullptr : &gate);
+    gate = gate_of(network->blocks[i], height, width, at);
   }
+  run_gate(gate, images);
   tail_plan.x = sum;
   tail_plan.residual = s;
   tail_plan.out = view_of(out, dtype);

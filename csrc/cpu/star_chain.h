@@ -1,7 +1,7 @@
 // Checks and set-up of StarConv levels, shared by star_conv.cpu, sdm.cpu and rsdam.cpu.
 #pragma once
 
-#include "fused_host.h"
+#include "gate.h"
 
 namespace sdan_fast {
 
@@ -74,14 +74,13 @@ inline StarLevel make_level(FloatArena& arena, const Tensor& x, const StarParame
 
 // Runs the chain over every image: bands of rows, and tiles of columns where a whole row of all
 // levels' rings would not stay in cache.
-inline void run_star_chain(const StarChain& chain, int64_t images) {
+inline void run_star_chain(StarChain chain, int64_t images) {
   static const auto scratch_kernel = SDAN_PICK_KERNEL(star_chain_scratch);
   static const auto run_kernel = SDAN_PICK_KERNEL(star_chain_run);
   if (images == 0 || chain.height == 0 || chain.width == 0) return;
-  int64_t halo_y = 0, halo_x = 0, work = multiply_adds(chain.fuse);
+  int64_t halo_x = 0, work = multiply_adds(chain.fuse);
   for (int i = 0; i < chain.level_count; ++i) {
     const StarLevel& level = chain.levels[i];
-    halo_y += level.kh / 2;
     halo_x += level.kw / 2;
     work += multiply_adds(level.pw1) + multiply_adds(level.pw2) + multiply_adds(level.distill) +
             static_cast<int64_t>(level.kh) * level.kw * level.pw1.co;
@@ -96,23 +95,38 @@ inline void run_star_chain(const StarChain& chain, int64_t images) {
     scratch_kernel(&chain, (chain.width + grid.tiles - 1) / grid.tiles, &bytes);
     if (bytes <= 2 * cache_bytes() || grid.tiles >= most_tiles) break;
   }
-  // Rows: neighbouring bands both compute the halo between them, so as few bands as keep the
-  // threads evenly busy; more, to even out unequal cores, only where a band is many times its halo.
   const int64_t threads = threads_for(images * chain.height * chain.width * work);
   const int64_t parts = images * grid.tiles;
-  const int64_t most_bands = std::max<int64_t>(1, chain.height / 4);
-  while (grid.bands < most_bands && parts * grid.bands < 4 * threads &&
-         (parts * grid.bands) % threads != 0) {
-    ++grid.bands;
+  // Rows: two threads share a band and meet in it, wherever they then are, so that neither waits
+  // for the other. Neighbouring bands both compute the halo between them: no more bands than give
+  // every thread an end of one to begin at, the last of them half as high if one thread is left.
+  const int64_t shares =
+      std::clamp<int64_t>((threads + parts - 1) / parts, 1, std::max<int64_t>(1, chain.height / 4));
+  const int64_t bands = (shares + 1) / 2;
+  if (chain.before != nullptr && (threads == 1 || grid.tiles > 1 || bands > 1)) {
+    // Two threads gain by one join less; one thread works faster in two sweeps. And the rows of a
+    // halo would pass the gate twice, which replaces what it reads.
+    run_gate(*chain.before, images);
+    chain.before = nullptr;
   }
-  if (threads > 1) {
-    const int64_t even = (4 * threads + parts - 1) / parts;
-    grid.bands =
-        std::max(grid.bands, part_count(chain.height, even, 40 * std::max<int64_t>(halo_y, 1)));
+  if (threads == 1) {
+    for (int64_t i = 0; i < parts; ++i) {
+      const Region region = grid.at(i);
+      run_kernel(&chain, &region, false, nullptr, thread_scratch(static_cast<size_t>(bytes)));
+    }
+    return;
   }
-  run_tasks(threads, grid.count(), [&](int64_t i) {
-    const Region region = grid.at(i);
-    run_kernel(&chain, &region, thread_scratch(static_cast<size_t>(bytes)));
+  std::vector<ChainMeeting> meetings(static_cast<size_t>(parts * bands));
+  // First the upper ends of all, then the lower ends of those that are not done yet.
+  run_tasks(threads, 2 * parts * bands, [&](int64_t i) {
+    const bool upwards = i >= parts * bands;
+    const int64_t at = upwards ? i - parts * bands : i;
+    const int64_t band = at / parts;
+    Region region = grid.at(at % parts);
+    region.y0 = chain.height * (2 * band) / shares;
+    region.y1 = chain.height * std::min(2 * band + 2, shares) / shares;
+    run_kernel(&chain, &region, upwards, &meetings[static_cast<size_t>(at)],
+               thread_scratch(static_cast<size_t>(bytes)));
   });
 }
 

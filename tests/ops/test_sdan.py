@@ -201,6 +201,24 @@ def test_several_threads_may_call_one_model() -> None:
         assert torch.equal(results[i], wanted)
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
+def test_any_number_of_threads_gives_the_same_bits(dtype: torch.dtype) -> None:
+    """Threads meet at other rows each time: in one band, in several, in tiles of columns, in several pictures."""
+    net, before = model(channels=24).to(dtype), torch.get_num_threads()
+    try:
+        with torch.no_grad():
+            for shape in ((1, 3, 48, 40), (1, 3, 90, 9), (1, 3, 2, 300), (1, 3, 7, 1200), (3, 3, 21, 33)):
+                x = torch.rand(shape).to(dtype)
+                torch.set_num_threads(1)
+                alone = net(x)
+                for threads in (2, 3, 5):
+                    torch.set_num_threads(threads)
+                    for _ in range(4):
+                        assert torch.equal(net(x), alone), f"{shape}, {threads} threads"
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_a_wrong_tensor_is_named() -> None:
     net, x = model(), torch.rand(1, 3, 8, 9)
     net.tail.pw.weight = torch.nn.Parameter(torch.ones(12, 11, 1, 1), requires_grad=False)

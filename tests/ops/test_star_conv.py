@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sdan_fast import backends, use_backend
 from sdan_fast import functional as F
 
 from .harness import Case, OpContract
@@ -69,3 +70,21 @@ def test_refusals(position: int, value: object, kwargs: dict, error: type[Except
     args[position] = value  # type: ignore[assignment]
     with pytest.raises(error, match=words):
         F.star_conv(*args, **kwargs)  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(backends.BACKENDS["cpu"].missing is not None, reason="needs the cpu kernels")
+def test_threads_that_meet_read_each_other_s_rows() -> None:
+    """Kernels that reach further than the rows that a thread may have taken before it met the other."""
+    before = torch.get_num_threads()
+    try:
+        for kernel in ((3, 3), (5, 1), (11, 3), (31, 1)):
+            args = case("any", 1, 24, 20, 40, 120, kernel=kernel).arguments(torch.float32)[0]
+            with torch.no_grad(), use_backend("cpu"):
+                torch.set_num_threads(1)
+                alone = F.star_conv(*args)
+                for threads in (2, 3):
+                    torch.set_num_threads(threads)
+                    for _ in range(4):
+                        assert torch.equal(F.star_conv(*args), alone), f"{kernel}, {threads} threads"
+    finally:
+        torch.set_num_threads(before)

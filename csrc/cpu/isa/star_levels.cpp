@@ -5,7 +5,15 @@
 // A level reads its input row once, block by block: normalise, distil, PW1, PW2 from the same few
 // kilobytes. Then the star of the row kh/2 above, whose depth-wise taps are now all there, runs
 // along whole rows and leaves the next level's input where its own was.
-#include "band.h"
+//
+// Two threads may share a region, one streaming it from its first row down and one from its last
+// row up, each taking its next row while there are any (ChainMeeting). Where they meet, each reads
+// the other's nearest rows from the other's rings, level by level: nothing is computed twice, and
+// neither waits for longer than the other takes for a row. Rows are counted from the end that a
+// thread starts at, so that the one that comes from below sees its image upside down.
+//
+// Where a gate computes the input, its row goes straight into the first level.
+#include "gate.h"
 
 namespace sdan_fast {
 namespace SDAN_ISA {
@@ -20,7 +28,6 @@ struct LevelState {
   float* d;  // d_rows rows x distill.co channels, or pairs of them, x stride
   const float** row_pointers;
   int64_t out_begin, out_end, out_next;
-  int64_t in_end;
   int margin, b_rows, d_rows, d_channels;
   int64_t a_stride;
 };
@@ -28,7 +35,11 @@ struct LevelState {
 // Everything that one band needs while it runs.
 struct Band {
   const StarChain* chain;
-  Region region;
+  Region region;  // its rows counted as the band counts them
+  bool upwards;
+  const char* base;          // its scratch
+  const char* partner_base;  // that of the band that it meets
+  int64_t meeting_row;       // the first row that is the partner's, if they have met
   int64_t x0, width;  // the tile's columns: those of the region and its halo, inside the image
   bool right_edge;
   int vecs;
@@ -40,6 +51,7 @@ struct Band {
   float* zeros;
   int64_t row, rows_end;  // the input row that the levels work on, and the end of those to come
   int64_t lag;            // how many rows the output is behind the input
+  void* gate;             // scratch of chain->before
   PrefetchQueue queue;
   LevelState levels[kMaxLevels];
 };
@@ -50,8 +62,15 @@ struct Band {
 // cache, through which all levels' rings pass meanwhile, before they are used.
 constexpr int kLinesAStep = 2;
 
+constexpr int64_t kNeverMet = INT64_MAX;
+
 int rows_above(const StarLevel& level) {
   return level.kh / 2;
+}
+
+// The image's row that the band counts as y.
+SDAN_INLINE int64_t image_row(const Band& band, int64_t y) {
+  return band.upwards ? band.chain->height - 1 - y : y;
 }
 
 // Lays out the scratch of a tile `width` wide; with a null base it only measures.
@@ -89,6 +108,11 @@ int64_t place(const StarChain& chain, int64_t width, char* base, Band* band) {
   band->z = cursor.take(static_cast<int64_t>(widest) * kBlock);
   band->raw = cursor.take(static_cast<int64_t>(tile_rows(widest, true)) * kBlock);
   band->block = cursor.take(static_cast<int64_t>(most_outputs) * kBlock);
+  if (chain.before != nullptr) {
+    int64_t bytes;
+    gate_scratch(chain.before, &bytes);
+    band->gate = cursor.take(bytes / static_cast<int64_t>(sizeof(float)));
+  }
   if (base != nullptr) fill_zero(band->zeros, widest_row);
   return cursor.used;
 }
@@ -152,7 +176,7 @@ void emit(Band& band, int64_t q) {
   const int64_t skip = band.region.x0 - band.x0;  // the tile's halo columns on the left
   const int64_t count = band.region.x1 - band.region.x0;
   if (chain.fuse.co == 0) {
-    store_tile(chain.out, band.region.n, q, band.region.x0,
+    store_tile(chain.out, band.region.n, image_row(band, q), band.region.x0,
                chain.levels[chain.level_count - 1].pw1.co, count, band.x + skip, band.stride);
     return;
   }
@@ -180,8 +204,8 @@ void emit(Band& band, int64_t q) {
       inputs[n - 1] = {band.z, kBlock, tile_rows(last, true)};
     }
     pointwise_block(inputs, n, 0, chain.fuse, band.block, kBlock, vecs, &band.queue, kLinesAStep);
-    store_tile(chain.out, band.region.n, q, band.x0 + begin, chain.fuse.co, end - begin,
-               band.block + (begin - column), kBlock);
+    store_tile(chain.out, band.region.n, image_row(band, q), band.x0 + begin, chain.fuse.co,
+               end - begin, band.block + (begin - column), kBlock);
   }
 }
 
@@ -195,10 +219,16 @@ void prefetch_rows(Band& band) {
   band.queue.clear();
   const int64_t q = band.row - band.lag;
   if (q >= region.y0 && q < region.y1) {
-    band.queue.add(chain.out, region.n, q, region.x0, channels, region.x1 - region.x0, true);
+    band.queue.add(chain.out, region.n, image_row(band, q), region.x0, channels,
+                   region.x1 - region.x0, true);
   }
-  if (band.row + 1 < band.rows_end) {
-    band.queue.add(chain.x, region.n, band.row + 1, band.x0, chain.channels, band.width, false);
+  if (band.row + 1 == band.rows_end) return;
+  if (chain.before != nullptr) {
+    gate_prefetch(*chain.before, region.n, image_row(band, band.row + 1), 0,
+                  chain.width < kGateAhead ? chain.width : kGateAhead, &band.queue);
+  } else {
+    band.queue.add(chain.x, region.n, image_row(band, band.row + 1), band.x0, chain.channels,
+                   band.width, false);
   }
 }
 
@@ -213,23 +243,43 @@ void row_done(Band& band, int index, int64_t q) {
   }
 }
 
-// The rows that the depth-wise convolution for output row q spans.
+// The rows that the depth-wise convolution for output row q spans, as they lie in the image.
 void gather_rows(const Band& band, const StarLevel& level, const LevelState& s, int64_t q,
                  TileRow* rows) {
+  const int64_t height = band.chain->height;
   for (int i = 0; i < level.kh; ++i) {
-    const int64_t y = q - rows_above(level) + i;
-    if (y < 0 || y >= band.chain->height) {
+    const int64_t y = band.upwards ? q + rows_above(level) - i : q - rows_above(level) + i;
+    if (y < 0 || y >= height) {
       rows[i] = {band.zeros + s.margin, 0};
-    } else {
-      rows[i] = {s.a + (y % level.kh) * level.pw1.co * s.a_stride + s.margin,
-                 static_cast<ptrdiff_t>(s.a_stride)};
+      continue;
     }
+    const float* a = s.a;
+    int64_t at = y;
+    if (y >= band.meeting_row) {
+      // Both bands lay out their scratch alike.
+      a = reinterpret_cast<const float*>(band.partner_base +
+                                         (reinterpret_cast<const char*>(s.a) - band.base));
+      at = height - 1 - y;
+    }
+    rows[i] = {a + (at % level.kh) * level.pw1.co * s.a_stride + s.margin,
+               static_cast<ptrdiff_t>(s.a_stride)};
   }
 }
 
 constexpr int kMaxKernel = 255;
 
-// Feeds input row y, in band.x, to a level; in order, from the level's first row to in_end - 1.
+// Completes the level's next output row and passes it on.
+void next_row(Band& band, int index) {
+  const StarLevel& level = band.chain->levels[index];
+  LevelState& s = band.levels[index];
+  const int64_t q = s.out_next++;
+  TileRow rows[kMaxKernel];
+  gather_rows(band, level, s, q, rows);
+  star_row(band, level, s, rows, q);
+  row_done(band, index, q);
+}
+
+// Feeds input row y, in band.x, to a level; in order, from the level's first row on.
 void push(Band& band, int index, int64_t y) {
   const StarLevel& level = band.chain->levels[index];
   LevelState& s = band.levels[index];
@@ -279,15 +329,24 @@ void push(Band& band, int index, int64_t y) {
     const int64_t tail = static_cast<int64_t>(band.vecs) * kLanes - band.width;
     for (int c = 0; c < co; ++c) fill_zero(a + c * s.a_stride + band.width, tail);
   }
-  // The row that this one completes, and after the image's last row all that wait for nothing but
-  // its edge.
-  TileRow rows[kMaxKernel];
-  while (s.out_next < s.out_end && (s.out_next + rows_above(level) <= y || y + 1 == s.in_end)) {
-    const int64_t q = s.out_next++;
-    gather_rows(band, level, s, q, rows);
-    star_row(band, level, s, rows, q);
-    row_done(band, index, q);
+  while (s.out_next < s.out_end && s.out_next + rows_above(level) <= y) next_row(band, index);
+}
+
+// After a level's last row of input: the output rows that waited for the rows beyond it, which are
+// the image's edge or the partner's.
+void finish_level(Band& band, int index, ChainMeeting* meeting) {
+  LevelState& s = band.levels[index];
+  int64_t end = s.out_end;
+  if (meeting != nullptr) {
+    __atomic_store_n(&meeting->sides[band.upwards].levels_ready, index + 1, __ATOMIC_RELEASE);
   }
+  if (end > band.meeting_row - rows_above(band.chain->levels[index])) {
+    if (end > band.meeting_row) end = band.meeting_row;
+    const ChainMeeting::Side& partner = meeting->sides[!band.upwards];
+    wait_for(&partner.levels_ready, index + 1);
+    band.partner_base = partner.scratch;
+  }
+  while (s.out_next < end) next_row(band, index);
 }
 
 SDAN_INLINE int64_t clip(int64_t v, int64_t low, int64_t high) {
@@ -304,10 +363,18 @@ void star_chain_scratch(const StarChain* chain, int64_t width, int64_t* bytes) {
                  &band);
 }
 
-void star_chain_run(const StarChain* chain, const Region* region, void* scratch) {
+void star_chain_run(const StarChain* chain, const Region* region, bool upwards,
+                    ChainMeeting* meeting, void* scratch) {
   Band band;
   band.chain = chain;
   band.region = *region;
+  band.upwards = upwards;
+  band.base = static_cast<const char*>(scratch);
+  band.meeting_row = kNeverMet;
+  if (upwards) {
+    band.region.y0 = chain->height - region->y1;
+    band.region.y1 = chain->height - region->y0;
+  }
   int64_t halo = 0;
   for (int i = 0; i < chain->level_count; ++i) halo += chain->levels[i].kw / 2;
   band.x0 = clip(region->x0 - halo, 0, chain->width);
@@ -316,7 +383,7 @@ void star_chain_run(const StarChain* chain, const Region* region, void* scratch)
   band.right_edge = x1 == chain->width;
   place(*chain, band.width, static_cast<char*>(scratch), &band);
 
-  int64_t begin = region->y0, end = region->y1, halo_y = 0;
+  int64_t begin = band.region.y0, end = band.region.y1, halo_y = 0;
   for (int i = chain->level_count - 1; i >= 0; --i) {
     const StarLevel& level = chain->levels[i];
     LevelState& s = band.levels[i];
@@ -325,7 +392,14 @@ void star_chain_run(const StarChain* chain, const Region* region, void* scratch)
     halo_y += rows_above(level);
     begin = clip(begin - rows_above(level), 0, chain->height);
     end = clip(end + rows_above(level), 0, chain->height);
-    s.in_end = end;
+  }
+  if (meeting != nullptr) {
+    if (__atomic_load_n(&meeting->rows_taken, __ATOMIC_RELAXED) >= end - begin) return;
+    meeting->sides[upwards].scratch = band.base;
+  }
+  for (int i = 0; i < chain->level_count; ++i) {
+    const StarLevel& level = chain->levels[i];
+    LevelState& s = band.levels[i];
     // Margins are read as the zero padding at the image's edges; inside the image they only reach
     // the halo.
     const int64_t padded = static_cast<int64_t>(band.vecs) * kLanes;
@@ -337,11 +411,29 @@ void star_chain_run(const StarChain* chain, const Region* region, void* scratch)
   }
   band.rows_end = end;
   band.lag = halo_y;
-  for (int64_t y = begin; y < end; ++y) {
-    load_tile(chain->x, region->n, y, band.x0, 0, chain->channels, band.width, band.x, band.stride);
+  int64_t y = begin;
+  const auto take = [&]() -> bool {
+    if (meeting == nullptr) return y < end;
+    return __atomic_fetch_add(&meeting->rows_taken, 1, __ATOMIC_RELAXED) < end - begin;
+  };
+  for (; take(); ++y) {
+    if (chain->before != nullptr) {
+      gate_row(*chain->before, region->n, image_row(band, y), band.gate, band.x, band.stride);
+    } else {
+      load_tile(chain->x, region->n, image_row(band, y), band.x0, 0, chain->channels, band.width,
+                band.x, band.stride);
+    }
     band.row = y;
     push(band, 0, y);
   }
+  if (y == begin) return;
+  // The rows that are left are the partner's, who has begun the last of them.
+  if (y < end) band.meeting_row = y;
+  for (int i = 0; i < chain->level_count; ++i) finish_level(band, i, meeting);
+  if (y == end) return;
+  // The partner may still be reading what this thread's next task will overwrite.
+  __atomic_store_n(&meeting->sides[upwards].finished, 1, __ATOMIC_RELEASE);
+  wait_for(&meeting->sides[!upwards].finished, 1);
 }
 
 void pack_pointwise(const float* weight, int co, int ci, float* packed) {
