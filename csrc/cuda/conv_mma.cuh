@@ -189,7 +189,7 @@ __device__ __forceinline__ int quad_column(int lane) {
 // them. grid: (plane, images of its rows, tile). Dynamic shared memory: the table of taps, a tile
 // for each image.
 template <typename T, int K, int D, int R>
-__global__ void __launch_bounds__(kProductThreads, 2)
+__global__ void __launch_bounds__(kProductThreads, K == 9 && D > 1 ? 1 : 2)  // spills otherwise
     conv_mma_kernel(const T* __restrict__ x, const T* __restrict__ weight,
                     const T* __restrict__ bias, T* __restrict__ y, const ProductParams p) {
   if constexpr (!kTaken<T, false>) return;
