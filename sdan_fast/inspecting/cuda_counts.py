@@ -341,9 +341,9 @@ def verify(only: str = "") -> list[dict[str, Any]]:
     return json.loads(recorder.run_child("", "verify", only))
 
 
-def launched() -> list[tuple[str, int, int, str]]:
-    """(mangled kernel, threads, dynamic shared memory, call) of every launch of the workload."""
-    return [tuple(entry) for entry in json.loads(recorder.run_child("", "launches"))]
+def launched(major: int = 9) -> list[tuple[str, int, int, str]]:
+    """(mangled kernel, threads, dynamic shared memory, call) of every launch of the workload on such a GPU."""
+    return [tuple(entry) for entry in json.loads(recorder.run_child("", "launches", major=major))]
 
 
 def compute(

@@ -85,14 +85,12 @@ def compute(archs: Iterable[str] | None = None, on_step: Callable[[str], object]
     module = recorder.build_folder() / "_C_cuda.abi3.so"
     wanted = list(archs) if archs is not None else built_archs(module)
     on_step("recording launches")
-    largest: dict[str, tuple[int, int, str]] = {}
-    for kernel, threads, shared, call in cuda_counts.launched():
-        # Of several launches of one kernel, the one that asks most of an SM.
-        if kernel not in largest or (shared, threads) > (largest[kernel][1], largest[kernel][0]):
-            largest[kernel] = threads, shared, call
+    # sm_75 takes other kernels for some calls, and less shared memory for others.
+    launches = {major: _largest(major) for major in {min(9, _capability(arch) // 10) for arch in wanted}}
     table = Table(IDENTITY, COLUMNS, toolchain())
     for arch in wanted:
         limits = ARCHITECTURES[_capability(arch)]
+        largest = launches[min(9, _capability(arch) // 10)]
         for name, cubin in extract("elf", arch, module).items():
             on_step(name)
             found = list(kernels_of(cubin))
@@ -110,6 +108,15 @@ def compute(archs: Iterable[str] | None = None, on_step: Callable[[str], object]
     if torch_too:
         add_torch(table, [a for a in TORCH_ARCHS if a in wanted], on_step)
     return table
+
+
+def _largest(major: int) -> dict[str, tuple[int, int, str]]:
+    """(threads, dynamic shared memory, call) of each kernel: of several launches the one that asks most of an SM."""
+    largest: dict[str, tuple[int, int, str]] = {}
+    for kernel, threads, shared, call in cuda_counts.launched(major):
+        if kernel not in largest or (shared, threads) > (largest[kernel][1], largest[kernel][0]):
+            largest[kernel] = threads, shared, call
+    return largest
 
 
 def add_torch(table: Table, archs: Iterable[str], on_step: Callable[[str], object]) -> None:

@@ -179,10 +179,13 @@ class Recorder:
             self._library.sdan_record_launches(self._type(0))
 
 
-def run_child(request: str, *arguments: str) -> str:
-    """Run `python -m sdan_fast.inspecting.cuda_counts` with the allocations watched; what it prints."""
+def run_child(request: str, *arguments: str, major: int = 9) -> str:
+    """Run `python -m sdan_fast.inspecting.cuda_counts` with the allocations watched; what it prints.
+
+    major: the compute capability of the GPU that the launches are recorded for.
+    """
     _, preload = libraries()
-    environment = {**os.environ, "LD_PRELOAD": str(preload)}
+    environment = {**os.environ, "LD_PRELOAD": str(preload), "SDAN_FAST_RECORDED_MAJOR": str(major)}
     command = [sys.executable, "-m", "sdan_fast.inspecting.cuda_counts", *arguments]
     done = subprocess.run(command, input=request, env=environment, capture_output=True, text=True)
     if done.returncode:

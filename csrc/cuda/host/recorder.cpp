@@ -5,6 +5,7 @@
 // arguments. `sdan-fast inspect cuda` reads that, and executes the launches' PTX.
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <string>
 #include <unordered_map>
@@ -111,9 +112,12 @@ int cudaDeviceGetAttribute(int* value, int attribute, int) {
     case 97:
       *value = 227 * 1024;
       break;
-    case 75:
-      *value = 9;
+    case 75: {
+      // Plans are made for the GPU at hand, so an older one has launches of its own.
+      const char* major = std::getenv("SDAN_FAST_RECORDED_MAJOR");
+      *value = major != nullptr ? std::atoi(major) : 9;
       break;
+    }
     case 76:
       *value = 0;
       break;
