@@ -628,10 +628,15 @@ def test_metadata_touches_no_compiler(tmp_path: Path) -> None:
     assert "nvcc" in called.read_text(encoding="utf-8")
 
 
+# `make` names one build folder for all; copies of the tree, built at the same time, would overwrite each other's there.
+BUILT_IN_THE_TREE = {"SDAN_FAST_BUILD_DIR": ""}
+
+
 def install(tree: Path, target: Path, env: dict[str, str]) -> dict[str, dict]:
     """pip install into a folder, as a user would, and the build info of the result."""
     command = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index",
                "--target", str(target), str(tree)]  # fmt: skip
+    env = {**env, **BUILT_IN_THE_TREE}
     done = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert done.returncode == 0, done.stdout
     return json.loads((target / "sdan_fast" / extensions.BUILD_INFO).read_text(encoding="utf-8"))
@@ -713,7 +718,7 @@ def test_install_fails_on_an_error_in_our_code(tmp_path: Path) -> None:
     (tree / "csrc/cpu/module.cpp").write_text("#error planted\n", encoding="utf-8")
     command = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index",
                "--target", str(tmp_path / "site"), str(tree)]  # fmt: skip
-    env = {**os.environ, "SDAN_FAST_SKIP_CUDA": "1"}
+    env = {**os.environ, **BUILT_IN_THE_TREE, "SDAN_FAST_SKIP_CUDA": "1"}
     done = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert done.returncode != 0
     assert "#error planted" in done.stdout

@@ -39,18 +39,27 @@ class Case:
     id: str
     build: Callable[[Callable[..., Tensor]], tuple[Sequence[Any], dict[str, Any]]]
 
-    def arguments(self, dtype: torch.dtype = torch.float64) -> tuple[list[Any], dict[str, Any]]:
+    def arguments(
+        self, dtype: torch.dtype = torch.float64, device: str = "cpu"
+    ) -> tuple[list[Any], dict[str, Any]]:
+        """The same numbers on every device."""
         generator = torch.Generator().manual_seed(sum(map(ord, self.id)))
 
         def draw(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator, dtype=torch.float64)
 
         args, kwargs = self.build(draw)
-        return list(cast((list(args), kwargs), dtype)[0]), kwargs
+        return list(cast((list(args), kwargs), dtype, device)[0]), kwargs
 
 
-def cast(tree: Any, dtype: torch.dtype) -> Any:
-    return pytree.tree_map_only(Tensor, lambda t: t.to(dtype), tree)
+def device_of(backend: str) -> str:
+    """The device of the tensors that a backend takes: "cpu" for the reference, and for Triton's interpreter."""
+    known = backends.BACKENDS.get(backend)
+    return known.devices[0] if known is not None else "cpu"
+
+
+def cast(tree: Any, dtype: torch.dtype, device: str | None = None) -> Any:
+    return pytree.tree_map_only(Tensor, lambda t: t.to(device, dtype), tree)
 
 
 def fresh(tree: Any, dtype: torch.dtype, requires_grad: bool = False) -> Any:
@@ -87,7 +96,7 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
         return x.transpose(2, 3).contiguous().transpose(2, 3)
     if layout == "sliced":
         n, c, h, w = x.shape
-        big = torch.full((n + 1, c + 2, h + 3, 2 * w + 5), float("nan"), dtype=x.dtype)
+        big = torch.full((n + 1, c + 2, h + 3, 2 * w + 5), float("nan"), dtype=x.dtype, device=x.device)
         view = big[1:, 1 : c + 1, 2 : h + 2, 3 : 2 * w + 3 : 2]
         view.copy_(x)
         return view
@@ -147,7 +156,7 @@ class OpContract:
     @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
     def test_matches_float64(self, dtype: torch.dtype, backend: str) -> None:
         for case in self.cases:
-            args, kwargs = case.arguments(dtype)
+            args, kwargs = case.arguments(dtype, device_of(backend))
             results = []
             for layout in FORMATS:
                 call = self.with_layout(args, layout)
@@ -165,7 +174,7 @@ class OpContract:
 
     @pytest.mark.parametrize("backend", BACKENDS)
     def test_empty_batch(self, backend: str) -> None:
-        args, kwargs = self.cases[0].arguments(torch.float32)
+        args, kwargs = self.cases[0].arguments(torch.float32, device_of(backend))
         empty = [a[:0] if i < self.images else a for i, a in enumerate(args)]
         with sdan_fast.use_backend(backend):
             y = self.ours(*empty, **kwargs)
@@ -175,7 +184,7 @@ class OpContract:
     @pytest.mark.parametrize("backend", BACKENDS)
     def test_inputs_stay_and_results_repeat(self, backend: str) -> None:
         """Inputs are not written, and two runs agree bit by bit, gradients included."""
-        args, kwargs = self.cases[0].arguments(torch.float32)
+        args, kwargs = self.cases[0].arguments(torch.float32, device_of(backend))
         results = []
         for _ in range(2):
             leaves = fresh(args, torch.float32, requires_grad=True)
@@ -195,7 +204,7 @@ class OpContract:
     def test_gradients_match_float64(self, dtype: torch.dtype, backend: str) -> None:
         collected: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
         for case in self.cases:
-            base, kwargs = case.arguments(dtype)
+            base, kwargs = case.arguments(dtype, device_of(backend))
 
             def gradients(
                 run: Callable[..., Tensor],
@@ -210,7 +219,7 @@ class OpContract:
                     assert self.differentiated_as or "_Function" in type(y.grad_fn).__name__, (
                         "plain PyTorch ran"
                     )
-                y.backward(torch.linspace(-1, 1, y.numel()).reshape(y.shape).to(dtype).to(kind))
+                y.backward(torch.linspace(-1, 1, y.numel()).reshape(y.shape).to(dtype).to(y))
                 return [t.grad for t in tensors(leaves)]
 
             exact = gradients(self.plain, torch.float64, "contiguous")
@@ -258,7 +267,7 @@ class OpContract:
     def test_gradient_of_each_argument_alone(self, backend: str) -> None:
         """Any one tensor may require a gradient: x, a weight, a single bias."""
         case = next(self.small())
-        args, kwargs = case.arguments(torch.float32)
+        args, kwargs = case.arguments(torch.float32, device_of(backend))
         collected: list[list[Tensor]] = [[], [], []]
         for i in range(len(tensors(args))):
             runs = ((self.plain, torch.float64), (self.plain, torch.float32), (self.ours, torch.float32))
@@ -274,7 +283,7 @@ class OpContract:
     @pytest.mark.parametrize("backend", BACKENDS)
     def test_second_derivative(self, backend: str) -> None:
         case = next(self.small())
-        args, kwargs = case.arguments(torch.float32)
+        args, kwargs = case.arguments(torch.float32, device_of(backend))
         seconds = []
         for run, kind in (
             (self.plain, torch.float64),
@@ -290,7 +299,7 @@ class OpContract:
 
     @pytest.mark.parametrize("backend", BACKENDS)
     def test_backward_runs_where_forward_ran(self, backend: str) -> None:
-        args, kwargs = self.cases[0].arguments(torch.float32)
+        args, kwargs = self.cases[0].arguments(torch.float32, device_of(backend))
         leaves = fresh(args, torch.float32, requires_grad=True)
         with sdan_fast.use_backend(backend):
             y = self.ours(*leaves, **kwargs)
@@ -321,7 +330,7 @@ class OpContract:
     def test_opcheck(self, overload: str) -> None:
         case = next(self.small())
         for layout in ("contiguous", "channels_last"):
-            args, kwargs = case.arguments(torch.float32)
+            args, kwargs = case.arguments(torch.float32, device_of(overload))
             leaves = self.with_layout(fresh(args, torch.float32), layout)
             for leaf in tensors(leaves):
                 leaf.requires_grad_()
@@ -339,7 +348,7 @@ class OpContract:
     @pytest.mark.parametrize("backend", BACKENDS)
     @pytest.mark.parametrize("mode", ("forward", "all", "input", "parameters"))
     def test_flops_are_those_of_the_reference(self, mode: str, backend: str) -> None:
-        args, kwargs = self.cases[0].arguments(torch.float32)
+        args, kwargs = self.cases[0].arguments(torch.float32, device_of(backend))
         counts = []
         for run in (self.plain, self.ours):
             leaves = fresh(args, torch.float32)
@@ -366,10 +375,10 @@ class OpContract:
     def test_autocast(self, backend: str, dtype: torch.dtype, low: torch.dtype) -> None:
         """The dtype that the reference sequence returns, and its values, whatever the dtype of the images."""
         case = next(self.small())
-        args, kwargs = case.arguments(torch.float32)
+        args, kwargs = case.arguments(torch.float32, device_of(backend))
         mixed = [a.to(dtype) if i < self.images else a for i, a in enumerate(args)]
         op, flat, op_kwargs = captured(self.fn_name, args, kwargs)
-        with torch.autocast("cpu", dtype=low):
+        with torch.autocast(device_of(backend), dtype=low):
             try:
                 expected = self.plain(*mixed, **kwargs)
             except RuntimeError:
@@ -392,7 +401,7 @@ class OpContract:
     @pytest.mark.parametrize("backend", BACKENDS)
     def test_transforms(self, backend: str) -> None:
         """vmap, grad and jvp of torch.func, through the functions and through the op itself."""
-        args, kwargs = next(self.small()).arguments(torch.float32)
+        args, kwargs = next(self.small()).arguments(torch.float32, device_of(backend))
         batch = torch.stack([args[0], 2 * args[0]])
         expected = torch.stack([self.plain(x, *args[1:], **kwargs) for x in batch])
         op, flat, op_kwargs = captured(self.fn_name, args, kwargs)
@@ -419,7 +428,7 @@ class OpContract:
     def test_compiles_without_a_break_or_a_recompilation(self, backend: str) -> None:
         """fullgraph with dynamic N, H and W: one graph serves every size, in inference and in training."""
         case = next(self.small())
-        args, kwargs = case.arguments(torch.float32)
+        args, kwargs = case.arguments(torch.float32, device_of(backend))
         graphs: list[torch.fx.GraphModule] = []
 
         def count(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
@@ -436,7 +445,7 @@ class OpContract:
             for n, h, w in sizes:
                 leaves = fresh(args, torch.float32, requires_grad=training)
                 call = [
-                    torch.randn(n, a.shape[1], h, w, requires_grad=training) if i < self.images else a
+                    torch.randn(n, a.shape[1], h, w, device=device_of(backend), requires_grad=training) if i < self.images else a
                     for i, a in enumerate(leaves)
                 ]
                 for image in call[: self.images]:

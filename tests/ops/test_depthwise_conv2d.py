@@ -14,7 +14,7 @@ import sdan_fast
 from sdan_fast import functional as F
 from sdan_fast import reference
 
-from .harness import BACKENDS, Case, OpContract, assert_within_bound, cast
+from .harness import BACKENDS, Case, OpContract, assert_within_bound, cast, device_of
 
 
 def case(
@@ -67,10 +67,14 @@ def test_any_shape(
     generator = torch.Generator().manual_seed(7)
     x = torch.randn(shape, generator=generator)
     x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
-    args = (
-        x,
-        torch.randn(shape[1], 1, *kernel, generator=generator),
-        torch.randn(shape[1]) if bias else None,
+    args = cast(
+        (
+            x,
+            torch.randn(shape[1], 1, *kernel, generator=generator),
+            torch.randn(shape[1]) if bias else None,
+        ),
+        torch.float32,
+        device_of(backend),
     )
     with sdan_fast.use_backend(backend):
         y = F.depthwise_conv2d(*args, dilation=dilation)

@@ -11,7 +11,7 @@ import sdan_fast
 from sdan_fast import functional as F
 from sdan_fast import reference
 
-from .harness import BACKENDS, Case, OpContract, assert_within_bound, cast
+from .harness import BACKENDS, Case, OpContract, assert_within_bound, cast, device_of
 
 
 def case(name: str, shape: tuple[int, int, int, int], *stages: tuple, biases: str = "1111") -> Case:
@@ -71,7 +71,7 @@ class TestSeparableConv2d(OpContract):
 )
 def test_any_shape(shape: tuple, stages: list, biases: str, channels_last: bool, backend: str) -> None:
     ks = [(2 * a + 1, 2 * b + 1, d) for a, b, d in stages]
-    (x, built), _ = case("any", shape, *ks, biases=biases).arguments(torch.float32)
+    (x, built), _ = case("any", shape, *ks, biases=biases).arguments(torch.float32, device_of(backend))
     x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
     with sdan_fast.use_backend(backend):
         y = F.strip_conv_chain(x, built)
