@@ -1,34 +1,50 @@
 """Everything that only a GPU can show, in one run: tests, compute-sanitizer, and times, written as JSON named after it.
 
     python benchmarks/gpu_check.py                # all of it; exit status 1 if anything fails or there is no GPU
-    python benchmarks/gpu_check.py --only bench   # one of tests, sanitizer, bench; writes nothing
+    python benchmarks/gpu_check.py --only bench   # one of tests, sanitizer, bench: the others stay in the file
+    python benchmarks/gpu_check.py --cases sdan   # minutes instead of an hour: SDAN's own size, without float16
 
-The benchmarks are the cases of `sdan_fast.bench.cases` and the whole network: every op, forward and backward, on each
-of our GPU backends, against eager PyTorch in both layouts, cuDNN in channels_last and Inductor, without TF32.
+The benchmarks are the cases of `sdan_fast.bench.cases` and the whole network, in inference and in training: every op,
+forward and backward, on each of our GPU backends, against eager PyTorch in both layouts, cuDNN in channels_last and
+Inductor, without TF32. What Triton and Inductor compile for them is compiled ahead, by a process for each core.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
+import contextlib
+import copy
+import functools
+import json
+import multiprocessing
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from sdan_fast import use_backend
 from sdan_fast.bench import cases, measuring, model, peers, report, roofline
+from sdan_fast.bench.plain import PlainSDAN
 from sdan_fast.commands import machine
+from sdan_fast.commands.check import gradient_agreement
+from sdan_fast.models import SDAN
+from sdan_fast.models.fitted import seeded_sdan
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 SANITIZER_TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
-
-
+STAGES = ("tests", "sanitizer", "bench")
+# What runs our kernels on the GPU; the rest of the suite shows the same on any machine.
+TESTS = ("tests/ops", "tests/test_gpu.py", "tests/test_gpu_check.py")
+WORKERS = min(16, os.cpu_count() or 1)  # each takes half a gigabyte of the GPU for its context
 ROUNDS = 50
 
 
@@ -36,8 +52,8 @@ ROUNDS = 50
 
 
 def run_tests() -> dict[str, Any]:
-    """The whole test suite on this machine; its closing line is kept."""
-    command = [sys.executable, "-m", "pytest", "-q", "-ra", "tests"]
+    """The ops' tests on every backend and what needs a GPU; the closing line is kept."""
+    command = [sys.executable, "-m", "pytest", "-q", "-ra", "-n", str(WORKERS), *TESTS]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         last = ""
@@ -65,7 +81,16 @@ def run_sanitizer() -> dict[str, Any]:
             "compute-sanitizer was not found, so no kernel was run under it (it comes with the CUDA toolkit)"
         )
         return {"ok": None, "reason": "compute-sanitizer was not found"}
-    tools: dict[str, bool] = {}
+    compile_ahead(
+        [
+            functools.partial(run_small, "cuda", [dtype], [op])
+            for dtype in cases.DTYPES
+            for op in cases.SUBJECTS
+        ]
+    )
+    # Without PyTorch's cache of memory an overrun leaves its allocation.
+    env = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    running = {}
     for tool in SANITIZER_TOOLS:
         command = [
             sanitizer,
@@ -77,31 +102,38 @@ def run_sanitizer() -> dict[str, Any]:
             __file__,
             "--workload",
         ]
-        env = {
-            **os.environ,
-            "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
-        }  # so that an overrun leaves its allocation
-        print(f"compute-sanitizer --tool {tool}", flush=True)
-        tools[tool] = subprocess.run(command, env=env).returncode == 0
+        print(" ".join(["compute-sanitizer", *command[1:]]), flush=True)
+        running[tool] = subprocess.Popen(
+            command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+    tools: dict[str, bool] = {}
+    for tool, process in running.items():
+        printed, _ = process.communicate()
+        print(f"--- {tool}\n{printed}", flush=True)
+        tools[tool] = process.returncode == 0
     return {"ok": all(tools.values()), "tools": tools}
 
 
-def small_cases(dtype: str) -> list[cases.Case]:
+def small_cases(dtype: str, ops: Sequence[str] = tuple(cases.SUBJECTS)) -> list[cases.Case]:
     """Every op with every usual setting: odd sizes, SDAN's channels in a thin picture, no picture at all."""
     return [
         cases.Case(subject, variant, size, dtype, batch)
-        for subject in cases.SUBJECTS.values()
+        for subject in map(cases.SUBJECTS.__getitem__, ops)
         for variant in subject.variants
         if variant.usual
         for batch, size in ((2, (17, 31)), (1, (8, 64)), (0, (4, 4)))
     ]
 
 
-def run_small(device: str, dtypes: Sequence[str] = tuple(cases.DTYPES)) -> int:
+def run_small(
+    device: str,
+    dtypes: Sequence[str] = tuple(cases.DTYPES),
+    ops: Sequence[str] = tuple(cases.SUBJECTS),
+) -> int:
     """Forward and backward of every small case on each of our backends that can; how many calls that were."""
     calls = 0
     for dtype in dtypes:
-        for case in small_cases(dtype):
+        for case in small_cases(dtype, ops):
             for who in peers.names(device, list(cases.LAYOUTS), inductor="none"):
                 if who[0] not in peers.backends_of(device):
                     continue
@@ -123,25 +155,36 @@ def workload() -> None:
 # --- benchmarks ----------------------------------------------------------------------------------------------
 
 
+def chosen_cases(which: str) -> list[cases.Case]:
+    """ "all": every size and dtype; "sdan": SDAN's own size, float32 and bfloat16."""
+    sizes = list(zip(cases.GPU_SIZES, cases.GPU_BATCHES, strict=True))
+    dtypes = list(cases.DTYPES)
+    if which == "sdan":
+        sizes, dtypes = sizes[:1], ["float32", "bfloat16"]
+    return [case for size, batch in sizes for case in cases.cases(sizes=[size], dtypes=dtypes, batch=batch)]
+
+
 def run_benchmarks(
     device: str,
     *,
     rounds: int = ROUNDS,
     chosen: Sequence[cases.Case] | None = None,
     configuration: str = "180x320",
+    training: str = "batch-8",
     competing: Sequence[str] = ("eager", "Inductor"),
 ) -> dict[str, Any]:
     """Every op and the network, printed as they come; `ok` if all of ours that ran are right, and each backend ran."""
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
+    no_tf32()
     inductor = "first" if "Inductor" in competing else "none"
     who = peers.names(device, list(cases.LAYOUTS), inductor=inductor)
-    if chosen is None:
-        chosen = [
-            case
-            for size, batch in zip(cases.GPU_SIZES, cases.GPU_BATCHES, strict=True)
-            for case in cases.cases(sizes=[size], dtypes=cases.DTYPES, batch=batch)
-        ]
+    chosen = chosen_cases("all") if chosen is None else chosen
+    jobs: list[Callable[[], object]] = [
+        functools.partial(call_once, case, passes, device, who) for case in chosen for passes in cases.PASSES
+    ]
+    if device == "cuda":
+        compile_ahead(
+            [functools.partial(run_network, configuration, dtype) for dtype in ("float32", "bfloat16")] + jobs
+        )
     clock = measuring.Clock(device)
     limits = {
         dtype: roofline.measure(device, dtype=cases.DTYPES[dtype])
@@ -167,15 +210,127 @@ def run_benchmarks(
     )
     for cells in report.model_lines(network):
         print("  ".join(f"{cell:>12}" for cell in cells), flush=True)
+    steps = measure_training(model.CONFIGURATIONS[training], device, clock, rounds)
     ours = [row for row in rows if row.ours] + [run for run in network.runs if run.ours]
     ran = {entry.contender for entry in ours if entry.seconds}
+    right = not any(entry.wrong for entry in ours) and not any("wrong" in step for step in steps)
     return {
-        "ok": not any(entry.wrong for entry in ours) and ran.issuperset(peers.backends_of(device)),
+        "ok": right and ran.issuperset(peers.backends_of(device)),
         "rounds": rounds,
         "limits": {dtype: report.limits_record(found) for dtype, found in limits.items()},
         "rows": [row.record() for row in rows],
         "network": network.record(),
+        "training": {"configuration": training, "runs": steps},
     }
+
+
+def no_tf32() -> None:
+    """float32 is float32, for everyone."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+
+
+def call_once(case: cases.Case, passes: str, device: str, who: Sequence[tuple[str, str]]) -> None:
+    """Have every contender of a case compile what it compiles; what fails here fails again where it is measured."""
+    for contender in peers.build(case, passes, device, who):
+        if contender.refused is None and contender.name != "eager":
+            with contextlib.suppress(Exception), contender.context():
+                contender.call()
+
+
+def run_network(configuration: str, dtype: str) -> None:
+    """Inductor takes a minute over the network."""
+    c = model.CONFIGURATIONS[configuration]
+    network = model.Network(seeded_sdan(**c.model_settings), model.picture(c), dtype, "cuda")
+    with torch.no_grad():
+        network.contender("Inductor", "NCHW", ours=False).call()
+
+
+def compile_ahead(jobs: Sequence[Callable[[], object]]) -> None:
+    """Run the jobs in processes of their own: Triton and Inductor find in their caches on disk what those compiled."""
+    print(f"compiling ahead for {len(jobs)} cases in {WORKERS} processes", flush=True)
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(WORKERS, mp_context=context, initializer=_alone) as pool:
+        done = [pool.submit(job) for job in jobs]
+        for i, future in enumerate(concurrent.futures.as_completed(done), 1):
+            if future.exception() is not None:
+                print(f"  compiled when it is measured: {future.exception()}", flush=True)
+            if i % 10 == 0 or i == len(jobs):
+                print(f"  {i} of {len(jobs)}", flush=True)
+
+
+def _alone() -> None:
+    """One of many processes on this machine."""
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+    torch.set_num_threads(1)
+    no_tf32()
+
+
+# --- training ------------------------------------------------------------------------------------------------
+
+
+def measure_training(
+    c: model.Configuration, device: str, clock: measuring.Clock, rounds: int
+) -> list[dict[str, Any]]:
+    """One forward and backward of the network: ours on every backend, and eager PyTorch, in both layouts.
+
+    The gradients are verified first, as one vector (the bound of `sdan-fast verify`).
+    """
+    source, image = seeded_sdan(**c.model_settings), model.picture(c)
+    steps: list[dict[str, Any]] = []
+    for dtype in ("float32", "bfloat16"):
+        exact = gradients(training_step(source, image, "float64", "NCHW", None, device)())
+        runs: list[tuple[dict[str, Any], peers.Contender]] = []
+        yardstick: Sequence[Tensor] = ()
+        for name in ("eager", *peers.backends_of(device)):
+            for layout in cases.LAYOUTS:
+                step = training_step(source, image, dtype, layout, None if name == "eager" else name, device)
+                entry: dict[str, Any] = {"contender": name, "layout": layout, "dtype": dtype}
+                steps.append(entry)
+                try:
+                    found = gradients(step())
+                except Exception as error:
+                    entry |= {"refused": f"{type(error).__name__}: {error}".splitlines()[0]}
+                    continue
+                yardstick = yardstick or found
+                share = gradient_agreement(found, yardstick, exact).share
+                entry["share_of_error_bound"] = share
+                if name != "eager" and not share <= 1:
+                    entry["wrong"] = True
+                    continue
+                runs.append((entry, peers.Contender(name, layout, name != "eager", step)))
+        times = measuring.race([contender for _, contender in runs], clock, rounds=rounds, budget=60)
+        for (entry, _), seconds in zip(runs, times, strict=True):
+            entry["seconds"] = measuring.percentiles(seconds)
+            print(f"training {entry['contender']:8} {entry['layout']:14} {dtype:9} "
+                  f"{1e3 * entry['seconds']['p50']:8.3f} ms", flush=True)  # fmt: skip
+    return steps
+
+
+def training_step(
+    source: SDAN, image: Tensor, dtype: str, layout: str, backend: str | None, device: str
+) -> Callable[[], Sequence[Tensor]]:
+    """One forward and the gradients of every parameter; plain PyTorch if no backend is named."""
+    kind = torch.float64 if dtype == "float64" else cases.DTYPES[dtype]
+    net = copy.deepcopy(source).to(device, kind).to(memory_format=cases.LAYOUTS[layout])  # type: ignore[call-overload]
+    x = image.to(device, kind).contiguous(memory_format=cases.LAYOUTS[layout])
+    parameters = [p.requires_grad_() for p in net.parameters()]
+    run = PlainSDAN(net.train()) if backend is None else net.train()
+
+    def step() -> Sequence[Tensor]:
+        with use_backend(backend) if backend else contextlib.nullcontext():
+            y = run(x)
+        return (
+            y.detach(),
+            *torch.autograd.grad(y.to(torch.promote_types(kind, torch.float32)).square().mean(), parameters),
+        )
+
+    return step
+
+
+def gradients(results: Sequence[Tensor]) -> Sequence[Tensor]:
+    """In float64 on the CPU, where they are compared."""
+    return [t.double().cpu() for t in results[1:]]
 
 
 def line(row: measuring.Row) -> str:
@@ -205,8 +360,9 @@ def results_file(gpu: str) -> Path:
 def main() -> int:
     """0 if every stage that ran passed, 1 if one failed or no GPU was found."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", choices=STAGES, help="run one stage; the file keeps the others")
     parser.add_argument(
-        "--only", choices=("tests", "sanitizer", "bench"), help="run one stage, write nothing"
+        "--cases", choices=("all", "sdan"), default="all", help="what to time (default: %(default)s)"
     )
     parser.add_argument(
         "--rounds", type=int, default=ROUNDS, help="timed calls of each (default: %(default)s)"
@@ -226,28 +382,24 @@ def main() -> int:
 
     gpu = torch.cuda.get_device_name()
     print(f"gpu-check on {gpu}, torch {torch.__version__}")
-    stages = [options.only] if options.only else ["tests", "sanitizer", "bench"]
-    found: dict[str, Any] = {
-        "gpu": gpu,
-        **report.header("cuda", " ".join(["gpu_check.py", *sys.argv[1:]])),
-        "cuda": torch.version.cuda,
-        "build": machine.build_record(),
-    }
+    target = results_file(gpu)
+    found: dict[str, Any] = json.loads(target.read_text()) if target.exists() else {}
+    found["gpu"] = gpu
     failed = []
-    for stage in stages:
+    for stage in [options.only] if options.only else STAGES:
         print(f"--- {stage}", flush=True)
+        where = report.header("cuda", " ".join(["gpu_check.py", *sys.argv[1:]]))
         if stage == "tests":
-            found[stage] = run_tests()
+            result = run_tests()
         elif stage == "sanitizer":
-            found[stage] = run_sanitizer()
+            result = run_sanitizer()
         else:
-            found[stage] = run_benchmarks("cuda", rounds=options.rounds)
-        if found[stage]["ok"] is False:
-            failed.append(stage)
-    if not options.only:
-        target = results_file(gpu)
+            result = run_benchmarks("cuda", rounds=options.rounds, chosen=chosen_cases(options.cases))
+        found[stage] = {**where, "cuda": torch.version.cuda, "build": machine.build_record(), **result}
         report.write(target, found)
-        print(f"written: {target.relative_to(ROOT)}")
+        if result["ok"] is False:
+            failed.append(stage)
+    print(f"written: {target.relative_to(ROOT)}")
     print(f"gpu-check: {', '.join(failed)} failed" if failed else "gpu-check: every stage that ran passed")
     return 1 if failed else 0
 

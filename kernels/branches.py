@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import depthwise_conv2d as depthwise
 from . import heuristics
-from .branches_nchw import branches_nchw
+from .branches_nchw import KINDS, branches_nchw
 from .branches_nhwc import branches_nhwc, tiles_of
 from .launch import ceil_div, channel_vector, is_aligned, launch, wide_plane
 
@@ -237,7 +237,7 @@ def _launch(jobs: Sequence[Job], images: Images, field: Tensor | None, flip: boo
         conv, second = step.convs[0], step.convs[1] if len(step.convs) == 2 else None
         channels, _, kh, kw = conv.weight.shape
         entry = (
-            shape.kind, job.channel, channels, number(job.source), number(job.middle), number(job.result), kh, kw,
+            KINDS.index(shape.kind), job.channel, channels, number(job.source), number(job.middle), number(job.result), kh, kw,
             conv.dilations[0] if kh > 1 else 1, conv.dilations[1] if kw > 1 else 1, second.taps if second else 0,
             second.dilation if second else 1, shape.per_thread, shape.lines, shape.groups, bool(shape.loop),
             step.first is not None, step.by_field is not None, step.last is not None, job.add, step.writes_field,

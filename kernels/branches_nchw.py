@@ -12,6 +12,16 @@ from .depthwise_nchw import accumulate, first_row
 from .phases import compile_time, load_phases, put, store_phases
 
 
+# Which pixels a program owns. A job's table has its number: Triton before 3.8 takes no strings within tuples.
+KINDS = ("square", "rows", "columns")
+
+
+@compile_time
+def kind_of(job):
+    """A job's kind by its name."""
+    return KINDS[job[0]]
+
+
 @compile_time
 def length(jobs):
     """How many jobs a table has."""
@@ -116,30 +126,30 @@ def write_field(w_ptr, field_ptr, step, W, QW, K: tl.constexpr, D: tl.constexpr,
 @jit
 def run_job(
     pid, blocks, buffers, pointers, field_ptr, C, H, W, QW,
-    JOB: tl.constexpr, FLIP: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+    JOBS: tl.constexpr, J: tl.constexpr, FLIP: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
     """Program `pid` of a job, which has `blocks` programs for each plane."""
-    KIND: tl.constexpr = JOB[0]
-    FIRST_CHANNEL: tl.constexpr = JOB[1]
-    CHANNELS: tl.constexpr = JOB[2]
-    SRC: tl.constexpr = JOB[3]
-    TMP: tl.constexpr = JOB[4]
-    DST: tl.constexpr = JOB[5]
-    KH: tl.constexpr = JOB[6]
-    KW: tl.constexpr = JOB[7]
-    DH: tl.constexpr = JOB[8]
-    DW: tl.constexpr = JOB[9]
-    K2: tl.constexpr = JOB[10]
-    D2: tl.constexpr = JOB[11]
-    R: tl.constexpr = JOB[12]
-    LINES: tl.constexpr = JOB[13]
-    LOOP: tl.constexpr = JOB[15]
-    BIAS1: tl.constexpr = JOB[16]
-    FIELD: tl.constexpr = JOB[17]
-    BIAS2: tl.constexpr = JOB[18]
-    ADD: tl.constexpr = JOB[19]
-    WRITE_FIELD: tl.constexpr = JOB[20]
+    KIND: tl.constexpr = kind_of(JOBS[J])
+    FIRST_CHANNEL: tl.constexpr = JOBS[J][1]
+    CHANNELS: tl.constexpr = JOBS[J][2]
+    SRC: tl.constexpr = JOBS[J][3]
+    TMP: tl.constexpr = JOBS[J][4]
+    DST: tl.constexpr = JOBS[J][5]
+    KH: tl.constexpr = JOBS[J][6]
+    KW: tl.constexpr = JOBS[J][7]
+    DH: tl.constexpr = JOBS[J][8]
+    DW: tl.constexpr = JOBS[J][9]
+    K2: tl.constexpr = JOBS[J][10]
+    D2: tl.constexpr = JOBS[J][11]
+    R: tl.constexpr = JOBS[J][12]
+    LINES: tl.constexpr = JOBS[J][13]
+    LOOP: tl.constexpr = JOBS[J][15]
+    BIAS1: tl.constexpr = JOBS[J][16]
+    FIELD: tl.constexpr = JOBS[J][17]
+    BIAS2: tl.constexpr = JOBS[J][18]
+    ADD: tl.constexpr = JOBS[J][19]
+    WRITE_FIELD: tl.constexpr = JOBS[J][20]
     w1_ptr, w2_ptr, b1_ptr, field_bias_ptr, b2_ptr = pointers
     plane = pid // blocks
     block = pid % blocks
@@ -212,7 +222,7 @@ def branches_nchw(
         programs = N * JOBS[j][2] * blocks[j]
         if (pid >= first) & (pid < first + programs):
             run_job(
-                pid - first, blocks[j], buffers, pointers[j], field_ptr, C, H, W, QW, JOBS[j], FLIP, V, BLOCK, VECTOR,
+                pid - first, blocks[j], buffers, pointers[j], field_ptr, C, H, W, QW, JOBS, j, FLIP, V, BLOCK, VECTOR,
                 WIDE,
             )  # fmt: skip
         first += programs

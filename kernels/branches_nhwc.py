@@ -7,7 +7,7 @@ a filter is read where it lies, [C, taps], one value for each channel and tap, a
 from __future__ import annotations
 
 from ._triton import jit, tl
-from .branches_nchw import groups_of, length, rounds_of
+from .branches_nchw import groups_of, kind_of, length, rounds_of
 from .depthwise_nchw import first_row
 from .heuristics import interleaved
 from .phases import compile_time, load_phases, put, store_phases
@@ -184,33 +184,33 @@ def write_field_pixels(w_ptr, field_ptr, step, first_group, W, PIXEL: tl.constex
 @jit
 def run_job_nhwc(
     pid, blocks, buffers, pointers, field_ptr, H, W,
-    C: tl.constexpr, JOB: tl.constexpr, FLIP: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    C: tl.constexpr, JOBS: tl.constexpr, J: tl.constexpr, FLIP: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Program `pid` of a job, which has `blocks` programs for each image and tile of GROUPS groups of V channels."""
-    KIND: tl.constexpr = JOB[0]
-    FIRST_CHANNEL: tl.constexpr = JOB[1]
-    CHANNELS: tl.constexpr = JOB[2]
-    SRC: tl.constexpr = JOB[3]
-    TMP: tl.constexpr = JOB[4]
-    DST: tl.constexpr = JOB[5]
-    KH: tl.constexpr = JOB[6]
-    KW: tl.constexpr = JOB[7]
-    DH: tl.constexpr = JOB[8]
-    DW: tl.constexpr = JOB[9]
-    K2: tl.constexpr = JOB[10]
-    D2: tl.constexpr = JOB[11]
-    P: tl.constexpr = JOB[12]
-    LINES: tl.constexpr = JOB[13]
-    GROUPS: tl.constexpr = JOB[14]
-    LOOP: tl.constexpr = JOB[15]
-    BIAS1: tl.constexpr = JOB[16]
-    FIELD: tl.constexpr = JOB[17]
-    BIAS2: tl.constexpr = JOB[18]
-    ADD: tl.constexpr = JOB[19]
-    WRITE_FIELD: tl.constexpr = JOB[20]
+    KIND: tl.constexpr = kind_of(JOBS[J])
+    FIRST_CHANNEL: tl.constexpr = JOBS[J][1]
+    CHANNELS: tl.constexpr = JOBS[J][2]
+    SRC: tl.constexpr = JOBS[J][3]
+    TMP: tl.constexpr = JOBS[J][4]
+    DST: tl.constexpr = JOBS[J][5]
+    KH: tl.constexpr = JOBS[J][6]
+    KW: tl.constexpr = JOBS[J][7]
+    DH: tl.constexpr = JOBS[J][8]
+    DW: tl.constexpr = JOBS[J][9]
+    K2: tl.constexpr = JOBS[J][10]
+    D2: tl.constexpr = JOBS[J][11]
+    P: tl.constexpr = JOBS[J][12]
+    LINES: tl.constexpr = JOBS[J][13]
+    GROUPS: tl.constexpr = JOBS[J][14]
+    LOOP: tl.constexpr = JOBS[J][15]
+    BIAS1: tl.constexpr = JOBS[J][16]
+    FIELD: tl.constexpr = JOBS[J][17]
+    BIAS2: tl.constexpr = JOBS[J][18]
+    ADD: tl.constexpr = JOBS[J][19]
+    WRITE_FIELD: tl.constexpr = JOBS[J][20]
     PIXEL_BYTES: tl.constexpr = C * buffers[0].dtype.element_ty.primitive_bitwidth // 8
     ALL_GROUPS: tl.constexpr = CHANNELS // V
-    TILES: tl.constexpr = tiles_of(JOB, V)
+    TILES: tl.constexpr = tiles_of(JOBS[J], V)
     w1_ptr, w2_ptr, b1_ptr, field_bias_ptr, b2_ptr = pointers
     first_group = (pid % TILES) * GROUPS
     block = pid // TILES % blocks
@@ -293,7 +293,8 @@ def branches_nhwc(
                 H,
                 W,
                 C,
-                JOBS[j],
+                JOBS,
+                j,
                 FLIP,
                 V,
                 BLOCK,

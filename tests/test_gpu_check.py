@@ -64,7 +64,7 @@ def test_a_rehearsal_of_the_benchmarks(
     monkeypatch.setitem(model.CONFIGURATIONS, "tiny", tiny)
     chosen = [cases.Case(subject, subject.variants[0], (7, 9)) for subject in cases.SUBJECTS.values()]
     found = gpu_check.run_benchmarks(
-        "cpu", rounds=3, chosen=chosen, configuration="tiny", competing=["eager"]
+        "cpu", rounds=3, chosen=chosen, configuration="tiny", training="tiny", competing=["eager"]
     )
     report.write(tmp_path / "out.json", found)
     found = json.loads((tmp_path / "out.json").read_text())
@@ -84,6 +84,14 @@ def test_a_rehearsal_of_the_benchmarks(
         assert row["best_peer_over_this"] > 0
     assert {run["contender"] for run in found["network"]["runs"]} == {"cpu", "eager"}
     assert "WRONG" not in printed
+    steps = found["training"]["runs"]
+    assert {(s["contender"], s["layout"], s["dtype"]) for s in steps} == {
+        (who, layout, dtype)
+        for who in ("eager", "cpu")
+        for layout in cases.LAYOUTS
+        for dtype in ("float32", "bfloat16")
+    }
+    assert all(step["share_of_error_bound"] <= 1 and step["seconds"]["p50"] > 0 for step in steps)
 
 
 def test_results_are_named_after_the_gpu() -> None:

@@ -122,8 +122,8 @@ def work(case: Case, passes: str) -> Work:
     own count is not used there: it takes the weight gradient of a depth-wise convolution for that of a dense one.
     """
     training = passes != "forward"
+    real = case.arguments()
     with FakeTensorMode() as mode:
-        real = case.arguments()
         args, kwargs = pytree.tree_map(
             lambda leaf: mode.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf, real
         )

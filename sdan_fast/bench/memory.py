@@ -70,7 +70,9 @@ def _resident(field: str) -> int:
 
 
 def peak_elsewhere(**settings: Any) -> int | None:
-    """`peak` in a fresh process; None where it cannot be measured."""
+    """`peak` in a fresh process, or in this one on a GPU, whose allocator counts; None where it cannot be measured."""
+    if settings.get("device") == "cuda":
+        return peak(**settings)
     settings.setdefault("threads", torch.get_num_threads())
     done = subprocess.run(
         [sys.executable, "-m", __name__, json.dumps(settings)], capture_output=True, text=True

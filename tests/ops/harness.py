@@ -427,8 +427,8 @@ class OpContract:
     @pytest.mark.parametrize("backend", ("reference", *BACKENDS))
     def test_compiles_without_a_break_or_a_recompilation(self, backend: str) -> None:
         """fullgraph with dynamic N, H and W: one graph serves every size, in inference and in training."""
-        case = next(self.small())
-        args, kwargs = case.arguments(torch.float32, device_of(backend))
+        case, device = next(self.small()), device_of(backend)
+        args, kwargs = case.arguments(torch.float32, device)
         graphs: list[torch.fx.GraphModule] = []
 
         def count(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
@@ -445,7 +445,9 @@ class OpContract:
             for n, h, w in sizes:
                 leaves = fresh(args, torch.float32, requires_grad=training)
                 call = [
-                    torch.randn(n, a.shape[1], h, w, device=device_of(backend), requires_grad=training) if i < self.images else a
+                    torch.randn(n, a.shape[1], h, w, device=device_of(backend), requires_grad=training)
+                    if i < self.images
+                    else a
                     for i, a in enumerate(leaves)
                 ]
                 for image in call[: self.images]:
