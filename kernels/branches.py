@@ -228,7 +228,7 @@ def _launch(jobs: Sequence[Job], images: Images, field: Tensor | None, flip: boo
             tensors.append(t)
         return -1 if t is None else len(tensors) - 1
 
-    table: list[tuple[int | str | bool, ...]] = []
+    table: list[tuple[int, ...]] = []
     pointers: list[Tensor] = []
     blocks: list[int] = []
     programs = 0
@@ -237,11 +237,13 @@ def _launch(jobs: Sequence[Job], images: Images, field: Tensor | None, flip: boo
         conv, second = step.convs[0], step.convs[1] if len(step.convs) == 2 else None
         channels, _, kh, kw = conv.weight.shape
         entry = (
-            KINDS.index(shape.kind), job.channel, channels, number(job.source), number(job.middle), number(job.result), kh, kw,
+            KINDS.index(shape.kind), job.channel, channels,
+            number(job.source), number(job.middle), number(job.result), kh, kw,
             conv.dilations[0] if kh > 1 else 1, conv.dilations[1] if kw > 1 else 1, second.taps if second else 0,
-            second.dilation if second else 1, shape.per_thread, shape.lines, shape.groups, bool(shape.loop),
+            second.dilation if second else 1, shape.per_thread, shape.lines, shape.groups, shape.loop,
             step.first is not None, step.by_field is not None, step.last is not None, job.add, step.writes_field,
         )  # fmt: skip
+        entry = tuple(map(int, entry))  # of a traced weight they are symbols
         table.append(entry)
         pointers += [conv.weight.contiguous(), (second or conv).weight.contiguous()]
         pointers += [

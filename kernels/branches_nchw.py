@@ -11,7 +11,6 @@ from ._triton import jit, tl
 from .depthwise_nchw import accumulate, first_row
 from .phases import compile_time, load_phases, put, store_phases
 
-
 # Which pixels a program owns. A job's table has its number: Triton before 3.8 takes no strings within tuples.
 KINDS = ("square", "rows", "columns")
 

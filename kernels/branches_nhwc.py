@@ -184,7 +184,8 @@ def write_field_pixels(w_ptr, field_ptr, step, first_group, W, PIXEL: tl.constex
 @jit
 def run_job_nhwc(
     pid, blocks, buffers, pointers, field_ptr, H, W,
-    C: tl.constexpr, JOBS: tl.constexpr, J: tl.constexpr, FLIP: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    C: tl.constexpr,
+    JOBS: tl.constexpr, J: tl.constexpr, FLIP: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Program `pid` of a job, which has `blocks` programs for each image and tile of GROUPS groups of V channels."""
     KIND: tl.constexpr = kind_of(JOBS[J])

@@ -50,14 +50,18 @@ def normalize(x, c_ok, C, eps):
     missed = tl.div_rn(tl.sum(centred, 0), count)
     centred = tl.where(c_ok[:, None], centred - missed[None, :], 0.0)
     variance = tl.div_rn(tl.sum(centred * centred, 0), count)
-    rstd = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
+    # Inductor passes Python's floats as float64.
+    rstd = tl.div_rn(1.0, tl.sqrt_rn((variance + eps).to(tl.float32)))
     return centred * rstd[None, :], rstd
 
 
 @jit
-def normalize_grad(gw, xhat, rstd, C):
+def normalize_grad(gw, c_ok, xhat, rstd, C):
     """Gradient in x of `normalize`, from gw, the gradient of its result."""
     count = C * 1.0
+    # A product that were fused into the difference below would not be the one that the mean is of: with one channel
+    # the two have to cancel.
+    gw = tl.where(c_ok[:, None], gw, 0.0)
     mean = tl.div_rn(tl.sum(gw, 0), count)
     along = tl.div_rn(tl.sum(gw * xhat, 0), count)
     return rstd[None, :] * (gw - mean[None, :] - xhat * along[None, :])
@@ -109,7 +113,7 @@ def layer_norm_backward(
             gw_sum += tl.sum(g * xhat, 1)
             gb_sum += tl.sum(g, 1)
         if NEED_X:
-            gx = normalize_grad(g * w[:, None], xhat, rstd, C)
+            gx = normalize_grad(g * w[:, None], c_ok, xhat, rstd, C)
             tl.store(gx_ptr + n * g_batch + at, gx.to(gx_ptr.dtype.element_ty), mask)
     if NEED_AFFINE:
         row = partial_ptr + pid.to(tl.int64) * (2 * C)

@@ -330,7 +330,7 @@ class ComposedOp(Op):
         backend = backends.choose(self, args, kwargs) if isinstance(args[0], Tensor) else "reference"
         if backend == "reference" or self.requires_grad(args):
             self.check(*args, **kwargs)
-            return self.reference(*args, **kwargs)
+            return self._compose(args, kwargs)
         if torch.compiler.is_compiling():
             self.check(*args, **kwargs)
             return self.overloads[backend](*args, **kwargs)
@@ -345,9 +345,13 @@ class ComposedOp(Op):
     def differentiable(self, backend: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """What the dispatcher runs where autograd is looking."""
         if self.requires_grad(args):
-            return self.reference(*args, **kwargs)
+            return self._compose(args, kwargs)
         with _below_autograd():
             return self.overloads[backend](*args, **kwargs)
+
+    def _compose(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """The parts; their last sum may lie as a transposed operand does, and not as an op's result."""
+        return self.reference(*args, **kwargs).contiguous(memory_format=output_format(args[0]))
 
     def define_backward(self, backend: str) -> None:
         """There is none: the parts have theirs."""
@@ -465,6 +469,10 @@ def attach_kernels() -> None:
         from . import _triton
 
         _triton.attach(OPS.values())
+    if backends.BACKENDS["cuda"].missing is None:
+        from . import _cuda
+
+        _cuda.attach()
     for name in ("cpu", "cuda"):
         attach_compiled(name, name.upper())
     _attach_stubs()

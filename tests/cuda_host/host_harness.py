@@ -12,6 +12,7 @@ import host_build
 import torch
 from torch import Tensor
 
+from sdan_fast.ops import _cuda
 from sdan_fast.ops._op import OPS, Op, attach_compiled, output_format
 
 ORDERS = {"normal": (0, 0), "reversed": (1, 0), "shuffled": (2, 20)}
@@ -28,6 +29,7 @@ def library(sanitize: bool = False) -> ctypes.CDLL:
             op.define("cuda_host")
             op.define_backward("cuda_host")
     torch.ops.load_library(str(path))
+    _cuda.attach("cuda_host", "CPU")
     attach_compiled("cuda_host", "CPU")
     return ctypes.CDLL(str(path))
 
