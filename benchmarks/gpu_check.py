@@ -17,12 +17,14 @@ import contextlib
 import copy
 import functools
 import json
+import math
 import multiprocessing
 import os
 import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,8 @@ STAGES = ("tests", "sanitizer", "bench")
 TESTS = ("tests/ops", "tests/test_gpu.py", "tests/test_gpu_check.py")
 WORKERS = min(16, os.cpu_count() or 1)  # each takes half a gigabyte of the GPU for its context
 ROUNDS = 50
+PEERS = ("eager", "Inductor")
+NETWORK_DTYPES = ("float32", "bfloat16")
 
 
 # --- tests and sanitizer -------------------------------------------------------------------------------------
@@ -171,10 +175,15 @@ def run_benchmarks(
     chosen: Sequence[cases.Case] | None = None,
     configuration: str = "180x320",
     training: str = "batch-8",
-    competing: Sequence[str] = ("eager", "Inductor"),
+    competing: Sequence[str] = PEERS,
+    seconds: float = math.inf,
 ) -> dict[str, Any]:
-    """Every op and the network, printed as they come; `ok` if all of ours that ran are right, and each backend ran."""
+    """The network and every op, printed as they come; `ok` if all of ours that ran are right, and each backend ran.
+
+    No case is begun after so many seconds; "left_out" names those that were not.
+    """
     no_tf32()
+    until = time.monotonic() + seconds
     inductor = "first" if "Inductor" in competing else "none"
     who = peers.names(device, list(cases.LAYOUTS), inductor=inductor)
     chosen = chosen_cases("all") if chosen is None else chosen
@@ -182,17 +191,32 @@ def run_benchmarks(
         functools.partial(call_once, case, passes, device, who) for case in chosen for passes in cases.PASSES
     ]
     if device == "cuda":
-        compile_ahead(
-            [functools.partial(run_network, configuration, dtype) for dtype in ("float32", "bfloat16")] + jobs
-        )
+        if inductor != "none":
+            jobs[:0] = [functools.partial(run_network, configuration, dtype) for dtype in NETWORK_DTYPES]
+        compile_ahead(jobs)
     clock = measuring.Clock(device)
     limits = {
         dtype: roofline.measure(device, dtype=cases.DTYPES[dtype])
         for dtype in dict.fromkeys(case.dtype for case in chosen)
     }
+    network = model.measure(
+        model.CONFIGURATIONS[configuration],
+        dtypes=NETWORK_DTYPES,
+        device=device,
+        peers=competing,
+        everywhere=True,
+        rounds=rounds,
+    )
+    for cells in report.model_lines(network):
+        print("  ".join(f"{cell:>12}" for cell in cells), flush=True)
+    steps = measure_training(model.CONFIGURATIONS[training], device, clock, rounds)
     rows: list[measuring.Row] = []
+    left_out: list[str] = []
     for case in chosen:
         for passes in cases.PASSES:
+            if time.monotonic() > until:
+                left_out.append(f"{case.name}, {passes}")
+                continue
             rows += measuring.measure(
                 case,
                 passes,
@@ -205,12 +229,6 @@ def run_benchmarks(
             )
             for row in rows[-len(who) :]:
                 print(line(row), flush=True)
-    network = model.measure(
-        model.CONFIGURATIONS[configuration], device=device, peers=competing, everywhere=True, rounds=rounds
-    )
-    for cells in report.model_lines(network):
-        print("  ".join(f"{cell:>12}" for cell in cells), flush=True)
-    steps = measure_training(model.CONFIGURATIONS[training], device, clock, rounds)
     ours = [row for row in rows if row.ours] + [run for run in network.runs if run.ours]
     ran = {entry.contender for entry in ours if entry.seconds}
     right = not any(entry.wrong for entry in ours) and not any("wrong" in step for step in steps)
@@ -218,6 +236,7 @@ def run_benchmarks(
         "ok": right and ran.issuperset(peers.backends_of(device)),
         "rounds": rounds,
         "limits": {dtype: report.limits_record(found) for dtype, found in limits.items()},
+        "left_out": left_out,
         "rows": [row.record() for row in rows],
         "network": network.record(),
         "training": {"configuration": training, "runs": steps},
@@ -278,7 +297,7 @@ def measure_training(
     """
     source, image = seeded_sdan(**c.model_settings), model.picture(c)
     steps: list[dict[str, Any]] = []
-    for dtype in ("float32", "bfloat16"):
+    for dtype in NETWORK_DTYPES:
         exact = gradients(training_step(source, image, "float64", "NCHW", None, device)())
         runs: list[tuple[dict[str, Any], peers.Contender]] = []
         yardstick: Sequence[Tensor] = ()
@@ -367,6 +386,13 @@ def main() -> int:
     parser.add_argument(
         "--rounds", type=int, default=ROUNDS, help="timed calls of each (default: %(default)s)"
     )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=math.inf,
+        help="begin no further case after so many (default: no limit)",
+    )
+    parser.add_argument("--without-inductor", action="store_true", help="which takes most of the time")
     parser.add_argument("--workload", action="store_true", help="only the calls that the sanitizer watches")
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -394,7 +420,13 @@ def main() -> int:
         elif stage == "sanitizer":
             result = run_sanitizer()
         else:
-            result = run_benchmarks("cuda", rounds=options.rounds, chosen=chosen_cases(options.cases))
+            result = run_benchmarks(
+                "cuda",
+                rounds=options.rounds,
+                chosen=chosen_cases(options.cases),
+                competing=PEERS[:1] if options.without_inductor else PEERS,
+                seconds=60 * options.minutes,
+            )
         found[stage] = {**where, "cuda": torch.version.cuda, "build": machine.build_record(), **result}
         report.write(target, found)
         if result["ok"] is False:

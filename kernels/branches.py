@@ -17,12 +17,13 @@ from torch import Tensor
 
 from . import depthwise_conv2d as depthwise
 from . import heuristics
-from .branches_nchw import KINDS, branches_nchw
+from .branches_nchw import branches_nchw, kind_of
 from .branches_nhwc import branches_nhwc, tiles_of
 from .launch import ceil_div, channel_vector, is_aligned, launch, wide_plane
 
 JOBS = 4  # that a launch has room for
 BLOCK = 256  # threads of a program
+KINDS = {kind_of((number,)): number for number in range(3)}
 
 
 @dataclass
@@ -237,7 +238,7 @@ def _launch(jobs: Sequence[Job], images: Images, field: Tensor | None, flip: boo
         conv, second = step.convs[0], step.convs[1] if len(step.convs) == 2 else None
         channels, _, kh, kw = conv.weight.shape
         entry = (
-            KINDS.index(shape.kind), job.channel, channels,
+            KINDS[shape.kind], job.channel, channels,
             number(job.source), number(job.middle), number(job.result), kh, kw,
             conv.dilations[0] if kh > 1 else 1, conv.dilations[1] if kw > 1 else 1, second.taps if second else 0,
             second.dilation if second else 1, shape.per_thread, shape.lines, shape.groups, shape.loop,

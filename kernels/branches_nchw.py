@@ -11,14 +11,11 @@ from ._triton import jit, tl
 from .depthwise_nchw import accumulate, first_row
 from .phases import compile_time, load_phases, put, store_phases
 
-# Which pixels a program owns. A job's table has its number: Triton before 3.8 takes no strings within tuples.
-KINDS = ("square", "rows", "columns")
-
 
 @compile_time
 def kind_of(job):
-    """A job's kind by its name."""
-    return KINDS[job[0]]
+    """Which pixels a program of a job owns, by name; its table has the number, since tuples take no strings."""
+    return ("square", "rows", "columns")[job[0]]
 
 
 @compile_time

@@ -56,12 +56,9 @@ def normalize(x, c_ok, C, eps):
 
 
 @jit
-def normalize_grad(gw, c_ok, xhat, rstd, C):
+def normalize_grad(gw, xhat, rstd, C):
     """Gradient in x of `normalize`, from gw, the gradient of its result."""
     count = C * 1.0
-    # A product that were fused into the difference below would not be the one that the mean is of: with one channel
-    # the two have to cancel.
-    gw = tl.where(c_ok[:, None], gw, 0.0)
     mean = tl.div_rn(tl.sum(gw, 0), count)
     along = tl.div_rn(tl.sum(gw * xhat, 0), count)
     return rstd[None, :] * (gw - mean[None, :] - xhat * along[None, :])
@@ -113,7 +110,7 @@ def layer_norm_backward(
             gw_sum += tl.sum(g * xhat, 1)
             gb_sum += tl.sum(g, 1)
         if NEED_X:
-            gx = normalize_grad(g * w[:, None], c_ok, xhat, rstd, C)
+            gx = normalize_grad(g * w[:, None], xhat, rstd, C)
             tl.store(gx_ptr + n * g_batch + at, gx.to(gx_ptr.dtype.element_ty), mask)
     if NEED_AFFINE:
         row = partial_ptr + pid.to(tl.int64) * (2 * C)
@@ -171,6 +168,10 @@ def backward(
                H * W // lay.VP, lay.stride, g.stride(0), x.stride(0), tiles, eps, BC=s.BC, BP=s.BP, VC=lay.VC,
                VP=lay.VP, TILES=s.TILES, NEED_X=need_x, NEED_AFFINE=affine, NCHW=lay.NCHW, WIDE=wide_plane(x),
                num_warps=s.warps)  # fmt: skip
+        if need_x and C == 1:
+            # The product with the weight is fused into the difference with the mean, which is not fused: what one
+            # channel leaves of it is the product's rounding, not nothing.
+            gx.mul_(0)
         if affine:
             finish(partial, gw, gb)
     else:

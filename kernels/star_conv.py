@@ -108,7 +108,7 @@ def norm_pointwise_grad(
         xhat, rstd = normalize(x, i_ok, C, eps)
         w_sum += tl.sum(gz * xhat, 1)
         b_sum += tl.sum(gz, 1)
-        gx = normalize_grad(gz * nw[:, None], i_ok, xhat, rstd, C)
+        gx = normalize_grad(gz * nw[:, None], xhat, rstd, C)
         tl.store(gx_ptr + n * x_batch + at, gx.to(gx_ptr.dtype.element_ty), mask)
     row = partial_ptr + pid.to(tl.int64) * (2 * C)
     tl.store(row + i, w_sum, i_ok)

@@ -152,11 +152,12 @@ def test_what_inductor_makes_of_an_op(backend: str) -> None:
         assert "star_forward" in code
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_network_compiled_by_inductor(backend: str, training: bool) -> None:
+def test_a_network_compiled_by_inductor(backend: str, training: bool, layout: str) -> None:
     net = SDAN(scale=2, channels=16, blocks=1).cuda().train(training)
-    x = torch.rand(2, 3, 24, 32, device="cuda")
+    x = torch.rand(2, 3, 24, 32, device="cuda").contiguous(memory_format=cases.LAYOUTS[layout])
     torch._dynamo.reset()
     with sdan_fast.use_backend(backend), torch.set_grad_enabled(training):
         compiled = torch.compile(net)
