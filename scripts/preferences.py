@@ -22,44 +22,49 @@ from sdan_fast import preferences
 Row = dict[str, Any]
 
 
-def milliseconds(row: Row) -> float:
-    """The median of a row: `ms` is a number, or has one as "p50"."""
-    ms = row["ms"]
-    return float(ms["p50"] if isinstance(ms, dict) else ms)
+LAYOUTS = {"NCHW": "contiguous", "channels_last": "channels_last"}
+
+
+def traits(row: Row) -> tuple[str, ...]:
+    """What preferences tell calls apart by, in the order of FORMAT_KEYS."""
+    kind = ""
+    if row["op"] == "depthwise_conv2d":
+        taps = row["variant"].split()[0].split("x")  # of "1x11 d6"
+        kind = preferences.kind_of_taps(*map(int, taps))
+    return row["op"], kind, LAYOUTS[row["layout"]], row["dtype"]
 
 
 def decide(rows: Iterable[Row]) -> list[Row]:
-    """The preferences that the rows of a benchmark amount to."""
-    times: dict[tuple[str, ...], dict[int, dict[str, dict[str, float]]]] = defaultdict(
+    """The preferences that the rows of a benchmark amount to; variants of a kind (dilations) count together."""
+    times: dict[tuple[str, ...], dict[int, dict[str, dict[tuple[str, str], float]]]] = defaultdict(
         lambda: defaultdict(lambda: defaultdict(dict))
     )
     for row in rows:
-        if row["backend"] not in ("triton", "cuda") or "ms" not in row:
+        if row["contender"] not in ("triton", "cuda") or "seconds" not in row:
             continue
-        key = (row["op"], str(row.get("kind", "")), row["layout"], str(row["dtype"]).removeprefix("torch."))
-        direction = str(row.get("direction", "forward"))
-        times[key][math.prod(row["shape"])][row["backend"]][direction] = milliseconds(row)
+        call = (row["variant"], row["pass"])
+        times[traits(row)][math.prod(row["shape"])][row["contender"]][call] = row["seconds"]["p50"]
     entries = []
-    for traits, by_size in sorted(times.items()):
+    for key, by_size in sorted(times.items()):
         sizes = []
         for elements, found in sorted(by_size.items()):
             both = set(found["triton"]) & set(found["cuda"])
             if not both:
                 continue
-            triton, cuda = (sum(found[name][d] for d in both) for name in ("triton", "cuda"))
+            triton, cuda = (sum(found[name][call] for call in both) for name in ("triton", "cuda"))
             backend, ratio = ("cuda", triton / cuda) if cuda < triton else ("triton", cuda / triton)
             sizes.append({"elements": elements, "backend": backend, "ratio": round(ratio, 3)})
         if sizes:
-            entries.append({**dict(zip(preferences.FORMAT_KEYS, traits, strict=True)), "sizes": sizes})
+            entries.append({**dict(zip(preferences.FORMAT_KEYS, key, strict=True)), "sizes": sizes})
     return entries
 
 
 def convert(results: Row) -> Row:
     """A file of preferences from a file of gpu_check's."""
-    bench = results.get("bench", results)
-    if not bench.get("ok", True):
+    bench = results["bench"]
+    if not bench["ok"]:
         raise ValueError("the benchmark did not pass, so its times decide nothing")
-    measured = {key: results.get(key) for key in ("date", "commit", "versions")}
+    measured = {key: bench.get(key) for key in ("when", "commit", "versions")}
     return {"gpu": results["gpu"], "measured": measured, "preferences": decide(bench["rows"])}
 
 

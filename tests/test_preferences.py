@@ -15,6 +15,7 @@ from torch import Tensor
 import sdan_fast
 from sdan_fast import backends, preferences
 from sdan_fast import functional as F
+from sdan_fast.bench import cases, measuring
 from sdan_fast.ops import OPS
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
@@ -182,45 +183,49 @@ def test_a_wrong_file_is_an_error(tmp_path: Path, wrong: str) -> None:
         preferences.load(path)
 
 
-def row(backend: str, ms: Any, **changes: Any) -> dict[str, Any]:
-    base = {
-        "op": "star",
-        "shape": [1, 4, 5, 6],
-        "dtype": "float32",
-        "layout": "contiguous",
-        "direction": "forward",
-    }
-    return {**base, "backend": backend, "ms": ms, **changes}
+def row(
+    contender: str, seconds: float, *, op: str = "star", size: tuple[int, int] = (5, 6), dtype: str = "float32",
+    passes: str = "forward",
+) -> dict[str, Any]:  # fmt: skip
+    """A row of what the GPU check writes, made as it makes them."""
+    subject = cases.SUBJECTS[op]
+    case = cases.Case(subject, subject.variants[0], size, dtype)
+    times = (0.9 * seconds, seconds, 1.1 * seconds) if seconds else ()
+    return measuring.Row(case, passes, contender, "NCHW", True, wrong=not seconds, seconds=times).record()
 
 
 def test_the_script_decides_by_all_directions_that_both_have(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    both = "forward+backward"
     rows = [
-        row("triton", {"p20": 0.9, "p50": 1.0, "p80": 1.1}), row("cuda", {"p20": 0.9, "p50": 1.2, "p80": 1.1}),
-        row("triton", 3.0, direction="backward"), row("cuda", 2.0, direction="backward"),
-        row("eager", 9.0), row("cuda", 1.0, dtype="float16"),
-        {"op": "star", "shape": [9, 9], "dtype": "float32", "layout": "contiguous", "backend": "cuda", "wrong": True},
-        row("triton", 1.0, shape=[1, 2, 3, 4]), row("cuda", 2.0, shape=[1, 2, 3, 4]),
-        row("triton", 4.0, op="depthwise_conv2d", kind="row"), row("cuda", 1.0, op="depthwise_conv2d", kind="row"),
+        row("triton", 1.0), row("cuda", 1.2),
+        row("triton", 3.0, passes=both), row("cuda", 2.0, passes=both),
+        row("eager", 9.0), row("cuda", 1.0, dtype="float16"), row("cuda", 0.0, size=(9, 9)),
+        row("triton", 1.0, size=(3, 4)), row("cuda", 2.0, size=(3, 4)),
+        row("triton", 4.0, op="depthwise_conv2d"), row("cuda", 1.0, op="depthwise_conv2d"),
     ]  # fmt: skip
     results = tmp_path / "results.json"
-    results.write_text(json.dumps({"gpu": GPU, "commit": "c", "bench": {"ok": True, "rows": rows}}))
+    results.write_text(json.dumps({"gpu": GPU, "bench": {"commit": "c", "ok": True, "rows": rows}}))
     assert script.main([str(results), "--to", str(tmp_path)]) == 0
     path = preferences.file_of(GPU, tmp_path)
     assert str(path) in capsys.readouterr().out
     found = json.loads(path.read_text())
     assert found["measured"]["commit"] == "c"
     depthwise, star = found["preferences"]
-    assert depthwise["kind"] == "row"
-    assert depthwise["sizes"] == [{"elements": 120, "backend": "cuda", "ratio": 4.0}]
+    kh, kw = cases.SUBJECTS["depthwise_conv2d"].variants[0].options["kernel"]
+    assert depthwise["kind"] == preferences.kind_of_taps(kh, kw) != ""
+    elements = {op: cases.SUBJECTS[op].channels for op in ("star", "depthwise_conv2d")}
+    assert depthwise["sizes"] == [
+        {"elements": 30 * elements["depthwise_conv2d"], "backend": "cuda", "ratio": 4.0}
+    ]
     assert star["sizes"] == [
-        {"elements": 24, "backend": "triton", "ratio": 2.0},
-        {"elements": 120, "backend": "cuda", "ratio": 1.25},
+        {"elements": 12 * elements["star"], "backend": "triton", "ratio": 2.0},
+        {"elements": 30 * elements["star"], "backend": "cuda", "ratio": 1.25},
     ]
     assert set(preferences.load(path)) == {
         ("star", "", "contiguous", "float32"),
-        ("depthwise_conv2d", "row", "contiguous", "float32"),
+        ("depthwise_conv2d", depthwise["kind"], "contiguous", "float32"),
     }
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ._conv import Conv
-from ._op import LIBRARY, OPS
+from ._op import LIBRARY, OPS, output_format
 from .mm_lka import branches_of, split
 from .strip_conv_chain import slot_masks
 
@@ -63,7 +63,10 @@ def _values(backend: str, x: Tensor, pieces: Sequence[Sequence[Conv]]) -> list[T
 
 
 def _chunks(x: Tensor, branches: Sequence[Sequence[Conv]]) -> Sequence[Tensor]:
-    return torch.split(x, [branch[0].weight.shape[0] for branch in branches], dim=1)
+    """The channels of each branch, in x's memory format: a slice of channels_last would else pass for NCHW."""
+    fmt = output_format(x)
+    chunks = torch.split(x, [branch[0].weight.shape[0] for branch in branches], dim=1)
+    return [chunk.contiguous(memory_format=fmt) for chunk in chunks]
 
 
 def forward(

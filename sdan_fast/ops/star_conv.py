@@ -89,9 +89,10 @@ def backward(
 def autocast(
     tensors: Sequence[Tensor], low: torch.dtype, device_type: str
 ) -> tuple[torch.dtype, torch.dtype]:
-    """Both branches end in the lower precision. Normalizing a rounded float32 x would lose what LN is there for,
-    so it is computed in the dtype of x, and its result rounded."""
-    return tensors[0].dtype, low
+    """Both branches end in the lower precision. Normalizing a rounded float32 x would lose what LN is there for, and
+    of two 16-bit dtypes each lacks what the other has: so it is computed in what holds both, and its result rounded.
+    """
+    return torch.promote_types(tensors[0].dtype, low), low
 
 
 def flops(

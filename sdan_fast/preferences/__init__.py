@@ -130,7 +130,11 @@ def kind_of(op: str, args: tuple[Any, ...]) -> str:
     """What kernels of one op differ by beside layout and dtype: "row", "column" or "square" taps."""
     if op != "depthwise_conv2d":
         return ""
-    kh, kw = args[1].shape[-2:]
+    return kind_of_taps(*args[1].shape[-2:])
+
+
+def kind_of_taps(kh: int, kw: int) -> str:
+    """The kind of a depth-wise convolution."""
     return "row" if kh == 1 and kw > 1 else "column" if kw == 1 and kh > 1 else "square"
 
 
