@@ -106,7 +106,7 @@ def main() -> int:
             rows.append({"backend": backend, "call": name, "kernels": found})
             total = sum(kernel["us"] for kernel in found)
             print(f"{backend:7}{name:72}{total:9.2f} us in {len(found)}", flush=True)
-        report.write(target, {"gpu": gpu, **head, "cuda": torch.version.cuda, "rows": rows})
+            report.write(target, {"gpu": gpu, **head, "cuda": torch.version.cuda, "rows": rows})
     print(f"written: {target.relative_to(gpu_check.ROOT)}")
     return 1 if failed else 0
 

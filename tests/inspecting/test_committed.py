@@ -211,3 +211,10 @@ def test_the_page_of_modelled_times_is_generated():
     assert path.read_text(encoding="utf-8") == report.page(), (
         "docs/gpu-model.md is not of the committed counts: sdan-fast inspect model --out docs/gpu-model.md"
     )
+
+
+def test_the_page_of_measured_times_is_of_the_committed_results() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "gpu_measured.py"), "--check"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
