@@ -118,6 +118,17 @@ def _initial() -> str:
 
 _INITIAL = _initial()
 _current: ContextVar[str] = ContextVar("sdan_fast_backend", default=_INITIAL)
+# Dynamo reads context variables from PyTorch 2.14 on, and guards them. For an older one the name stands here as well:
+# as a global, which every Dynamo guards, and which all threads share.
+_DYNAMO_READS_CONTEXT = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14)
+_for_dynamo = _INITIAL
+
+
+def _named() -> str:
+    """The backend in force, in a form that the Dynamo at hand can trace."""
+    if _DYNAMO_READS_CONTEXT or not torch.compiler.is_compiling():
+        return _current.get()
+    return _for_dynamo
 
 
 @contextlib.contextmanager
@@ -135,11 +146,15 @@ def use_backend(name: str) -> Iterator[None]:
     """
     if name not in NAMES and name not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(NAMES)}, and it is {name!r}")
+    global _for_dynamo
+    before = _current.get()
     token = _current.set(name)
+    _for_dynamo = name
     try:
         yield
     finally:
         _current.reset(token)
+        _for_dynamo = before
 
 
 def current_backend() -> str:
@@ -153,7 +168,7 @@ def choose(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     Raises:
         RuntimeError: if a named backend cannot run it, with the reason.
     """
-    name = _current.get()
+    name = _named()
     if name == "auto":
         for candidate in ORDER[:-1]:
             if BACKENDS[candidate].refuses(op, args, kwargs) is None:

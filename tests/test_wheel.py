@@ -161,6 +161,25 @@ def test_tiny_model_runs_and_trains() -> None:
         assert torch.isfinite(parameter.grad).all(), key
 
 
+def test_a_function_compiles_whole_and_follows_the_backend() -> None:
+    """One graph without a break, under every Dynamo; another backend is another graph."""
+    graphs: list[str] = []
+
+    def note(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        graphs.append(graph.code)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda a, b: functional.star(a, b), backend=note, fullgraph=True)
+    a, b = torch.randn(2, 3, 5).unbind(0)
+    with torch.no_grad():
+        for backend in ("auto", "reference", "auto"):
+            with sdan_fast.use_backend(backend):
+                torch.testing.assert_close(compiled(a, b), reference.star(a, b))
+    expected = [build_info()["cpu"]["built"], False]
+    assert ["sdan_fast.star.cpu" in graph for graph in graphs] == expected, graphs
+
+
 def test_info_command() -> None:
     if EXPECTED_TORCH is None:
         pytest.importorskip("typer")
