@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -152,7 +153,7 @@ def cuda_steps(
         _cxx_step(compiler, [*cxx, *DEFINES, *include], source, build, "baseline")
         for source in found["baseline"]
     ]
-    nvcc = [*gencode_flags(archs), *(NVCC_WERROR_FLAGS if werror else ())]
+    nvcc = [*gencode_flags(archs), *compression_flags(toolkit), *(NVCC_WERROR_FLAGS if werror else ())]
     for source in found["cuda"]:
         steps.append(_nvcc_step(compiler, toolkit, nvcc, include, source, build))
     output = build / f"_C_cuda{SUFFIX}"
@@ -162,6 +163,15 @@ def cuda_steps(
     runtime = [f"-L{toolkit.lib}", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
     link = _link_command(compiler, objects, output, torch, runtime)
     return [*steps, Step(output, (*objects, EXPORTS), link, f"link {output.name}")], output
+
+
+def compression_flags(toolkit: CudaToolkit) -> list[str]:
+    """A seventh of the size: code for seven architectures, with its lines, repeats itself.
+
+    Since CUDA 13, whose oldest driver decompresses it; a toolkit before might serve a driver that does not.
+    """
+    major = re.match(r"\d+", toolkit.version)
+    return ["--compress-mode=size"] if major and int(major.group()) >= 13 else []
 
 
 def _nvcc_step(
