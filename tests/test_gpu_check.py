@@ -19,9 +19,12 @@ from sdan_fast import functional  # noqa: E402
 from sdan_fast.bench import cases, measuring, peers, report  # noqa: E402
 
 
-def test_without_a_gpu_it_says_so_and_fails() -> None:
+@pytest.mark.parametrize("script", ["gpu_check.py", "gpu_kernels.py"])
+def test_without_a_gpu_it_says_so_and_fails(script: str) -> None:
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, str(SCRIPT)], env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT.with_name(script))], env=env, capture_output=True, text=True
+    )
     assert done.returncode == 1
     assert "no GPU was found" in done.stderr
     assert done.stdout == ""
@@ -109,7 +112,38 @@ def test_a_line_for_each_outcome() -> None:
     assert gpu_check.line(row).endswith("refused: no kernel")
 
 
+def test_cases_of_the_short_check() -> None:
+    short, whole = (gpu_check.chosen_cases(which) for which in ("sdan", "all"))
+    assert {case.name for case in short} < {case.name for case in whole}
+    assert {case.subject.op for case in short} == set(cases.SUBJECTS)
+    assert {(case.batch, *case.size) for case in short} == {(8, 180, 320)}
+
+
+def test_time_that_is_up_leaves_cases_out_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sdan_fast.bench import model, roofline
+
+    monkeypatch.setattr(roofline, "measure", lambda *_, **__: roofline.Roofline(1e10, 1e11))
+    tiny = model.Configuration("tiny", 5, 6, channels=4, blocks=1, scale=1)
+    monkeypatch.setitem(model.CONFIGURATIONS, "tiny", tiny)
+    case = cases.Case(cases.SUBJECTS["star"], cases.SUBJECTS["star"].variants[0], (3, 4))
+    found = gpu_check.run_benchmarks(
+        "cpu", rounds=1, chosen=[case], configuration="tiny", training="tiny", competing=["eager"], seconds=-1
+    )
+    assert found["rows"] == []
+    assert found["left_out"] == [f"{case.name}, {passes}" for passes in cases.PASSES]
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_clock_of_a_gpu() -> None:
     x = torch.ones(2**20, device="cuda")
     assert 0 < measuring.Clock("cuda").seconds(x.clone) < 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_kernels_of_a_call() -> None:
+    import gpu_kernels
+
+    x = torch.ones(2**20, device="cuda")
+    flush = torch.empty(gpu_kernels.FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+    found = gpu_kernels.kernels_of(lambda: x.exp().log(), flush)
+    assert len(found) == 2 and all(0 < kernel["us"] < 1e4 for kernel in found)
