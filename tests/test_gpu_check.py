@@ -119,6 +119,7 @@ def test_cases_of_the_short_check() -> None:
     assert {(case.batch, *case.size) for case in short} == {(8, 180, 320)}
 
 
+@pytest.mark.slow
 def test_time_that_is_up_leaves_cases_out_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     from sdan_fast.bench import model, roofline
 
