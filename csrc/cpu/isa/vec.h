@@ -118,6 +118,10 @@ SDAN_INLINE float16 from_float<float16>(float v) {
 // ---- vectors
 // -------------------------------------------------------------------------------------
 
+// One bit for each lane. load_lanes(p, lanes) reads those lanes of p and no other memory; the
+// others are zero.
+using LaneBits = uint16_t;
+
 #if SDAN_IS_AVX512
 
 constexpr int kLanes = 16;
@@ -141,6 +145,9 @@ SDAN_INLINE Vec load(const float* p) {
 }
 SDAN_INLINE Vec load_n(const float* p, int n) {
   return {_mm512_maskz_loadu_ps(lane_mask(n), p)};
+}
+SDAN_INLINE Vec load_lanes(const float* p, LaneBits lanes) {
+  return {_mm512_maskz_loadu_ps(lanes, p)};
 }
 SDAN_INLINE void store(float* p, Vec a) {
   _mm512_storeu_ps(p, a.v);
@@ -233,6 +240,9 @@ SDAN_INLINE Vec load(const bfloat16* p) {
 SDAN_INLINE Vec load_n(const bfloat16* p, int n) {
   return from_bf16_bits(_mm256_maskz_loadu_epi16(lane_mask(n), p));
 }
+SDAN_INLINE Vec load_lanes(const bfloat16* p, LaneBits lanes) {
+  return from_bf16_bits(_mm256_maskz_loadu_epi16(lanes, p));
+}
 SDAN_INLINE void store(bfloat16* p, Vec a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bf16_bits(a));
 }
@@ -244,6 +254,9 @@ SDAN_INLINE Vec load(const float16* p) {
 }
 SDAN_INLINE Vec load_n(const float16* p, int n) {
   return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lane_mask(n), p))};
+}
+SDAN_INLINE Vec load_lanes(const float16* p, LaneBits lanes) {
+  return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes, p))};
 }
 SDAN_INLINE void store(float16* p, Vec a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
@@ -277,6 +290,11 @@ SDAN_INLINE Vec load(const float* p) {
 }
 SDAN_INLINE Vec load_n(const float* p, int n) {
   return {_mm256_maskload_ps(p, lane_mask(n))};
+}
+SDAN_INLINE Vec load_lanes(const float* p, LaneBits lanes) {
+  const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  return {_mm256_maskload_ps(
+      p, _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(lanes), bit), bit))};
 }
 SDAN_INLINE void store(float* p, Vec a) {
   _mm256_storeu_ps(p, a.v);
@@ -555,6 +573,14 @@ SDAN_INLINE Vec load_n(const float16* p, int n) {
 }
 SDAN_INLINE void store_n(float16* p, Vec a, int n) {
   store_n16(p, a, n);
+}
+template <typename T>
+SDAN_INLINE Vec load_lanes(const T* p, LaneBits lanes) {
+  T t[kLanes] = {};
+  for (int i = 0; i < kLanes; ++i) {
+    if ((lanes >> i & 1) != 0) t[i] = p[i];
+  }
+  return load(t);
 }
 #endif
 
