@@ -41,11 +41,25 @@ SDAN_INLINE void fill_masks(const RowEdges& edges, int64_t w, int kw, int64_t dw
   }
 }
 
+// Those of a vector at an edge.
 struct LoadLanes {
-  const LaneBits* masks;  // of one vector
+  const LaneBits* masks;
   template <typename T>
-  SDAN_INLINE Vec operator()(const T* p, int j) const {
-    return load_lanes(p, masks[j]);
+  SDAN_INLINE void operator()(Vec (&in)[1], const T* p, ptrdiff_t, int j) const {
+    in[0] = load_lanes(p, masks[j]);
+  }
+};
+
+// Neighbouring vectors, in the order of load_two where there are pairs of them.
+struct LoadNeighbours {
+  template <int V, typename T>
+  SDAN_INLINE void operator()(Vec (&in)[V], const T* p, ptrdiff_t, int) const {
+    if constexpr (V == 1) {
+      in[0] = load(p);
+    } else {
+#pragma GCC unroll 4
+      for (int v = 0; v < V; v += 2) load_two(p + v * kLanes, in[v], in[v + 1]);
+    }
   }
 };
 
@@ -95,15 +109,15 @@ SDAN_INLINE void plane_block(const PlaneConv<T>& p, const Taps& taps, const Plan
   T* y = rows.y + c;
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r, y += row) {
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) {
-      const Vec sum = acc[r][v] + p.bias;
-      const int64_t left = p.w - c;
-      if (V > 1 || left >= kLanes) {
-        store(y + v * kLanes, sum);
-      } else {
-        store_n(y + v * kLanes, sum, static_cast<int>(left));
+    if constexpr (V > 1) {
+#pragma GCC unroll 4
+      for (int v = 0; v < V; v += 2) {
+        store_two(y + v * kLanes, acc[r][v] + p.bias, acc[r][v + 1] + p.bias);
       }
+    } else if (p.w - c >= kLanes) {
+      store(y, acc[r][0] + p.bias);
+    } else {
+      store_n(y, acc[r][0] + p.bias, static_cast<int>(p.w - c));
     }
   }
 }
@@ -118,20 +132,20 @@ __attribute__((noinline)) void plane_rows(const PlaneConv<T>& p, const Taps& tap
   for (; v < p.edges.left; ++v, masks += taps.kw) {
     plane_block<R, 1, KH>(p, taps, rows, v * kLanes, LoadLanes{masks});
   }
-  for (; v + V <= right; v += V) plane_block<R, V, KH>(p, taps, rows, v * kLanes, LoadAll{});
+  for (; v + V <= right; v += V) plane_block<R, V, KH>(p, taps, rows, v * kLanes, LoadNeighbours{});
   if constexpr (V > 4) {
     if (v + V / 2 <= right) {
-      plane_block<R, V / 2, KH>(p, taps, rows, v * kLanes, LoadAll{});
+      plane_block<R, V / 2, KH>(p, taps, rows, v * kLanes, LoadNeighbours{});
       v += V / 2;
     }
   }
   if constexpr (V > 2) {
     if (v + 2 <= right) {
-      plane_block<R, 2, KH>(p, taps, rows, v * kLanes, LoadAll{});
+      plane_block<R, 2, KH>(p, taps, rows, v * kLanes, LoadNeighbours{});
       v += 2;
     }
   }
-  for (; v < right; ++v) plane_block<R, 1, KH>(p, taps, rows, v * kLanes, LoadAll{});
+  for (; v < right; ++v) plane_block<R, 1, KH>(p, taps, rows, v * kLanes, LoadNeighbours{});
   for (; v < p.edges.all; ++v, masks += taps.kw) {
     plane_block<R, 1, KH>(p, taps, rows, v * kLanes, LoadLanes{masks});
   }

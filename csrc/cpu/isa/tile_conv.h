@@ -65,19 +65,22 @@ SDAN_INLINE Vec load_weight(const float* w) {
   }
 }
 
-// What the taps of column j read: whole vectors.
+// How the taps of column j read V vectors, `next` apart: each whole.
 struct LoadAll {
-  template <typename T>
-  SDAN_INLINE Vec operator()(const T* p, int) const {
-    return load(p);
+  template <int V, typename T>
+  SDAN_INLINE void operator()(Vec (&in)[V], const T* p, ptrdiff_t next, int) const {
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) in[v] = load(p + v * next);
   }
 };
 
-template <int Uses, typename T, typename Load>
-SDAN_INLINE Vec load_used(const T* p, int j, const Load& load) {
-  Vec a = load(p, j);
-  if constexpr (Uses > 1) pin(a);
-  return a;
+template <int Uses, int V, typename T, typename Load>
+SDAN_INLINE void load_used(Vec (&in)[V], const T* p, ptrdiff_t next, int j, const Load& load) {
+  load(in, p, next, j);
+  if constexpr (Uses > 1) {
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) pin(in[v]);
+  }
 }
 
 // acc[r][v] += the convolution at output row r (rows are dh apart) and vector v. `x` points at the
@@ -98,8 +101,7 @@ SDAN_INLINE void accumulate(Vec (&acc)[R][V], const T* x, const Taps& taps, ptrd
 #pragma GCC unroll 16
       for (int s = 0; s < R + KH - 1; ++s) {
         Vec in[V];
-#pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) in[v] = load_used<kUses>(x + s * row + v * next, j, load);
+        load_used<kUses>(in, x + s * row, next, j, load);
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
           if (s - r < 0 || s - r >= KH) continue;
@@ -113,8 +115,7 @@ SDAN_INLINE void accumulate(Vec (&acc)[R][V], const T* x, const Taps& taps, ptrd
 #pragma GCC unroll 8
       for (int s = 0; s < R - 1; ++s, xs += row) {
         Vec in[V];
-#pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) in[v] = load_used<kUses>(xs + v * next, j, load);
+        load_used<kUses>(in, xs, next, j, load);
 #pragma GCC unroll 8
         for (int r = 0; r <= s; ++r) {
           const Vec tap = load_weight<kLanewise>(w + (s - r) * kStep);
@@ -125,8 +126,7 @@ SDAN_INLINE void accumulate(Vec (&acc)[R][V], const T* x, const Taps& taps, ptrd
       const float* ws = w;
       for (int s = R - 1; s < kh; ++s, xs += row, ws += kStep) {
         Vec in[V];
-#pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) in[v] = load_used<kUses>(xs + v * next, j, load);
+        load_used<kUses>(in, xs, next, j, load);
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
           const Vec tap = load_weight<kLanewise>(ws + (R - 1 - r) * kStep);
@@ -137,8 +137,7 @@ SDAN_INLINE void accumulate(Vec (&acc)[R][V], const T* x, const Taps& taps, ptrd
 #pragma GCC unroll 8
       for (int t = 0; t < R - 1; ++t, xs += row) {
         Vec in[V];
-#pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) in[v] = load_used<kUses>(xs + v * next, j, load);
+        load_used<kUses>(in, xs, next, j, load);
 #pragma GCC unroll 8
         for (int r = t + 1; r < R; ++r) {
           const Vec tap = load_weight<kLanewise>(ws + (R - 1 + t - r) * kStep);
