@@ -9,13 +9,13 @@ namespace {
 
 const auto kernel = SDAN_PICK_KERNEL(depthwise_conv2d_run);
 
-// Few taps are read in place. Many are not: the masks of a row's ends then cost as much as a copy,
-// and 16-bit numbers are converted once for each tap.
+// Few columns of taps are read in place. Many are not: the masks of a row's ends then cost as much
+// as a copy, 16-bit numbers are converted once for each of them, and tall kernels leave out little.
 RowOrder row_order(const DepthwiseArgs& a) {
   const bool wide = a.dtype == DType::kFloat32;
   const int64_t rows = a.kh_used;
   const int64_t columns = a.kw_used;
-  if ((rows != 1 && rows != 3 && rows != 5) || columns > (wide ? 21 : 11)) return RowOrder::kTiles;
+  if (columns > (rows > 5 ? 7 : (wide ? 21 : 11))) return RowOrder::kTiles;
   // What does not stay in a cache is moved fastest as one stream in and one out, if each input need
   // not be loaded much more often for that: a strip's beyond the second-level cache, a square's
   // beyond the last.

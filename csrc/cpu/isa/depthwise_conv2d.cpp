@@ -247,8 +247,10 @@ void run_in_place(const DepthwiseArgs& a, int64_t begin, int64_t end) {
       plane_conv<1>(conv, h0, h1, single);
     } else if (kh == 3) {
       plane_conv<3>(conv, h0, h1, single);
-    } else {
+    } else if (kh == 5) {
       plane_conv<5>(conv, h0, h1, single);
+    } else {
+      plane_conv<0>(conv, h0, h1, single);
     }
   }
 }

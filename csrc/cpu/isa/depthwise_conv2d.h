@@ -16,7 +16,7 @@ struct TileGrid {
   int64_t tiles_h, tiles_w;  // tiles of a plane
 };
 
-// Padded copies of tiles, or (NCHW with a kernel of 1, 3 or 5 rows) whole rows of a plane read in
+// Padded copies of tiles, or (NCHW) whole rows of a plane read in
 // place: four at a time, or one after the other.
 enum class RowOrder { kTiles, kFours, kSingle };
 

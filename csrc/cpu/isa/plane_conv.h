@@ -166,12 +166,12 @@ SDAN_INLINE void plane_border_row(const PlaneConv<T>& p, int64_t r) {
       p, taps, {p.x + (top + skip * dh) * p.w, p.y + r * p.w, nullptr, nullptr});
 }
 
-// Rows [h0, h1) of the plane, with a kernel of KH rows. `single`: row by row, the one order in
-// which no more than a stream is read and one written.
+// Rows [h0, h1) of the plane, with a kernel of KH rows, or (KH = 0) of four or more. `single`: row
+// by row, the one order in which no more than a stream is read and one written.
 template <int KH, typename T>
 SDAN_INLINE void plane_conv(const PlaneConv<T>& p, int64_t h0, int64_t h1, bool single) {
   const int64_t dh = p.taps.dh;
-  const int64_t pad = (KH - 1) / 2 * dh;
+  const int64_t pad = (p.taps.kh - 1) / 2 * dh;
   const int64_t begin = h0 > pad ? h0 : (pad < h1 ? pad : h1);
   const int64_t end = h1 < p.h - pad ? h1 : (p.h - pad > begin ? p.h - pad : begin);
   const auto rows_at = [&](int64_t r) __attribute__((always_inline)) {
