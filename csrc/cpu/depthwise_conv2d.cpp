@@ -9,6 +9,21 @@ namespace {
 
 const auto kernel = SDAN_PICK_KERNEL(depthwise_conv2d_run);
 
+// Few columns of taps are read in place. Many are not: the masks of a row's ends then cost as much
+// as a copy, 16-bit numbers are converted once for each of them, and tall kernels leave out little.
+RowOrder row_order(const DepthwiseArgs& a) {
+  const bool wide = a.dtype == DType::kFloat32;
+  const int64_t rows = a.kh_used;
+  const int64_t columns = a.kw_used;
+  if (columns > (rows > 5 ? 7 : (wide ? 21 : 11))) return RowOrder::kTiles;
+  // What does not stay in a cache is moved fastest as one stream in and one out, if each input need
+  // not be loaded much more often for that: a strip's beyond the second-level cache, a square's
+  // beyond the last.
+  const int64_t bytes = 2 * a.n * a.c * a.h * a.w * (wide ? 4 : 2);
+  const int64_t cached = int64_t{1} << (rows == 1 ? 22 : 25);
+  return bytes > cached && rows <= 3 && rows * columns <= 11 ? RowOrder::kSingle : RowOrder::kFours;
+}
+
 // Sets args->lanes and args->grid. A tile has half a megabyte, of a second-level cache; the rows
 // being read should have 32 KB per vector of channels, of the first. In channels_last a tile of
 // several vectors reads whole cache lines, but large halos want the space for pixels.
@@ -18,6 +33,11 @@ void choose_tiles(DepthwiseArgs* args, int64_t halo_h, int64_t halo_w) {
   double ratio = 0.0;
   if (!args->channels_last) {
     args->lanes = 1;
+    args->order = row_order(*args);
+    if (args->order != RowOrder::kTiles) {
+      args->grid = {args->h, args->w, 1, 1};
+      return;
+    }
     args->grid = make_tiles(problem, &ratio);
     return;
   }

@@ -103,7 +103,7 @@ def slower(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, dilation: P
         elif (kh, kw) == (3, 3):
             few = short(kw, dw) and (low or dh >= 3)
         else:
-            few = max(kh, kw) <= 7 and (dh, dw) == (1, 1)
+            few = max(kh, kw) <= 7 and (dh, dw) == (1, 1) or max(kh, kw) <= 5 and max(dh, dw) <= 2
         if few and in_large_channels_last(x, dtype):
             return f"PyTorch's own convolution is faster with {kh}x{kw} taps in channels_last"
     return None

@@ -48,6 +48,10 @@ class TestDepthwiseConv2d(OpContract):
         case("channels-16", (1, 16, 8, 16), (3, 3)),
         case("channels-19", (1, 19, 7, 33), (5, 5), 2),
         case("rectangle", (1, 3, 11, 13), (3, 7), (2, 1)),
+        case("wide", (1, 2, 9, 131), (1, 5)),
+        case("wide-d6", (1, 2, 13, 300), (3, 5), (2, 6)),
+        case("tall", (1, 2, 60, 37), (13, 3)),
+        case("bands", (1, 1, 131, 250), (5, 5)),
     )
 
 
@@ -161,3 +165,31 @@ with use_backend("cpu"), torch.no_grad():
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("kernel", "dilation", "shape"),
+    [((1, 5), (1, 2), (1, 2, 520, 517)), ((3, 3), (2, 1), (1, 2, 1500, 1417))],
+)
+def test_large_planes_row_by_row(
+    kernel: tuple[int, int], dilation: tuple[int, int], shape: tuple[int, ...]
+) -> None:
+    """Planes beyond a cache are read one row after the other: the same sums, in the same order."""
+    if "cpu" not in BACKENDS:
+        pytest.skip("needs the cpu kernels")
+    generator = torch.Generator().manual_seed(7)
+    x = torch.randn(shape, generator=generator)
+    weight, bias = torch.randn(shape[1], 1, *kernel, generator=generator), torch.randn(shape[1])
+    with sdan_fast.use_backend("cpu"):
+        whole = F.depthwise_conv2d(x, weight, bias, dilation=dilation)
+        halo = (kernel[0] // 2) * dilation[0]
+        for first in (
+            0,
+            200,
+            shape[2] - 100,
+        ):  # as many rows as a cache holds, with what they need around them
+            begin, end = max(first - halo, 0), min(first + 100 + halo, shape[2])
+            part = F.depthwise_conv2d(x[:, :, begin:end].contiguous(), weight, bias, dilation=dilation)
+            assert torch.equal(
+                whole[:, :, first : first + 100], part[:, :, first - begin : first - begin + 100]
+            )

@@ -3,6 +3,7 @@
 #include "depthwise_conv2d.h"
 
 #include "by_dtype.h"
+#include "plane_conv.h"
 #include "tile_conv.h"
 
 namespace sdan_fast {
@@ -212,11 +213,57 @@ void run_tile(const DepthwiseArgs& a, int64_t n, int64_t group, int64_t tile) {
   run_staged<kLanewise>(p, whole, staged);
 }
 
+// Tasks [begin, end) of NCHW planes that are read in place.
+template <typename T>
+void run_in_place(const DepthwiseArgs& a, int64_t begin, int64_t end) {
+  const int kh = static_cast<int>(a.kh_used);
+  const int kw = static_cast<int>(a.kw_used);
+  RowEdges edges = edges_of(a.w, (a.kw_used - 1) / 2 * a.dw);
+  const int64_t weight_floats = round_up(a.kh_used * a.kw_used);
+  float* weights = static_cast<float*>(
+      thread_scratch(static_cast<size_t>(weight_floats) * sizeof(float) +
+                     static_cast<size_t>(edges.count() * kw) * sizeof(LaneBits)));
+  edges.masks = reinterpret_cast<LaneBits*>(weights + weight_floats);
+  fill_masks(edges, a.w, kw, a.dw);
+  const bool single = a.order == RowOrder::kSingle;
+  for (int64_t t = begin; t < end; ++t) {
+    const int64_t plane = t / a.grid.tiles_h;
+    const int64_t c = plane % a.c;
+    stage_weights<false>(weights, static_cast<const T*>(a.weight) + c * a.kh * a.kw, 0,
+                         static_cast<int>(a.kw), static_cast<int>(a.i0), static_cast<int>(a.j0), kh,
+                         kw, 1);
+    const float bias = a.bias == nullptr ? 0.0f : to_float(static_cast<const T*>(a.bias)[c]);
+    const int64_t first = plane * a.h * a.w;
+    const PlaneConv<T> conv = {static_cast<const T*>(a.x) + first,
+                               static_cast<T*>(a.y) + first,
+                               a.h,
+                               a.w,
+                               {weights, kh, kw, static_cast<int>(a.dh), static_cast<int>(a.dw), 1},
+                               set1(bias),
+                               edges};
+    const int64_t h0 = t % a.grid.tiles_h * a.grid.tile_h;
+    const int64_t h1 = a.h - h0 < a.grid.tile_h ? a.h : h0 + a.grid.tile_h;
+    if (kh == 1) {
+      plane_conv<1>(conv, h0, h1, single);
+    } else if (kh == 3) {
+      plane_conv<3>(conv, h0, h1, single);
+    } else if (kh == 5) {
+      plane_conv<5>(conv, h0, h1, single);
+    } else {
+      plane_conv<0>(conv, h0, h1, single);
+    }
+  }
+}
+
 }  // namespace
 
 void depthwise_conv2d_run(const DepthwiseArgs& args, int64_t begin, int64_t end) {
   by_dtype(args.dtype, [&](auto t) {
     using T = decltype(t);
+    if (args.order != RowOrder::kTiles) {
+      run_in_place<T>(args, begin, end);
+      return;
+    }
     for_each_tile(args, begin, end, [&](auto lanewise, int64_t n, int64_t group, int64_t tile) {
       run_tile<decltype(lanewise)::value, T>(args, n, group, tile);
     });

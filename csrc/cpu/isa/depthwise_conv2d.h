@@ -16,6 +16,10 @@ struct TileGrid {
   int64_t tiles_h, tiles_w;  // tiles of a plane
 };
 
+// Padded copies of tiles, or (NCHW) whole rows of a plane read in
+// place: four at a time, or one after the other.
+enum class RowOrder { kTiles, kFours, kSingle };
+
 struct DepthwiseArgs {
   const void* x;
   const void* weight;
@@ -30,6 +34,7 @@ struct DepthwiseArgs {
   int64_t dh, dw;
   int64_t lanes;  // channels of a group: whole vectors, at most kGroupChannels, for channels_last,
                   // else 1
+  RowOrder order;
   TileGrid grid;
 };
 

@@ -34,12 +34,14 @@ constexpr int kRowConvVecs = 4;
 constexpr int kConvSlack = kRowConvVecs;
 
 // The taps of a convolution. `weights` is ordered [kw][kh], each a float or a vector. `pixel` is
-// the floats from one pixel of the tile to the next, 1 in NCHW.
+// the floats from one pixel of the tile to the next, 1 in NCHW. `skipped` weights of each column
+// lie between its kh and the next column's.
 struct Taps {
   const float* weights;
   int kh, kw;
   int dh, dw;
   int pixel;
+  int skipped = 0;
 };
 
 // Floats of a pixel of one vector.
@@ -63,30 +65,43 @@ SDAN_INLINE Vec load_weight(const float* w) {
   }
 }
 
-template <int Uses>
-SDAN_INLINE Vec load_used(const float* p) {
-  Vec a = load(p);
-  if constexpr (Uses > 1) pin(a);
-  return a;
+// How the taps of column j read V vectors, `next` apart: each whole.
+struct LoadAll {
+  template <int V, typename T>
+  SDAN_INLINE void operator()(Vec (&in)[V], const T* p, ptrdiff_t next, int) const {
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) in[v] = load(p + v * next);
+  }
+};
+
+template <int Uses, int V, typename T, typename Load>
+SDAN_INLINE void load_used(Vec (&in)[V], const T* p, ptrdiff_t next, int j, const Load& load) {
+  load(in, p, next, j);
+  if constexpr (Uses > 1) {
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) pin(in[v]);
+  }
 }
 
 // acc[r][v] += the convolution at output row r (rows are dh apart) and vector v. `x` points at the
-// first tap of row 0; `row` is the distance in floats between rows dh apart, `column` between taps
-// of a row. Needs kh >= R unless KH, the kernel's height where known, is given.
-template <bool kLanewise, int R, int V, int KH>
-SDAN_INLINE void accumulate(Vec (&acc)[R][V], const float* x, const Taps& taps, ptrdiff_t row,
-                            ptrdiff_t column) {
+// first tap of row 0; `row` is the distance in elements between rows dh apart, `column` between
+// taps of a row. Needs kh >= R unless KH, the kernel's height where known, is given.
+template <bool kLanewise, int R, int V, int KH, typename T, typename Load>
+SDAN_INLINE void accumulate(Vec (&acc)[R][V], const T* x, const Taps& taps, ptrdiff_t row,
+                            ptrdiff_t column, const Load& load) {
   constexpr int kStep = pixel_floats<kLanewise>();
   const int kh = KH > 0 ? KH : taps.kh;
   const ptrdiff_t next = vector_stride<kLanewise>(taps);
   const float* w = taps.weights;
-  for (int j = 0; j < taps.kw; ++j, x += column, w += static_cast<ptrdiff_t>(kh) * kStep) {
+  const ptrdiff_t next_weights = static_cast<ptrdiff_t>(kh + taps.skipped) * kStep;
+  // An input that one row's taps alone read is loaded into the multiply-add.
+  constexpr int kUses = R < KH || KH == 0 ? R : KH;
+  for (int j = 0; j < taps.kw; ++j, x += column, w += next_weights) {
     if constexpr (KH > 0) {
 #pragma GCC unroll 16
       for (int s = 0; s < R + KH - 1; ++s) {
         Vec in[V];
-#pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) in[v] = load_used<R>(x + s * row + v * next);
+        load_used<kUses>(in, x + s * row, next, j, load);
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
           if (s - r < 0 || s - r >= KH) continue;
@@ -96,12 +111,11 @@ SDAN_INLINE void accumulate(Vec (&acc)[R][V], const float* x, const Taps& taps, 
         }
       }
     } else {
-      const float* xs = x;
+      const T* xs = x;
 #pragma GCC unroll 8
       for (int s = 0; s < R - 1; ++s, xs += row) {
         Vec in[V];
-#pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) in[v] = load_used<R>(xs + v * next);
+        load_used<kUses>(in, xs, next, j, load);
 #pragma GCC unroll 8
         for (int r = 0; r <= s; ++r) {
           const Vec tap = load_weight<kLanewise>(w + (s - r) * kStep);
@@ -112,8 +126,7 @@ SDAN_INLINE void accumulate(Vec (&acc)[R][V], const float* x, const Taps& taps, 
       const float* ws = w;
       for (int s = R - 1; s < kh; ++s, xs += row, ws += kStep) {
         Vec in[V];
-#pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) in[v] = load_used<R>(xs + v * next);
+        load_used<kUses>(in, xs, next, j, load);
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
           const Vec tap = load_weight<kLanewise>(ws + (R - 1 - r) * kStep);
@@ -124,8 +137,7 @@ SDAN_INLINE void accumulate(Vec (&acc)[R][V], const float* x, const Taps& taps, 
 #pragma GCC unroll 8
       for (int t = 0; t < R - 1; ++t, xs += row) {
         Vec in[V];
-#pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) in[v] = load_used<R>(xs + v * next);
+        load_used<kUses>(in, xs, next, j, load);
 #pragma GCC unroll 8
         for (int r = t + 1; r < R; ++r) {
           const Vec tap = load_weight<kLanewise>(ws + (R - 1 + t - r) * kStep);
@@ -223,7 +235,8 @@ SDAN_INLINE void conv_block(const float* x, const Taps& taps, ptrdiff_t row_floa
     for (int v = 0; v < V; ++v) acc[r][v] = zero();
   }
   accumulate<kLanewise, R, V, KH>(acc, x, taps, row_floats * taps.dh,
-                                  static_cast<ptrdiff_t>(taps.dw) * (kLanewise ? taps.pixel : 1));
+                                  static_cast<ptrdiff_t>(taps.dw) * (kLanewise ? taps.pixel : 1),
+                                  LoadAll{});
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
     const int64_t row = row0 + r * taps.dh;

@@ -10,6 +10,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "../dispatch.h"
 
@@ -118,6 +119,10 @@ SDAN_INLINE float16 from_float<float16>(float v) {
 // ---- vectors
 // -------------------------------------------------------------------------------------
 
+// One bit for each lane. load_lanes(p, lanes) reads those lanes of p and no other memory; the
+// others are zero.
+using LaneBits = uint16_t;
+
 #if SDAN_IS_AVX512
 
 constexpr int kLanes = 16;
@@ -141,6 +146,9 @@ SDAN_INLINE Vec load(const float* p) {
 }
 SDAN_INLINE Vec load_n(const float* p, int n) {
   return {_mm512_maskz_loadu_ps(lane_mask(n), p)};
+}
+SDAN_INLINE Vec load_lanes(const float* p, LaneBits lanes) {
+  return {_mm512_maskz_loadu_ps(lanes, p)};
 }
 SDAN_INLINE void store(float* p, Vec a) {
   _mm512_storeu_ps(p, a.v);
@@ -218,13 +226,17 @@ SDAN_INLINE Vec from_bf16_bits(__m256i b) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(b), 16))};
 }
 
-SDAN_INLINE __m256i to_bf16_bits(Vec a) {
+// The bits that bfloat16 keeps, rounded to nearest even, in each lane's upper half.
+SDAN_INLINE __m512i rounded_to_bf16(Vec a) {
   const __m512i u = _mm512_castps_si512(a.v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
-  __m512i r = _mm512_add_epi32(_mm512_add_epi32(u, odd), _mm512_set1_epi32(0x7fff));
+  const __m512i r = _mm512_add_epi32(_mm512_add_epi32(u, odd), _mm512_set1_epi32(0x7fff));
   const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
-  r = _mm512_mask_or_epi32(r, nan, u, _mm512_set1_epi32(0x00400000));
-  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(r, 16));
+  return _mm512_mask_or_epi32(r, nan, u, _mm512_set1_epi32(0x00400000));
+}
+
+SDAN_INLINE __m256i to_bf16_bits(Vec a) {
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded_to_bf16(a), 16));
 }
 
 SDAN_INLINE Vec load(const bfloat16* p) {
@@ -233,17 +245,33 @@ SDAN_INLINE Vec load(const bfloat16* p) {
 SDAN_INLINE Vec load_n(const bfloat16* p, int n) {
   return from_bf16_bits(_mm256_maskz_loadu_epi16(lane_mask(n), p));
 }
+SDAN_INLINE Vec load_lanes(const bfloat16* p, LaneBits lanes) {
+  return from_bf16_bits(_mm256_maskz_loadu_epi16(lanes, p));
+}
 SDAN_INLINE void store(bfloat16* p, Vec a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bf16_bits(a));
 }
 SDAN_INLINE void store_n(bfloat16* p, Vec a, int n) {
   _mm256_mask_storeu_epi16(p, lane_mask(n), to_bf16_bits(a));
 }
+SDAN_INLINE void load_split(const bfloat16* p, Vec& even, Vec& odd) {
+  const __m512i both = _mm512_loadu_si512(p);
+  even = {_mm512_castsi512_ps(_mm512_slli_epi32(both, 16))};
+  odd = {_mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(-65536)))};
+}
+SDAN_INLINE void store_split(bfloat16* p, Vec even, Vec odd) {
+  const __m512i low = _mm512_srli_epi32(rounded_to_bf16(even), 16);
+  // The odd ones' high halves over it.
+  _mm512_storeu_si512(p, _mm512_mask_blend_epi16(0xaaaaaaaau, low, rounded_to_bf16(odd)));
+}
 SDAN_INLINE Vec load(const float16* p) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
 SDAN_INLINE Vec load_n(const float16* p, int n) {
   return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lane_mask(n), p))};
+}
+SDAN_INLINE Vec load_lanes(const float16* p, LaneBits lanes) {
+  return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes, p))};
 }
 SDAN_INLINE void store(float16* p, Vec a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
@@ -277,6 +305,11 @@ SDAN_INLINE Vec load(const float* p) {
 }
 SDAN_INLINE Vec load_n(const float* p, int n) {
   return {_mm256_maskload_ps(p, lane_mask(n))};
+}
+SDAN_INLINE Vec load_lanes(const float* p, LaneBits lanes) {
+  const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  return {_mm256_maskload_ps(
+      p, _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(lanes), bit), bit))};
 }
 SDAN_INLINE void store(float* p, Vec a) {
   _mm256_storeu_ps(p, a.v);
@@ -359,15 +392,19 @@ SDAN_INLINE Vec from_bf16_bits(__m128i b) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(b), 16))};
 }
 
-SDAN_INLINE __m128i to_bf16_bits(Vec a) {
+// The bits that bfloat16 keeps, rounded to nearest even, in each lane's upper half.
+SDAN_INLINE __m256i rounded_to_bf16(Vec a) {
   const __m256i u = _mm256_castps_si256(a.v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
   const __m256i r = _mm256_add_epi32(_mm256_add_epi32(u, odd), _mm256_set1_epi32(0x7fff));
   const __m256i quiet = _mm256_or_si256(u, _mm256_set1_epi32(0x00400000));
   const __m256 nan = _mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q);
-  const __m256i m = _mm256_castps_si256(
+  return _mm256_castps_si256(
       _mm256_blendv_ps(_mm256_castsi256_ps(r), _mm256_castsi256_ps(quiet), nan));
-  const __m256i h = _mm256_srli_epi32(m, 16);
+}
+
+SDAN_INLINE __m128i to_bf16_bits(Vec a) {
+  const __m256i h = _mm256_srli_epi32(rounded_to_bf16(a), 16);
   return _mm_packus_epi32(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1));
 }
 
@@ -376,6 +413,16 @@ SDAN_INLINE Vec load(const bfloat16* p) {
 }
 SDAN_INLINE void store(bfloat16* p, Vec a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), to_bf16_bits(a));
+}
+SDAN_INLINE void load_split(const bfloat16* p, Vec& even, Vec& odd) {
+  const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  even = {_mm256_castsi256_ps(_mm256_slli_epi32(both, 16))};
+  odd = {_mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(-65536)))};
+}
+SDAN_INLINE void store_split(bfloat16* p, Vec even, Vec odd) {
+  const __m256i low = _mm256_srli_epi32(rounded_to_bf16(even), 16);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm256_blend_epi16(low, rounded_to_bf16(odd), 0xaa));
 }
 SDAN_INLINE Vec load(const float16* p) {
   return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
@@ -530,6 +577,32 @@ SDAN_INLINE void store(float16* p, Vec a) {
 
 #endif
 
+// 2 kLanes neighbours in two vectors: in order, or those of bfloat16 in even and odd places, each
+// then a shift or a mask of what is loaded, where there are integer vectors. What is computed lane
+// by lane may take either.
+template <typename T>
+SDAN_INLINE void load_two(const T* p, Vec& a, Vec& b) {
+#if !SDAN_IS_PORTABLE
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    load_split(p, a, b);
+    return;
+  }
+#endif
+  a = load(p);
+  b = load(p + kLanes);
+}
+template <typename T>
+SDAN_INLINE void store_two(T* p, Vec a, Vec b) {
+#if !SDAN_IS_PORTABLE
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    store_split(p, a, b);
+    return;
+  }
+#endif
+  store(p, a);
+  store(p + kLanes, b);
+}
+
 #if !SDAN_IS_AVX512
 // The 16-bit tails go through a small buffer: AVX2 has no masked 16-bit moves.
 template <typename T>
@@ -555,6 +628,14 @@ SDAN_INLINE Vec load_n(const float16* p, int n) {
 }
 SDAN_INLINE void store_n(float16* p, Vec a, int n) {
   store_n16(p, a, n);
+}
+template <typename T>
+SDAN_INLINE Vec load_lanes(const T* p, LaneBits lanes) {
+  T t[kLanes] = {};
+  for (int i = 0; i < kLanes; ++i) {
+    if ((lanes >> i & 1) != 0) t[i] = p[i];
+  }
+  return load(t);
 }
 #endif
 
