@@ -15,8 +15,8 @@ _INTRODUCTION = """\
 
 **Every time on this page is modelled, not measured**; [gpu-measured.md](gpu-measured.md) has measured ones of an H100,
 which are 1.4 to 8 times as long: a launch costs 2.7 us beside its bytes there, which the model lacks. The page is
-written by `sdan-fast inspect model --out docs/gpu-model.md` from the committed tables `benchmarks/inspect/*_counts.csv`, and a
-test fails where it is not what that command writes.
+written by `sdan-fast inspect model --out docs/gpu-model.md` from the committed tables
+`benchmarks/inspect/*_counts.csv`, and a test fails where it is not what that command writes.
 
 ## The model
 
