@@ -10,6 +10,8 @@ namespace sdan_fast::cuda {
 namespace {
 
 constexpr int64_t kNormBlocks = 1056;  // that leave partial sums: 8 for each SM of a large GPU
+// Pixels of a thread in contiguous tensors: few enough for kNormResident blocks' registers.
+constexpr int kForwardPixels = 4, kBackwardPixels = 2;
 
 template <int N>
 using Number = std::integral_constant<int, N>;
@@ -62,7 +64,8 @@ void norm_forward(DType dtype, const void* x, const void* weight, const void* bi
     auto* ty = static_cast<T*>(y);
     const bool apart = aligned(x, 16) && aligned(y, 16);
     if (!s.channels_last) {
-      with_norm<kWidest>(apart && s.pixels % kWidest == 0, s.channels, [&](auto v, auto r) {
+      const bool wide = apart && s.pixels % kForwardPixels == 0;
+      with_norm<kForwardPixels>(wide, s.channels, [&](auto v, auto r) {
         constexpr int V = decltype(v)::value;
         launch("norm_forward", norm_forward_kernel<T, V, decltype(r)::value>,
                norm_config(norm_tiles(s, V), 0x7fffffff, 0, stream), tx, tw, tb, ty,
@@ -80,7 +83,9 @@ void norm_forward(DType dtype, const void* x, const void* weight, const void* bi
     };
     const bool wide = apart && s.channels % kWidest == 0;
     const bool cached = s.channels <= 32 * kNormLastCached * (wide ? kWidest : 1);
-    if (wide)
+    if (wide && s.channels <= 32 * kWidest)  // one vector of each lane
+      run(Number<kWidest>{}, Number<1>{});
+    else if (wide)
       cached ? run(Number<kWidest>{}, Number<kNormLastCached>{})
              : run(Number<kWidest>{}, Number<0>{});
     else
@@ -115,12 +120,16 @@ void norm_backward(DType dtype, const void* grad, const void* x, const void* wei
         launch("norm_backward_last", norm_backward_last_kernel<T, V, decltype(r)::value>, config,
                tg, tx, tw, gx, partial, norm_params(s, eps), lanes);
       };
-      if (apart && s.channels % 4 == 0)
+      const bool wide = apart && s.channels % 4 == 0;
+      if (wide && s.channels <= 32 * 4)  // one vector of each lane
+        run(Number<4>{}, Number<1>{});
+      else if (wide)
         run(Number<4>{}, Number<kNormLastMost / 32 / 4>{});
       else
         run(Number<1>{}, Number<kNormLastMost / 32>{});
     } else {
-      with_norm<4>(apart && s.pixels % 4 == 0, s.channels, [&](auto v, auto r) {
+      const bool wide = apart && s.pixels % kBackwardPixels == 0;
+      with_norm<kBackwardPixels>(wide, s.channels, [&](auto v, auto r) {
         constexpr int V = decltype(v)::value;
         config =
             norm_config(norm_tiles(s, V), kNormBlocks, static_cast<size_t>(s.channels) * 8, stream);
