@@ -10,8 +10,8 @@ namespace sdan_fast::cuda {
 namespace {
 
 constexpr int64_t kNormBlocks = 1056;  // that leave partial sums: 8 for each SM of a large GPU
-// Pixels of a thread in contiguous tensors: few enough for kNormResident blocks' registers.
-constexpr int kForwardPixels = 4, kBackwardPixels = 2;
+// Pixels of a thread in contiguous tensors: few enough for the registers of several blocks.
+constexpr int kPixels = 4;
 
 template <int N>
 using Number = std::integral_constant<int, N>;
@@ -64,8 +64,8 @@ void norm_forward(DType dtype, const void* x, const void* weight, const void* bi
     auto* ty = static_cast<T*>(y);
     const bool apart = aligned(x, 16) && aligned(y, 16);
     if (!s.channels_last) {
-      const bool wide = apart && s.pixels % kForwardPixels == 0;
-      with_norm<kForwardPixels>(wide, s.channels, [&](auto v, auto r) {
+      const bool wide = apart && s.pixels % kPixels == 0;
+      with_norm<kPixels>(wide, s.channels, [&](auto v, auto r) {
         constexpr int V = decltype(v)::value;
         launch("norm_forward", norm_forward_kernel<T, V, decltype(r)::value>,
                norm_config(norm_tiles(s, V), 0x7fffffff, 0, stream), tx, tw, tb, ty,
@@ -128,8 +128,8 @@ void norm_backward(DType dtype, const void* grad, const void* x, const void* wei
       else
         run(Number<1>{}, Number<kNormLastMost / 32>{});
     } else {
-      const bool wide = apart && s.pixels % kBackwardPixels == 0;
-      with_norm<kBackwardPixels>(wide, s.channels, [&](auto v, auto r) {
+      const bool wide = apart && s.pixels % kPixels == 0;
+      with_norm<kPixels>(wide, s.channels, [&](auto v, auto r) {
         constexpr int V = decltype(v)::value;
         config =
             norm_config(norm_tiles(s, V), kNormBlocks, static_cast<size_t>(s.channels) * 8, stream);

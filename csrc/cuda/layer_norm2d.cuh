@@ -19,7 +19,7 @@ namespace sdan_fast::cuda {
 constexpr int kNormWarps = 8, kNormThreads = 32 * kNormWarps;
 // Blocks of an SM at least. With 160 registers a thread one was alone on an SM of an H100, and
 // nobody worked while it waited for memory: 20 us forward at 1x56x180x320, and 56 backward.
-constexpr int kNormResident = 3;
+constexpr int kNormResident = 3, kNormBackwardResident = 2;
 constexpr int kNormCached = 8;      // channels of a warp
 constexpr int kNormLastCached = 4;  // vectors of a lane
 constexpr int kNormLastMost = 512;  // channels of norm_backward_last, which keeps their sums
@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(kNormThreads, kNormResident)
 // grad_x may be null; partial, if not null, gets partial[block][channel][2]: the sums of grad *
 // normalized x and of grad over the block's pixels. Dynamic shared memory: 2 * channels floats.
 template <typename T, int V, int R>
-__global__ void __launch_bounds__(kNormThreads, kNormResident)
+__global__ void __launch_bounds__(kNormThreads, kNormBackwardResident)
     norm_backward_kernel(const T* __restrict__ grad, const T* __restrict__ x,
                          const T* __restrict__ weight, T* __restrict__ grad_x,
                          float* __restrict__ partial, const NormParams p) {

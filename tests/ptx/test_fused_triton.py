@@ -29,6 +29,7 @@ from triton_harness import FORMATS, check_op, fma_share, ptx_interpreted
 
 from sdan_fast import reference
 from sdan_fast.kernels import layer_norm2d, mm_lka, pointwise_gate, star_conv, strip_conv_chain
+from sdan_fast.kernels.branches_nchw import kind_of
 
 formats = pytest.mark.parametrize("fmt", FORMATS, ids=["nchw", "channels_last"])
 BF16, NCHW = torch.bfloat16, torch.contiguous_format
@@ -125,7 +126,7 @@ STAGES, MASK = [(3, 1), (3, 2)], [True] * 4
 
 def kinds(stats):
     """What the jobs of a launch are: "square", "rows", "columns"."""
-    return [job[0] for job in stats.constexprs.get("JOBS", ())]
+    return [kind_of(job) for job in stats.constexprs.get("JOBS", ())]
 
 
 @formats
