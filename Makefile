@@ -34,7 +34,7 @@ test: build  ## environment, build, then the fast tests (ARGS: for pytest)
 
 test-slow: build  ## the tests that make test leaves out (ARGS: for pytest)
 	@echo "==> slow tests"
-	$(PYTEST) -m slow $(ARGS)
+	$(PYTEST) --dist worksteal -m slow $(ARGS)
 
 bench: build  ## every benchmark under pytest-benchmark: benchmarks/bench_*.py (ARGS: for pytest)
 	$(PY) -m pytest benchmarks/bench_*.py --benchmark-columns=median,iqr,rounds --benchmark-sort=name $(ARGS)
