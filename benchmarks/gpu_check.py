@@ -89,8 +89,8 @@ def run_sanitizer() -> dict[str, Any]:
     )
     # Without PyTorch's cache of memory an overrun leaves its allocation.
     env = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    running = {}
-    for tool in SANITIZER_TOOLS:
+
+    def run(tool: str) -> bool:
         command = [
             sanitizer,
             "--tool",
@@ -101,15 +101,12 @@ def run_sanitizer() -> dict[str, Any]:
             __file__,
             "--workload",
         ]
-        print(" ".join(["compute-sanitizer", *command[1:]]), flush=True)
-        running[tool] = subprocess.Popen(
-            command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-    tools: dict[str, bool] = {}
-    for tool, process in running.items():
-        printed, _ = process.communicate()
-        print(f"--- {tool}\n{printed}", flush=True)
-        tools[tool] = process.returncode == 0
+        done = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        print(f"--- compute-sanitizer {' '.join(command[1:])}\n{done.stdout}", flush=True)
+        return done.returncode == 0
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        tools = dict(zip(SANITIZER_TOOLS, pool.map(run, SANITIZER_TOOLS), strict=True))
     return {"ok": all(tools.values()), "tools": tools}
 
 

@@ -26,21 +26,17 @@ COMMAND = "python scripts/gpu_measured.py"
 BACKENDS = {"triton": "Triton", "cuda": "CUDA C++"}
 
 
-def modelled(gpu: str) -> dict[tuple[str, str], tuple[float, float]]:
-    """(microseconds, megabytes that have to be moved) by (backend, call), where the GPU is one of those modelled."""
+def modelled(gpu: str) -> dict[tuple[str, str], float]:
+    """Microseconds by (backend, call), where the GPU is one of those that are modelled."""
     name = next((name for name in GPUS if name in gpu), None)
     tables = {
         "triton": committed.load(committed.TRITON_COUNTS, triton_counts.IDENTITY),
         "cuda": committed.load(committed.CUDA_COUNTS, cuda_counts.IDENTITY),
     }
-    found: dict[tuple[str, str], tuple[float, float]] = defaultdict(lambda: (0.0, 0.0))
+    found: dict[tuple[str, str], float] = defaultdict(float)
     for backend, table in tables.items():
         for row in table.rows.values() if table is not None and name is not None else ():
-            us, megabytes = found[backend, row["call"]]
-            found[backend, row["call"]] = (
-                us + float(row[f"{name}_us"]),
-                megabytes + float(row["compulsory_MB"] or 0),
-            )
+            found[backend, row["call"]] += float(row[f"{name}_us"])
     return dict(found)
 
 
@@ -59,7 +55,7 @@ def calls(record: dict[str, Any]) -> str:
         for backend in BACKENDS:
             times, expected = by_backend.get(backend), model.get((backend, call))
             cells += [str(len(times)), f"{sum(times):.1f}"] if times else ["-", "-"]
-            cells.append(f"{expected[0]:.1f}" if times and expected else "-")
+            cells.append(f"{expected:.1f}" if times and expected else "-")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

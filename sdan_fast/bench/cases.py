@@ -105,9 +105,8 @@ class Case:
         return moved(drawn, device, DTYPES[self.dtype], layout)
 
 
-@functools.lru_cache(
-    maxsize=1
-)  # one case is asked for in several layouts, and large ones take a second to draw
+# One case is asked for in several layouts, and large ones take a second to draw.
+@functools.lru_cache(maxsize=1)
 def _drawn(
     make: Callable[..., Arguments], shape: tuple[int, ...], options: tuple[tuple[str, Any], ...]
 ) -> Arguments:

@@ -31,15 +31,14 @@ def _is_pair(convs: Sequence[Conv]) -> bool:
 def _pieces(branch: Sequence[Conv]) -> list[list[Conv]]:
     """A branch cut into what one call computes: pairs of strips that follow each other, or one convolution."""
     pieces: list[list[Conv]] = []
-    joins, at = False, 0
+    at = 0
     while at < len(branch):
-        pair = _is_pair(branch[at : at + 2])
-        piece = list(branch[at : at + 1 + pair])
-        if pair and joins:
-            pieces[-1] += piece
-        else:
-            pieces.append(piece)
-        joins, at = pair, at + len(piece)
+        end = at
+        while _is_pair(branch[end : end + 2]):
+            end += 2
+        end = max(end, at + 1)
+        pieces.append(list(branch[at:end]))
+        at = end
     return pieces
 
 
