@@ -533,7 +533,7 @@ def test_depfile_with_blanks() -> None:
 
 TINY_MODULE = """
 #include <Python.h>
-static PyModuleDef tiny = {PyModuleDef_HEAD_INIT, "_C_cpu"};
+static PyModuleDef tiny = {PyModuleDef_HEAD_INIT, "_C_cpu", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
 PyMODINIT_FUNC PyInit__C_cpu() { return PyModule_Create(&tiny); }
 """
 

@@ -93,10 +93,13 @@ def check_op(op: Any, reference: Callable[..., Tensor], args: Sequence[Any], kwa
     grad_output = torch.empty_like(got, memory_format=torch.preserve_format).copy_(grad_output)
     results = []
     for t in (torch.float64, dtype):
-        copies = [v.detach().to(t).requires_grad_() if isinstance(v, Tensor) else v for v in leaves]
+        # Contiguous, as PyTorch's own 16-bit channels_last backward is not always right (docs/decisions.md).
+        copies = [
+            v.detach().to(t).contiguous().requires_grad_() if isinstance(v, Tensor) else v for v in leaves
+        ]
         y = reference(*tree_unflatten(copies, spec), **kwargs)
         grads = (
-            torch.autograd.grad(y, [copies[i] for i in wanted], grad_output.to(t))
+            torch.autograd.grad(y, [copies[i] for i in wanted], grad_output.to(t).contiguous())
             if backward and wanted
             else ()
         )
