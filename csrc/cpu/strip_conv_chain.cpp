@@ -1,4 +1,5 @@
-// sdan_fast::strip_conv_chain.cpu: checks, memory format, tiling and threads.
+// sdan_fast::strip_conv_chain.cpu and gated_strip_conv_chain.cpu: checks, memory format, tiling and
+// threads.
 #include "isa/strip_conv_chain.h"
 
 #include <vector>
@@ -49,9 +50,10 @@ void choose_tiles(StripChainArgs* args, const std::vector<StripArgs>& vertical) 
   grid.tiles_h = (args->h + grid.tile_h - 1) / grid.tile_h;
 }
 
-Tensor strip_conv_chain(const Tensor& x, std::vector<Tensor> weights, std::vector<Tensor> biases,
-                        std::vector<bool> bias_mask, std::vector<int64_t> dilations) {
-  constexpr const char* op = "strip_conv_chain";
+// The chain of x, times `gate` unless that is null.
+Tensor run_chain(const char* op, const Tensor* gate, const Tensor& x,
+                 const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
+                 const std::vector<bool>& bias_mask, const std::vector<int64_t>& dilations) {
   check_cpu(x, op, "x");
   StripChainArgs args{};
   args.dtype = kernel_dtype(x, op, "x");
@@ -75,7 +77,7 @@ Tensor strip_conv_chain(const Tensor& x, std::vector<Tensor> weights, std::vecto
   args.stages = static_cast<int64_t>(strips / 2);
   std::vector<StripArgs> axes[2];
   std::vector<Tensor> kept;  // dense copies, alive until the kernel has run
-  kept.reserve(2 * strips);
+  kept.reserve(2 * strips + 1);
   int64_t work_per_pixel = 8;
   int64_t halo[2] = {0, 0};
   for (size_t i = 0, b = 0; i < strips; ++i) {
@@ -109,11 +111,15 @@ Tensor strip_conv_chain(const Tensor& x, std::vector<Tensor> weights, std::vecto
     axes[horizontal ? 0 : 1].push_back(strip);
   }
 
-  const Format format = output_format(x);
+  const Format format = output_format(gate == nullptr ? x : *gate);
   Tensor y = empty_in_format(x.sizes(), x, format);
   if (x.numel() == 0) return y;
   const Tensor x_dense = in_format(x, format);
   args.x = x_dense.const_data_ptr();
+  if (gate != nullptr) {
+    kept.push_back(in_format(*gate, format));
+    args.gate = kept.back().const_data_ptr();
+  }
   args.y = y.mutable_data_ptr();
   args.any_bias = present != 0;
   args.horizontal = axes[0].data();
@@ -136,9 +142,26 @@ Tensor strip_conv_chain(const Tensor& x, std::vector<Tensor> weights, std::vecto
   return y;
 }
 
+Tensor strip_conv_chain(const Tensor& x, std::vector<Tensor> weights, std::vector<Tensor> biases,
+                        std::vector<bool> bias_mask, std::vector<int64_t> dilations) {
+  return run_chain("strip_conv_chain", nullptr, x, weights, biases, bias_mask, dilations);
+}
+
+Tensor gated_strip_conv_chain(const Tensor& u, const Tensor& x, std::vector<Tensor> weights,
+                              std::vector<Tensor> biases, std::vector<bool> bias_mask,
+                              std::vector<int64_t> dilations) {
+  constexpr const char* op = "gated_strip_conv_chain";
+  check_cpu(x, op, "x");
+  check_like(u, x, 4, op, "u");
+  STD_TORCH_CHECK(u.sizes() == x.sizes(), op, ": u must have the shape of x, ", shape_of(x),
+                  ", got ", shape_of(u));
+  return run_chain(op, &u, x, weights, biases, bias_mask, dilations);
+}
+
 }  // namespace
 }  // namespace sdan_fast
 
 STABLE_TORCH_LIBRARY_IMPL(sdan_fast, CPU, m) {
   m.impl("strip_conv_chain.cpu", TORCH_BOX(&sdan_fast::strip_conv_chain));
+  m.impl("gated_strip_conv_chain.cpu", TORCH_BOX(&sdan_fast::gated_strip_conv_chain));
 }

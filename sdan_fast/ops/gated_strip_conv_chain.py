@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import reference
 from . import _check
 from ._conv import Shape
 from ._op import ComposedOp
+from .depthwise_conv2d import in_large_channels_last
 from .strip_conv_chain import check as check_chain
 from .strip_conv_chain import flops as chain_flops
 from .strip_conv_chain import strip_conv_chain
@@ -47,3 +49,13 @@ gated_strip_conv_chain = ComposedOp(
     reference=compose,
     flops=flops,
 )
+
+
+def slower(u: Tensor, *_: Any, **__: Any) -> str | None:
+    """Large channels_last images: a second pass over whole pixels is cheaper than a gate read by groups of channels."""
+    if any(in_large_channels_last(u, dtype) for dtype in (torch.float32, torch.bfloat16)):
+        return "the chain and the product apart are faster in channels_last"
+    return None
+
+
+gated_strip_conv_chain.slower["cpu"] = slower

@@ -31,6 +31,16 @@ class TestGatedStripConvChain(OpContract):
     grad_cases = ("tiny",)
 
 
+def test_the_gate_sets_the_memory_format() -> None:
+    """Fused or in parts, whatever the layout of what is convolved."""
+    (u, x, stages), _ = TestGatedStripConvChain.cases[1].arguments(torch.float32)
+    expected = F.gated_strip_conv_chain(u, x, stages)
+    last = F.gated_strip_conv_chain(u.contiguous(memory_format=torch.channels_last), x, stages)
+    first = F.gated_strip_conv_chain(u, x.contiguous(memory_format=torch.channels_last), stages)
+    assert last.is_contiguous(memory_format=torch.channels_last) and first.is_contiguous()
+    assert torch.allclose(last, expected, atol=1e-5) and torch.equal(first, expected)
+
+
 def test_refusals() -> None:
     (u, x, stages), _ = TestGatedStripConvChain.cases[0].arguments(torch.float32)
     with pytest.raises(ValueError, match=r"u must have the shape \[2, 2, 4, 5\]"):

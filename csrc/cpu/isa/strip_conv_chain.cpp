@@ -1,4 +1,5 @@
-// A chain of strip convolutions as one horizontal and one vertical pass, a band of rows at a time.
+// A chain of strip convolutions, gated or not, as one horizontal and one vertical pass, a band of
+// rows at a time.
 //
 // On a zero-padded grid the horizontal convolutions act on rows and the vertical ones on columns,
 // so they commute: all horizontal ones run first, a few rows at a time while they are hot, then all
@@ -276,6 +277,36 @@ struct TileSink {
   }
 };
 
+// Where the tile's results go, times the gate's pixels there unless `gate` is null.
+template <bool kLanewise, typename T>
+struct GatedSink {
+  GridSink<kLanewise, T> grid;
+  const T* gate;
+  template <int V>
+  SDAN_INLINE void operator()(int64_t r, int64_t c, const Vec (&sums)[V]) const {
+    if (gate == nullptr) {
+      grid(r, c, sums);
+      return;
+    }
+    const T* p = gate + r * grid.row + c * (kLanewise ? grid.pixel : 1);
+    const ptrdiff_t next = kLanewise ? grid.pixel : kLanes;
+    Vec gated[V];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) {
+      const int64_t left =
+          kLanewise ? (c + v < grid.columns ? grid.channels : 0) : grid.columns - c - v * kLanes;
+      if (left >= kLanes) {
+        gated[v] = sums[v] * load(p + v * next);
+      } else if (left > 0) {
+        gated[v] = sums[v] * load_n(p + v * next, static_cast<int>(left));
+      } else {
+        gated[v] = zero();
+      }
+    }
+    grid(r, c, gated);
+  }
+};
+
 // One tile on its way down: its windows and what fills them.
 template <bool kLanewise, typename T>
 struct Bands {
@@ -375,13 +406,15 @@ void run_tile(const StripChainArgs& a, int64_t n, int64_t block, int64_t tile) {
     const int64_t count = rows.out_count - r < a.band ? rows.out_count - r : a.band;
     const int64_t at = (h0 + r) * row + w0 * pixel;
     T* y = static_cast<T*>(a.y) + plane + at;
-    const GridSink<kLanewise, T> sink = {y, row, pixel, columns.out_count, channels};
+    const T* gate = a.gate == nullptr ? nullptr : static_cast<const T*>(a.gate) + plane + at;
+    const GatedSink<kLanewise, T> sink = {{y, row, pixel, columns.out_count, channels}, gate};
     const FieldBias<kLanewise> field = {b.field_row, b.field_col + r * pixel_floats<kLanewise>(),
                                         b.row_floats, b.col_floats, a.any_bias ? a.stages : 0};
-    const Fetch<kLanewise, T> fetch = {x + at + (a.halo_h / 2 + a.band) * row, y, row, pixel};
-    const ConvBlock<kLanewise, FieldBias<kLanewise>, GridSink<kLanewise, T>, Fetch<kLanewise, T>>
-        block = {bands.window(a.stages - 1, h0 + r, h0 + r + count), b.vertical[a.stages - 1],
-                 field, sink, fetch};
+    using Ahead = Fetch<kLanewise, T, true>;
+    const Ahead fetch = {x + at + (a.halo_h / 2 + a.band) * row, y, row, pixel, gate};
+    const ConvBlock<kLanewise, FieldBias<kLanewise>, GatedSink<kLanewise, T>, Ahead> block = {
+        bands.window(a.stages - 1, h0 + r, h0 + r + count), b.vertical[a.stages - 1], field, sink,
+        fetch};
     conv_tile(&block, 1, b.row_floats, count, columns.out_count, NoPrepare{});
   }
 }

@@ -17,6 +17,7 @@ struct StripArgs {
 
 struct StripChainArgs {
   const void* x;
+  const void* gate;  // multiplies the result, or nullptr; laid out as x and y are
   void* y;
   DType dtype;
   bool channels_last;

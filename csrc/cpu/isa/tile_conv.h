@@ -190,12 +190,14 @@ struct GridSink {
 // Asks for the cache lines of image rows that are staged or read `in` rows on, and of the outputs
 // of the next block, one block's worth at a time: all the rows of a group at once would stall on
 // the few misses that a core may have outstanding, and then leave the memory idle while it
-// computes.
-template <bool kLanewise, typename T>
+// computes. kAlone: one block of channels is computed, and no other asks for the second line of its
+// pixels that straddle two.
+template <bool kLanewise, typename T, bool kAlone = false>
 struct Fetch {
   const T* in;   // what stands there when block (0, 0) is computed
   const T* out;  // output (0, 0)
   int64_t row, pixel;
+  const T* gate = nullptr;  // read where outputs are written, or nullptr
   template <int R, int V>
   SDAN_INLINE void operator()(int64_t row0, int64_t column, int64_t dh) const {
     // 16-bit pixels share a line between two vectors of NCHW.
@@ -209,6 +211,21 @@ struct Fetch {
       for (int v = 0; v < V; v += kEvery) {
         __builtin_prefetch(in + at + v * next, 0, 2);  // the first level is full of this window
         prefetch_write(out + at + (V + v) * next);
+        if constexpr (kLanewise && kAlone) {
+          __builtin_prefetch(in + at + v * next + kLanes - 1, 0, 2);
+          prefetch_write(out + at + (V + v) * next + kLanes - 1);
+        }
+      }
+    }
+    if (gate == nullptr) return;
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const int64_t at = (row0 + r * dh) * row + first;
+#pragma GCC unroll 8
+      for (int v = 0; v < V; v += kEvery) {
+        const T* p = gate + at + (V + v) * next;
+        __builtin_prefetch(p);
+        if constexpr (kLanewise && kAlone) __builtin_prefetch(p + kLanes - 1);
       }
     }
   }
