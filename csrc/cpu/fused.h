@@ -129,6 +129,10 @@ SDAN_DECLARE_KERNEL(star_chain_scratch, const StarChain* chain, int64_t width, i
 SDAN_DECLARE_KERNEL(star_chain_run, const StarChain* chain, const Region* region, bool upwards,
                     ChainMeeting* meeting, void* scratch)
 
+// The region of `from` into `to`, images of one dtype in memory formats of their own.
+SDAN_DECLARE_KERNEL(copy_image, const ImageView* from, const ImageView* to, int channels,
+                    const Region* region)
+
 // Bytes of scratch that branch_run needs for a region of that size.
 SDAN_DECLARE_KERNEL(branch_scratch, const BranchPlan* plan, int branch, int64_t height,
                     int64_t width, int64_t* bytes)

@@ -18,8 +18,7 @@ Tensor mm_lka(const Tensor& x, std::vector<Tensor> weights, std::vector<Tensor> 
 
   Tensor out = empty_in_format(x.sizes(), x, output_format(x));
   if (x.numel() == 0) return out;
-  // The branches work on planes: an image whose rows are not contiguous is laid out so once.
-  const Tensor planes = planar(x) ? x : in_format(x, Format::kContiguous);
+  const Tensor planes = in_planes(x, dtype);  // which the branches work on
   // Where the output is planes of what their result is stored as, it lies there until the gate
   // replaces it, block by block.
   const DType between = between_dtype(arena);

@@ -115,10 +115,11 @@ static inline void load_tile(const ImageView& view, int64_t image, int64_t y, in
 
 // Image row = src[c][0, n).
 template <typename T>
-static void store_tile_as(const ImageView& view, int64_t image, int64_t y, int64_t x, int channels,
-                          int64_t n, const float* src, ptrdiff_t src_stride) {
-  T* dst =
-      static_cast<T*>(view.data) + image * view.stride_n + y * view.stride_h + x * view.stride_w;
+static void store_tile_as(const ImageView& view, int64_t image, int64_t y, int64_t x,
+                          int first_channel, int channels, int64_t n, const float* src,
+                          ptrdiff_t src_stride) {
+  T* dst = static_cast<T*>(view.data) + image * view.stride_n + y * view.stride_h +
+           x * view.stride_w + first_channel * view.stride_c;
   if (view.stride_w == 1) {
     for (int c = 0; c < channels; ++c) {
       const float* s = src + c * src_stride;
@@ -167,16 +168,17 @@ static void store_tile_as(const ImageView& view, int64_t image, int64_t y, int64
 }
 
 static inline void store_tile(const ImageView& view, int64_t image, int64_t y, int64_t x,
-                              int channels, int64_t n, const float* src, ptrdiff_t src_stride) {
+                              int first_channel, int channels, int64_t n, const float* src,
+                              ptrdiff_t src_stride) {
   switch (view.dtype) {
     case DType::kFloat32:
-      store_tile_as<float>(view, image, y, x, channels, n, src, src_stride);
+      store_tile_as<float>(view, image, y, x, first_channel, channels, n, src, src_stride);
       break;
     case DType::kBFloat16:
-      store_tile_as<bfloat16>(view, image, y, x, channels, n, src, src_stride);
+      store_tile_as<bfloat16>(view, image, y, x, first_channel, channels, n, src, src_stride);
       break;
     case DType::kFloat16:
-      store_tile_as<float16>(view, image, y, x, channels, n, src, src_stride);
+      store_tile_as<float16>(view, image, y, x, first_channel, channels, n, src, src_stride);
       break;
   }
 }

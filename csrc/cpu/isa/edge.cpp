@@ -192,7 +192,7 @@ void f_row(EdgeBand& band, int64_t q) {
     }
   }
   if (plan.up.co == 0) {
-    store_tile(plan.out, band.region.n, q, band.region.x0, channels,
+    store_tile(plan.out, band.region.n, q, band.region.x0, 0, channels,
                band.region.x1 - band.region.x0, f + (band.region.x0 - band.x0), band.stride);
     return;
   }

@@ -47,7 +47,7 @@ Block load_block(const ImageView& view, const Region& region, int64_t y, int64_t
 
 void finish_block(const ImageView& view, const Region& region, int64_t y, int64_t x, int channels,
                   int64_t n, const Block& block, const float* tile) {
-  if (block.data == tile) store_tile(view, region.n, y, x, channels, n, tile, kBlock);
+  if (block.data == tile) store_tile(view, region.n, y, x, 0, channels, n, tile, kBlock);
 }
 
 // out = p * x

@@ -292,11 +292,8 @@ void branch_run(const BranchPlan* plan, int branch, int channel, const Region* r
     } else {
       const int64_t stride = tile_stride(round_up(width, kLanes));
       conv_region(convs[i], weight, bias, in, b.stride, data, stride, height, width);
-      ImageView one = out;
-      const int64_t size = out.dtype == DType::kFloat32 ? 4 : 2;
-      one.data = static_cast<char*>(out.data) + c * out.stride_c * size;
       for (int64_t y = 0; y < height; ++y) {
-        store_tile(one, region->n, region->y0 + y, region->x0, 1, width, data + y * stride, 0);
+        store_tile(out, region->n, region->y0 + y, region->x0, c, 1, width, data + y * stride, 0);
       }
     }
   }

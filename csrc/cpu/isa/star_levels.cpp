@@ -176,7 +176,7 @@ void emit(Band& band, int64_t q) {
   const int64_t skip = band.region.x0 - band.x0;  // the tile's halo columns on the left
   const int64_t count = band.region.x1 - band.region.x0;
   if (chain.fuse.co == 0) {
-    store_tile(chain.out, band.region.n, image_row(band, q), band.region.x0,
+    store_tile(chain.out, band.region.n, image_row(band, q), band.region.x0, 0,
                chain.levels[chain.level_count - 1].pw1.co, count, band.x + skip, band.stride);
     return;
   }
@@ -204,7 +204,7 @@ void emit(Band& band, int64_t q) {
       inputs[n - 1] = {band.z, kBlock, tile_rows(last, true)};
     }
     pointwise_block(inputs, n, 0, chain.fuse, band.block, kBlock, vecs, &band.queue, kLinesAStep);
-    store_tile(chain.out, band.region.n, image_row(band, q), band.x0 + begin, chain.fuse.co,
+    store_tile(chain.out, band.region.n, image_row(band, q), band.x0 + begin, 0, chain.fuse.co,
                end - begin, band.block + (begin - column), kBlock);
   }
 }
