@@ -1,6 +1,7 @@
 // sdan_fast::pointwise_gate.cpu: checks, memory format, packed weights and threads.
 #include "isa/pointwise_gate.h"
 
+#include "gate.h"
 #include "tensor_util.h"
 
 namespace sdan_fast {
@@ -33,6 +34,18 @@ Tensor pointwise_gate(const Tensor& u, const Tensor& x, const Tensor& weight,
   const Format format = output_format(u);
   Tensor y = empty_in_format(u.sizes(), u, format);
   if (u.numel() == 0) return y;
+  FloatArena arena(args.dtype);
+  if (arena.pairs() && format == Format::kContiguous) {  // the network's own gate packs its pairs
+    GatePlan plan{};
+    plan.height = u.size(2);
+    plan.width = u.size(3);
+    plan.gate = sdan_fast::pack(arena, weight, bias);
+    plan.u = view_of(x, args.dtype);
+    plan.x = view_of(u, args.dtype);
+    plan.out = view_of(y, args.dtype);
+    run_gate(plan, u.size(0));
+    return y;
+  }
   const Tensor u_dense = in_format(u, format);
   const Tensor x_dense = in_format(x, format);
   const Tensor weight_dense = in_format(weight, Format::kContiguous);
@@ -47,6 +60,7 @@ Tensor pointwise_gate(const Tensor& u, const Tensor& x, const Tensor& weight,
   const int64_t plane = u.size(2) * u.size(3);
   // A plane of one pixel is laid out the same in both formats; only one of them has lanes to fill.
   args.channels_last = format == Format::kChannelsLast || plane == 1;
+  args.pairs = arena.pairs() && args.channels_last && args.ci % 2 == 0;
   args.pixels = args.channels_last ? u.size(0) * plane : plane;
   // A tile of both sides stays in the second-level cache; 336 is a multiple of every register
   // block.

@@ -103,9 +103,10 @@ _WORK = 3_000_000  # multiply-adds from which PyTorch's product of bfloat16 is a
 
 
 def slower(u: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | None:
-    """bfloat16 in channels_last: PyTorch multiplies pairs of bfloat16 there, this kernel float32."""
-    if in_large_channels_last(u, torch.bfloat16, _WORK // max(weight.shape[1], 1)):
-        return "PyTorch's own product is faster in channels_last and bfloat16"
+    """bfloat16 in channels_last, an odd number of inputs: they lie in no pairs, and this kernel multiplies float32."""
+    inputs = weight.shape[1]
+    if inputs % 2 == 1 and in_large_channels_last(u, torch.bfloat16, _WORK // inputs):
+        return "PyTorch's own product is faster in channels_last and bfloat16 with an odd number of inputs"
     return None
 
 

@@ -28,6 +28,8 @@ class TestPointwiseGate(OpContract):
         case("one-channel", 1, 1, 1, 6, 17),
         case("prime", 1, 13, 11, 17, 19),
         case("many", 1, 64, 28, 5, 50),
+        case("long-sums", 1, 64, 130, 1, 1),
+        case("pairs-and-a-rest", 2, 70, 6, 3, 11),
     )
 
 

@@ -2,8 +2,10 @@
 //
 // NCHW: vectors run along the pixels, the tile is staged as float32 channels x pixels.
 // channels_last: vectors run along the output channels, and each pixel's inputs are broadcast one
-// at a time.
+// at a time, or as the pairs of bfloat16 that they lie in.
 #include "pointwise_gate.h"
+
+#include <type_traits>
 
 #include "by_dtype.h"
 #include "planes.h"
@@ -28,6 +30,10 @@ constexpr int kGateSums = 4;
 constexpr int kGatePixels = 4;
 #endif
 
+// Inputs that are added up one after the other; longer sums would gather more rounding errors than
+// PyTorch's, which has several under way.
+constexpr int64_t kSummed = 32;
+
 template <int V>
 constexpr int gate_rows() {
   return kGateSums / V < kGatePixels ? kGateSums / V : kGatePixels;
@@ -43,7 +49,8 @@ SDAN_INLINE int64_t output_vecs(int64_t co) {
 }
 
 // NCHW: weights as pack_pointwise_weight lays them out, the bias, zeros. channels_last: for each
-// block of output vectors [ci][vectors of the block], zero past the last channel, then the bias.
+// block of output vectors [ci][vectors of the block], zero past the last channel, then the bias; of
+// pairs [ci / 2][vectors of the block].
 template <typename T>
 void pack(const PointwiseGateArgs& a) {
   const T* weight = static_cast<const T*>(a.weight);
@@ -70,6 +77,15 @@ void pack(const PointwiseGateArgs& a) {
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t first = vecs * b / blocks * kLanes;
     const int64_t last = vecs * (b + 1) / blocks * kLanes;
+    if (a.pairs) {
+      for (int64_t k = 0; k < a.ci; k += 2) {
+        for (int64_t m = first; m < last; ++m, ++out) {
+          *out = 0.0f;
+          if (m < a.co) std::memcpy(out, weight + m * a.ci + k, sizeof(float));
+        }
+      }
+      continue;
+    }
     for (int64_t k = 0; k < a.ci; ++k) {
       for (int64_t m = first; m < last; ++m)
         *out++ = m < a.co ? to_float(weight[m * a.ci + k]) : 0.0f;
@@ -147,10 +163,20 @@ void tile_nchw(const PointwiseGateArgs& a, int64_t image, int64_t first, int64_t
   }
 }
 
-// R pixels by V output vectors. x: float rows of ci; `lanes` of the last vector are real channels.
-template <typename T, int R, int V>
-SDAN_INLINE void gate_kernel(const float* x, int64_t ci, const float* weight, const float* bias,
+// An input of the product, as float, or two of bfloat16 as they lie.
+template <typename X>
+SDAN_INLINE Vec broadcast(const X* x) {
+  float word;
+  std::memcpy(&word, x, sizeof(word));
+  return set1(word);
+}
+
+// R pixels by V output vectors. x: rows of `ci` inputs, a word of them at a time; `lanes` of the
+// last vector are real channels.
+template <typename Product, typename X, typename T, int R, int V>
+SDAN_INLINE void gate_kernel(const X* x, int64_t ci, const float* weight, const float* bias,
                              const T* u, T* y, int64_t co, int lanes) {
+  constexpr int64_t kWord = sizeof(float) / sizeof(X);
   Vec acc[R][V];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
@@ -159,15 +185,36 @@ SDAN_INLINE void gate_kernel(const float* x, int64_t ci, const float* weight, co
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) acc[r][v] = zero();
   }
-  for (int64_t k = 0; k < ci; ++k, weight += V * kLanes) {
-    Vec w[V];
+  Vec before[R][V];
+  for (int64_t begin = 0; begin < ci; begin += kSummed) {
+    const int64_t end = ci - begin < kSummed ? ci : begin + kSummed;
+    if (begin > 0) {
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) w[v] = load(weight + v * kLanes);
+        for (int v = 0; v < V; ++v) {
+          before[r][v] = begin > kSummed ? before[r][v] + acc[r][v] : acc[r][v];
+          acc[r][v] = zero();
+        }
+      }
+    }
+    for (int64_t k = begin; k < end; k += kWord, weight += V * kLanes) {
+      Vec w[V];
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) w[v] = load(weight + v * kLanes);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        const Vec in = broadcast(x + r * ci + k);
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) acc[r][v] = Product::add(in, w[v], acc[r][v]);
+      }
+    }
+  }
+  if (ci > kSummed) {
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      const Vec in = set1(x[r * ci + k]);
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) acc[r][v] = fma(in, w[v], acc[r][v]);
+      for (int v = 0; v < V; ++v) acc[r][v] = before[r][v] + acc[r][v];
     }
   }
 #pragma GCC unroll 16
@@ -186,16 +233,18 @@ SDAN_INLINE void gate_kernel(const float* x, int64_t ci, const float* weight, co
 }
 
 // All pixels of a tile by one block of V output vectors.
-template <typename T, int V>
-void gate_block(const float* x, int64_t count, int64_t ci, const float* weight, const float* bias,
+template <typename Product, int V, typename X, typename T>
+void gate_block(const X* x, int64_t count, int64_t ci, const float* weight, const float* bias,
                 const T* u, T* y, int64_t co, int lanes) {
   constexpr int R = gate_rows<V>();
   int64_t i = 0;
   for (; i + R <= count; i += R) {
-    gate_kernel<T, R, V>(x + i * ci, ci, weight, bias, u + i * co, y + i * co, co, lanes);
+    gate_kernel<Product, X, T, R, V>(x + i * ci, ci, weight, bias, u + i * co, y + i * co, co,
+                                     lanes);
   }
   for (; i < count; ++i) {
-    gate_kernel<T, 1, V>(x + i * ci, ci, weight, bias, u + i * co, y + i * co, co, lanes);
+    gate_kernel<Product, X, T, 1, V>(x + i * ci, ci, weight, bias, u + i * co, y + i * co, co,
+                                     lanes);
   }
 }
 
@@ -211,46 +260,57 @@ SDAN_INLINE const float* as_floats(const T* x, int64_t n, float* out) {
   return out;
 }
 
-template <typename T>
-void tile_channels_last(const PointwiseGateArgs& a, int64_t first, int64_t last) {
+// Pixels [first, last) of the batch; x are their inputs.
+template <typename Product, typename X, typename T>
+void gate_pixels(const PointwiseGateArgs& a, const X* x, int64_t first, int64_t last) {
+  constexpr int64_t kWord = sizeof(float) / sizeof(X);
   const int64_t count = last - first;
-  float* scratch = nullptr;
-  if (a.dtype != DType::kFloat32) {
-    scratch =
-        static_cast<float*>(thread_scratch(static_cast<size_t>(count * a.ci) * sizeof(float)));
-  }
-  const float* x = as_floats(static_cast<const T*>(a.x) + first * a.ci, count * a.ci, scratch);
   const T* u = static_cast<const T*>(a.u) + first * a.co;
   T* y = static_cast<T*>(a.y) + first * a.co;
   const int64_t vecs = output_vecs(a.co);
   const int64_t blocks = gate_blocks(vecs);
-  const float* bias = a.packed + vecs * kLanes * a.ci;
+  const int64_t words = a.ci / kWord;
+  const float* bias = a.packed + vecs * kLanes * words;
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t begin = vecs * b / blocks;
     const int64_t end = vecs * (b + 1) / blocks;
     const int64_t c0 = begin * kLanes;
     const int64_t left = a.co - (end - 1) * kLanes;
     const int lanes = static_cast<int>(left < kLanes ? left : kLanes);
-    const float* w = a.packed + c0 * a.ci;
+    const float* w = a.packed + c0 * words;
     switch (end - begin) {
       case 1:
-        gate_block<T, 1>(x, count, a.ci, w, bias + c0, u + c0, y + c0, a.co, lanes);
+        gate_block<Product, 1>(x, count, a.ci, w, bias + c0, u + c0, y + c0, a.co, lanes);
         break;
       case 2:
-        gate_block<T, 2>(x, count, a.ci, w, bias + c0, u + c0, y + c0, a.co, lanes);
+        gate_block<Product, 2>(x, count, a.ci, w, bias + c0, u + c0, y + c0, a.co, lanes);
         break;
       case 3:
         if constexpr (kGateVecs >= 3) {
-          gate_block<T, 3>(x, count, a.ci, w, bias + c0, u + c0, y + c0, a.co, lanes);
+          gate_block<Product, 3>(x, count, a.ci, w, bias + c0, u + c0, y + c0, a.co, lanes);
         }
         break;
       default:
         if constexpr (kGateVecs >= 4) {
-          gate_block<T, 4>(x, count, a.ci, w, bias + c0, u + c0, y + c0, a.co, lanes);
+          gate_block<Product, 4>(x, count, a.ci, w, bias + c0, u + c0, y + c0, a.co, lanes);
         }
         break;
     }
   }
+}
+
+template <typename T>
+void tile_channels_last(const PointwiseGateArgs& a, int64_t first, int64_t last) {
+  const T* x = static_cast<const T*>(a.x) + first * a.ci;
+  if constexpr (kHasPairs && std::is_same_v<T, bfloat16>) {
+    if (a.pairs) return gate_pixels<MultiplyPairs, T, T>(a, x, first, last);
+  }
+  const int64_t values = (last - first) * a.ci;
+  float* scratch = nullptr;
+  if (a.dtype != DType::kFloat32) {
+    scratch = static_cast<float*>(thread_scratch(static_cast<size_t>(values) * sizeof(float)));
+  }
+  gate_pixels<MultiplyAdd, float, T>(a, as_floats(x, values, scratch), first, last);
 }
 
 template <typename T>

@@ -14,6 +14,7 @@ struct PointwiseGateArgs {
   float* packed;  // weights and bias as the kernel reads them, written by pointwise_gate_pack
   DType dtype;
   bool channels_last;
+  bool pairs;  // multiply pairs of bfloat16 (isa/pairs.h): of channels_last images with an even ci
   int64_t ci, co;
   int64_t pixels;  // of one image for NCHW, of the batch for channels_last
   int64_t tile;    // pixels of a task
