@@ -137,9 +137,14 @@ def test_auto_leaves_to_pytorch_what_it_does_faster() -> None:
         assert chosen("depthwise_conv2d", small, torch.float32, weight, dilation=dilation) == "cpu", kernel
 
     low = "reference" if torch.cpu._is_avx512_bf16_supported() else "cpu"
-    weight = torch.empty(28, 28, 1, 1, dtype=torch.bfloat16)
-    assert chosen("pointwise_gate", large, torch.bfloat16, weight) == low
-    assert chosen("pointwise_gate", (1, 28, 16, 16), torch.bfloat16, weight) == "cpu"
+    for inputs, expected in ((28, "cpu"), (27, low)):
+        weight = torch.empty(inputs, inputs, 1, 1, dtype=torch.bfloat16)
+        assert chosen("pointwise_gate", (1, inputs, 180, 320), torch.bfloat16, weight) == expected
+        assert chosen("pointwise_gate", (1, inputs, 16, 16), torch.bfloat16, weight) == "cpu"
+    gate = torch.empty(large).to(memory_format=torch.channels_last)
+    chain = [(torch.empty(28, 1, 1, 11), None, torch.empty(28, 1, 11, 1), None, 6)]
+    assert chosen("gated_strip_conv_chain", large, torch.float32, gate, chain) == "reference"
+    assert sdan_fast.explain("gated_strip_conv_chain", gate.contiguous(), gate, chain).backend == "cpu"
     weight = torch.empty(28, 1, 3, 3, dtype=torch.bfloat16)
     assert chosen("depthwise_conv2d", large, torch.bfloat16, weight) == low
 
