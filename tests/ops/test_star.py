@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
+import sdan_fast
 from sdan_fast import functional as F
 
-from .harness import Case, OpContract
+from .harness import Case, OpContract, device_of
 
 ACTIVATIONS = ("none", "gelu", "relu6", "relu", "silu")
 
@@ -32,6 +35,44 @@ def test_any_rank() -> None:
     for shape in ((), (7,), (3, 4), (2, 3, 4, 5, 6)):
         a, b = torch.randn(shape), torch.randn(shape)
         torch.testing.assert_close(F.star(a, b), torch.nn.functional.gelu(a) * b)
+
+
+@pytest.mark.parametrize("backend", [b.name for b in sdan_fast.backends.status() if b.available])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_gelu_at_every_magnitude(dtype: torch.dtype, backend: str) -> None:
+    """The error bound in each of many short intervals, not only relative to the largest of all values."""
+    least = max(torch.finfo(dtype).tiny, 1e-30)
+    magnitudes = torch.logspace(math.log10(least), math.log10(14), 300, dtype=torch.float64)
+    edges = torch.cat([-magnitudes.flip(0), magnitudes, torch.linspace(-7, 7, 281, dtype=torch.float64)])
+    low, high = edges[:-1, None], edges[1:, None]
+    a = (low + (high - low) * torch.linspace(0, 1, 128, dtype=torch.float64)).to(dtype).to(device_of(backend))
+    with sdan_fast.use_backend(backend):
+        got = F.star(a, torch.ones_like(a)).double()
+    exact, eager = torch.nn.functional.gelu(a.double()), torch.nn.functional.gelu(a).double()
+    error = (got - exact).abs().amax(1)
+    bound = 2 * (eager - exact).abs().amax(1) + 2 * torch.finfo(dtype).eps * exact.abs().amax(1)
+    over = (error > bound).nonzero().flatten()
+    assert not len(over), (edges[over[0]], error[over[0]], bound[over[0]])
+
+
+def test_infinities_and_nan() -> None:
+    """As the formulas say; PyTorch's own vectors of GELU make NaN of infinity and infinity of 3e38."""
+    inf, nan = math.inf, math.nan
+    a = torch.tensor([inf, -inf, nan, 0.0, 3e38, -3e38])
+    for activation, expected in {
+        "none": [inf, -inf, nan, 0.0, 3e38, -3e38],
+        "gelu": [inf, nan, nan, 0.0, 3e38, 0.0],
+        "relu6": [6.0, 0.0, nan, 0.0, 6.0, 0.0],
+        "relu": [inf, 0.0, nan, 0.0, 3e38, 0.0],
+        "silu": [inf, nan, nan, 0.0, 3e38, 0.0],
+    }.items():
+        for copies in (1, 13):  # a part of a vector, and vectors with a part
+            with sdan_fast.use_backend("cpu"):
+                got = F.star(a.repeat(copies), torch.ones(6 * copies), activation=activation)
+            assert torch.equal(
+                got.nan_to_num(-1, 1e39, -1e39),
+                torch.tensor(expected).repeat(copies).nan_to_num(-1, 1e39, -1e39),
+            )
 
 
 @pytest.mark.parametrize(

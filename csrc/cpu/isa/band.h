@@ -299,7 +299,7 @@ SDAN_INLINE void gelu_vecs(float* p) {
   Vec x[V];
 #pragma GCC unroll 8
   for (int v = 0; v < V; ++v) x[v] = load(p + v * kLanes);
-  gelu_short<kCoarse>(x);
+  gelu_short<kCoarse ? 3 : 4>(x);
 #pragma GCC unroll 8
   for (int v = 0; v < V; ++v) store(p + v * kLanes, x[v]);
 }
@@ -327,11 +327,11 @@ struct TileRow {
 // out = outer(gelu(s) * b) for V vectors of s.
 template <Activation kOuter, bool kCoarse, int V>
 SDAN_INLINE void star_store(Vec (&s)[V], const float* b, float* out) {
-  gelu_short<kCoarse>(s);
+  gelu_short<kCoarse ? 3 : 4>(s);
 #pragma GCC unroll 4
   for (int v = 0; v < V; ++v) s[v] = s[v] * load(b + v * kLanes);
   if constexpr (kOuter == Activation::kGelu) {
-    gelu_short<kCoarse>(s);
+    gelu_short<kCoarse ? 3 : 4>(s);
   } else {
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) s[v] = activate<kOuter>(s[v]);

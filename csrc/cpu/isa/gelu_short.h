@@ -1,17 +1,19 @@
 // GELU by a table of polynomials, where a permutation of one register looks 16 lanes up at once.
 //
 // gelu(x) = max(x, 0) - t q(t), t = |x|, with q(t) = P(X > t), X standard normal. On each of 15
-// intervals, 0.38 wide, q is a polynomial in t - 1: one shift for all intervals instead of one for
-// each is an instruction less, and the terms cancel less than a digit. From 5.5 on q counts as
-// zero: t q is below 1.1e-7 there. Degree 4 errs by less than 1.7e-7 in all at negative x, half as
-// much as the erf of PyTorch's GELU on average; the factor t makes that relative to x towards zero.
-// Degree 3, good to 4e-6, is for values that end up in bfloat16.
+// intervals, 0.38 wide, q is a polynomial in t - 1, or in t - 1.5 for degree 5: one shift for all
+// intervals instead of one for each is an instruction less, and the terms cancel less than a digit.
+// From 5.5 on q counts as zero: t q is below 1.1e-7 there. Degree 4 errs by less than 1.7e-7 in all
+// at negative x, half as much as the erf of PyTorch's GELU on average, degree 5 by less than 8e-8
+// before that. The factor t makes that relative to x towards zero. Degree 3, good to 4e-6, is for
+// values that end up in bfloat16.
 //
-// 14 instructions for 16 lanes, a quarter of what vec.h's gelu() takes, which is exact to the last
-// places everywhere and is what other instruction sets use here. Zen 4 runs multiply-adds in two of
-// its four vector units and these permutations in two, with one in common: 11 of them take 7.3
-// cycles. A table of 32 intervals would do with polynomials one degree shorter, but permutations of
-// two registers run in the multiply-adds' units only: four of those and six of these take 10.
+// 14 instructions for 16 lanes with degree 4, a quarter of what vec.h's gelu() takes, which is
+// exact to the last places everywhere and is what other instruction sets use here. Zen 4 runs
+// multiply-adds in two of its four vector units and these permutations in two, with one in common:
+// 11 of them take 7.3 cycles. A table of 32 intervals would do with polynomials one degree shorter,
+// but permutations of two registers run in the multiply-adds' units only: four of those and six of
+// these take 10.
 #pragma once
 
 #include "vec.h"
@@ -22,7 +24,34 @@ namespace SDAN_ISA {
 #if SDAN_IS_AVX512
 
 // [k][i]: the coefficient of degree k on interval i.
-alignas(64) static constexpr float kGeluFine[5][16] = {
+alignas(64) static constexpr float kGelu5[6][16] = {
+    {5.213748664e-02f, 6.145324185e-02f, 6.642893702e-02f, 6.680589914e-02f, 6.680720299e-02f,
+     6.681094319e-02f, 6.703048944e-02f, 6.803303212e-02f, 6.792588532e-02f, 6.142860278e-02f,
+     4.659408331e-02f, 2.854745090e-02f, 1.399773080e-02f, 5.511511117e-03f, 1.755794743e-03f,
+     0.000000000e+00f},
+    {-1.960147917e-01f, -1.586684436e-01f, -1.326023191e-01f, -1.295418143e-01f, -1.295176148e-01f,
+     -1.295814663e-01f, -1.313303709e-01f, -1.365425885e-01f, -1.364520490e-01f, -1.179210916e-01f,
+     -8.270948380e-02f, -4.620813206e-02f, -2.060462721e-02f, -7.396469358e-03f, -2.157985000e-03f,
+     0.000000000e+00f},
+    {-2.821968682e-02f, 3.182933480e-02f, 8.689656854e-02f, 9.696170688e-02f, 9.713858366e-02f,
+     9.757816792e-02f, 1.032538265e-01f, 1.141879559e-01f, 1.145145521e-01f, 9.332272410e-02f,
+     5.982887745e-02f, 3.025781922e-02f, 1.221776567e-02f, 3.988526296e-03f, 1.064146287e-03f,
+     0.000000000e+00f},
+    {-1.515019387e-01f, -1.031018123e-01f, -4.442964494e-02f, -2.761245146e-02f, -2.697919868e-02f,
+     -2.854365483e-02f, -3.794902936e-02f, -4.951802641e-02f, -5.010848492e-02f, -3.796105087e-02f,
+     -2.200139314e-02f, -1.000706386e-02f, -3.645342542e-03f, -1.079845009e-03f, -2.631065436e-04f,
+     0.000000000e+00f},
+    {-7.256192714e-02f, -5.300917104e-02f, -2.147035860e-02f, -7.146290503e-03f, -6.102439947e-03f,
+     -3.093377920e-03f, 4.881253932e-03f, 1.105400082e-02f, 1.140527148e-02f, 7.914897986e-03f,
+     4.105462227e-03f, 1.669724821e-03f, 5.469213938e-04f, 1.467256661e-04f, 3.260909943e-05f,
+     0.000000000e+00f},
+    {-9.660620242e-03f, -6.493876688e-03f, 3.499307495e-04f, 5.340464413e-03f, 5.750596058e-03f,
+     3.093579318e-03f, 3.235214099e-04f, -1.004707767e-03f, -1.077031018e-03f, -6.748327287e-04f,
+     -3.104464849e-04f, -1.123335460e-04f, -3.299064701e-05f, -8.001798051e-06f, -1.620397484e-06f,
+     0.000000000e+00f},
+};
+
+alignas(64) static constexpr float kGelu4[5][16] = {
     {1.635874361e-01f, 1.590531319e-01f, 1.586550176e-01f, 1.586551815e-01f, 1.588402689e-01f,
      1.609669924e-01f, 1.646113545e-01f, 1.594862342e-01f, 1.346573681e-01f, 9.411062300e-02f,
      5.345216393e-02f, 2.463991381e-02f, 9.265731089e-03f, 2.861704445e-03f, 7.307160995e-04f,
@@ -45,7 +74,7 @@ alignas(64) static constexpr float kGeluFine[5][16] = {
      0.000000000e+00f},
 };
 
-alignas(64) static constexpr float kGeluCoarse[4][16] = {
+alignas(64) static constexpr float kGelu3[4][16] = {
     {1.666967422e-01f, 1.612916887e-01f, 1.586882621e-01f, 1.586524844e-01f, 1.591885388e-01f,
      1.590900272e-01f, 1.487097442e-01f, 1.205925196e-01f, 8.129733801e-02f, 4.493984580e-02f,
      2.037243731e-02f, 7.611952256e-03f, 2.358519007e-03f, 6.095127901e-04f, 1.320448791e-04f,
@@ -64,12 +93,15 @@ alignas(64) static constexpr float kGeluCoarse[4][16] = {
      0.000000000e+00f},
 };
 
-template <bool kCoarse>
+template <int kDegree>
 constexpr auto& gelu_table() {
-  if constexpr (kCoarse) {
-    return kGeluCoarse;
+  static_assert(kDegree >= 3 && kDegree <= 5);
+  if constexpr (kDegree == 3) {
+    return kGelu3;
+  } else if constexpr (kDegree == 4) {
+    return kGelu4;
   } else {
-    return kGeluFine;
+    return kGelu5;
   }
 }
 
@@ -80,10 +112,10 @@ SDAN_INLINE Vec gelu_lookup(Vec i, const float* table) {
 // In place, V vectors step by step together: a lone one is a chain of a dozen dependent
 // instructions, and the processor's scheduler is too short to overlap enough of such chains by
 // itself.
-template <bool kCoarse, int V>
+template <int kDegree, int V>
 SDAN_INLINE void gelu_short(Vec (&x)[V]) {
-  constexpr int kDegree = kCoarse ? 3 : 4;
-  constexpr auto& table = gelu_table<kCoarse>();
+  constexpr auto& table = gelu_table<kDegree>();
+  constexpr float kShift = kDegree == 5 ? 1.5f : 1.0f;
   Vec i[V], t[V], u[V], p[V];
 #pragma GCC unroll 8
   for (int v = 0; v < V; ++v) {
@@ -92,7 +124,7 @@ SDAN_INLINE void gelu_short(Vec (&x)[V]) {
     t[v] = {_mm512_range_ps(x[v].v, _mm512_set1_ps(5.689655f), 0x0a)};
     // Adding 1.5 * 2^23 leaves the index of the interval in the lowest bits.
     i[v] = fma(t[v], set1(2.6363637f), set1(12582912.0f));
-    u[v] = t[v] - set1(1.0f);
+    u[v] = t[v] - set1(kShift);
   }
 #pragma GCC unroll 8
   for (int v = 0; v < V; ++v) {
@@ -100,7 +132,7 @@ SDAN_INLINE void gelu_short(Vec (&x)[V]) {
     // max hands its second operand on if that is NaN.
     x[v] = max(zero(), x[v]);
   }
-#pragma GCC unroll 4
+#pragma GCC unroll 5
   for (int k = kDegree - 1; k >= 0; --k) {
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) p[v] = fma(p[v], u[v], gelu_lookup(i[v], table[k]));
@@ -111,10 +143,9 @@ SDAN_INLINE void gelu_short(Vec (&x)[V]) {
 
 #else
 
-template <bool, int V>
+template <int, int V>
 SDAN_INLINE void gelu_short(Vec (&x)[V]) {
-#pragma GCC unroll 8
-  for (int v = 0; v < V; ++v) x[v] = gelu(x[v]);
+  gelu(x);
 }
 
 #endif

@@ -2,66 +2,85 @@
 #include "star.h"
 
 #include "by_dtype.h"
+#include "gelu_short.h"
 #include "vec.h"
 
 namespace sdan_fast {
 namespace SDAN_ISA {
 namespace {
 
-SDAN_INLINE Vec activate_switch(Activation a, Vec x) {
-  switch (a) {
-    case Activation::kGelu:
-      return gelu(x);
-    case Activation::kRelu6:
-      return relu6(x);
-    case Activation::kRelu:
-      return relu(x);
-    case Activation::kSilu:
-      return silu(x);
-    default:
-      return x;
+// GELU in place, V vectors step by step together.
+template <int V>
+SDAN_INLINE void gelu_all(Vec (&x)[V]) {
+  Vec low[V];
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v) low[v] = min(x[v], zero());
+  gelu_short<5>(x);
+  // Of minus infinity it is NaN in PyTorch.
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v) x[v] = fma(low[v], zero(), x[v]);
+}
+
+template <Activation A, int V>
+SDAN_INLINE void activate_all(Vec (&x)[V]) {
+  if constexpr (A == Activation::kGelu) {
+    gelu_all(x);
+  } else {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) x[v] = activate<A>(x[v]);
   }
 }
 
-// The activation is a template parameter; the outer one, rare, is a well-predicted branch per
-// vector.
+template <int V>
+SDAN_INLINE void activate_switch(Activation a, Vec (&x)[V]) {
+  switch (a) {
+    case Activation::kGelu:
+      return activate_all<Activation::kGelu>(x);
+    case Activation::kRelu6:
+      return activate_all<Activation::kRelu6>(x);
+    case Activation::kRelu:
+      return activate_all<Activation::kRelu>(x);
+    case Activation::kSilu:
+      return activate_all<Activation::kSilu>(x);
+    default:
+      return;
+  }
+}
+
+// outer(activation(v) * b) in place. The activation is a template parameter; the outer one, rare,
+// is a well-predicted branch.
+template <Activation A, bool kOuter, int V>
+SDAN_INLINE void star_all(Vec (&v)[V], const Vec (&b)[V], Activation outer) {
+  activate_all<A>(v);
+#pragma GCC unroll 4
+  for (int k = 0; k < V; ++k) v[k] = v[k] * b[k];
+  if constexpr (kOuter) activate_switch(outer, v);
+}
+
 template <typename T, Activation A, bool kOuter>
 void run(const StarArgs& args, int64_t begin, int64_t end) {
   const T* a = static_cast<const T*>(args.a);
   const T* b = static_cast<const T*>(args.b);
   T* y = static_cast<T*>(args.y);
+  constexpr int V = A != Activation::kGelu ? 1 : SDAN_IS_AVX512 ? 4 : 2;
   int64_t i = begin;
-  if constexpr (A == Activation::kGelu) {
-    constexpr int V = SDAN_IS_AVX512 ? 4 : 2;
-    for (; i + V * kLanes <= end; i += V * kLanes) {
-      Vec v[V];
+  for (; i + V * kLanes <= end; i += V * kLanes) {
+    Vec v[V], w[V];
 #pragma GCC unroll 4
-      for (int k = 0; k < V; ++k) v[k] = load(a + i + k * kLanes);
-      gelu(v);
-#pragma GCC unroll 4
-      for (int k = 0; k < V; ++k) v[k] = v[k] * load(b + i + k * kLanes);
-      if constexpr (kOuter) {
-        if (args.outer == Activation::kGelu) {
-          gelu(v);
-        } else {
-#pragma GCC unroll 4
-          for (int k = 0; k < V; ++k) v[k] = activate_switch(args.outer, v[k]);
-        }
-      }
-#pragma GCC unroll 4
-      for (int k = 0; k < V; ++k) store(y + i + k * kLanes, v[k]);
+    for (int k = 0; k < V; ++k) {
+      v[k] = load(a + i + k * kLanes);
+      w[k] = load(b + i + k * kLanes);
     }
+    star_all<A, kOuter>(v, w, args.outer);
+#pragma GCC unroll 4
+    for (int k = 0; k < V; ++k) store(y + i + k * kLanes, v[k]);
   }
-  for (; i + kLanes <= end; i += kLanes) {
-    Vec v = activate<A>(load(a + i)) * load(b + i);
-    if constexpr (kOuter) v = activate_switch(args.outer, v);
-    store(y + i, v);
-  }
-  if (i < end) {
-    const int n = static_cast<int>(end - i);
-    Vec v = activate<A>(load_n(a + i, n)) * load_n(b + i, n);
-    if constexpr (kOuter) v = activate_switch(args.outer, v);
-    store_n(y + i, v, n);
+  for (; i < end; i += kLanes) {
+    const int n = end - i < kLanes ? static_cast<int>(end - i) : kLanes;
+    Vec v[1] = {load_n(a + i, n)};
+    const Vec w[1] = {load_n(b + i, n)};
+    star_all<A, kOuter>(v, w, args.outer);
+    store_n(y + i, v[0], n);
   }
 }
 
