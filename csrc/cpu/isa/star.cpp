@@ -62,18 +62,18 @@ void run(const StarArgs& args, int64_t begin, int64_t end) {
   const T* a = static_cast<const T*>(args.a);
   const T* b = static_cast<const T*>(args.b);
   T* y = static_cast<T*>(args.y);
-  constexpr int V = A != Activation::kGelu ? 1 : SDAN_IS_AVX512 ? 4 : 2;
+  constexpr int V = A == Activation::kGelu && SDAN_IS_AVX512 ? 4 : 2;
   int64_t i = begin;
   for (; i + V * kLanes <= end; i += V * kLanes) {
     Vec v[V], w[V];
-#pragma GCC unroll 4
-    for (int k = 0; k < V; ++k) {
-      v[k] = load(a + i + k * kLanes);
-      w[k] = load(b + i + k * kLanes);
+#pragma GCC unroll 2
+    for (int k = 0; k < V; k += 2) {
+      load_two(a + i + k * kLanes, v[k], v[k + 1]);
+      load_two(b + i + k * kLanes, w[k], w[k + 1]);
     }
     star_all<A, kOuter>(v, w, args.outer);
-#pragma GCC unroll 4
-    for (int k = 0; k < V; ++k) store(y + i + k * kLanes, v[k]);
+#pragma GCC unroll 2
+    for (int k = 0; k < V; k += 2) store_two(y + i + k * kLanes, v[k], v[k + 1]);
   }
   for (; i < end; i += kLanes) {
     const int n = end - i < kLanes ? static_cast<int>(end - i) : kLanes;
