@@ -68,20 +68,19 @@ struct Diagonals {
       SDAN_UNROLL
       for (int t = 0; t < B::kTiles; ++t) {
         const auto of = [&](int i) {
-          return acc[i][e] + (i + 1 < B::kTiles ? acc[i + 1][2 + e] : 0);
+          return acc[t][i] + (t + 1 < B::kTiles ? acc[t + 1][2 + i] : 0);
         };
-        sums[t] = of(t);
-        if constexpr (kElements == 1) {
-          const float other = acc[t][1] + (t + 1 < B::kTiles ? acc[t + 1][3] : 0);
-          if (second) sums[t] = other;
-        }
+        const float v = of(e), other = of(1);
+        sums[t] = kElements == 1 && second ? other : v;
       }
       SDAN_UNROLL
       for (int n = 0; n < kMost; ++n) {
         float v = 0;
         SDAN_UNROLL
-        for (int first = 0; first <= kFirst && first + n * kTileStep < B::kTiles; ++first)
-          if (tile[e] == first) v = sums[first + n * kTileStep];
+        for (int first = 0; first <= kFirst && first + n * kTileStep < B::kTiles; ++first) {
+          const float here = sums[first + n * kTileStep];  // read first: no array in local memory
+          v = tile[e] == first ? here : v;
+        }
         if (tap[e] + n * kTapStep < K) to[tap[e] + n * kTapStep] = v;
       }
     }
