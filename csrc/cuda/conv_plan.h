@@ -60,7 +60,7 @@ inline ConvParams conv_params(const ConvShape& s) {
     p.dh =
         1;  // a dilation along an axis with one tap means nothing, and would only widen the tiles
   if (p.kw == 1) p.dw = 1;
-  p.splits = 1;
+  p.abreast = 1;
   p.vertical = p.kh > 1;
   return p;
 }

@@ -123,7 +123,10 @@ __global__ void __launch_bounds__(kFewThreads, 1)
       SDAN_UNROLL
       for (int j = 0; j < P; ++j, from_g += step_g) {
         gv[j] = *from_g;
-        if (kAll || unit == 0) total.add(gv[j]);
+        if (!kAll && unit == 0) total.add(gv[j]);
+        // Where a thread has all sums, two are added plainly, and their sum carefully.
+        if (kAll && j % 2) total.add(gv[j - 1] + gv[j]);
+        if (kAll && j == P - 1 && P % 2) total.add(gv[j]);
       }
       SDAN_UNROLL
       for (int q = 0; q < P + K - 1; ++q, from += step) {
@@ -183,12 +186,17 @@ __global__ void __launch_bounds__(kFewThreads, 1)
             first = static_cast<int>(blockIdx.z) % per_outer * K;
   const int valid = in.taps - first < K ? in.taps - first : K;
   const int c = static_cast<int>(blockIdx.y * blockDim.x + threadIdx.x) * V;
-  const int groups_in = (in.length + P * in.dilation - 1) / (P * in.dilation) * in.dilation;
-  // A block's threads take neighbouring groups at a time, and its turns follow one another: down a
-  // few columns if the inner axis is H, else along the rows.
-  const int abreast = static_cast<int>(blockDim.y);
-  const int turns = p.vertical ? (out.length + abreast - 1) / abreast * groups_in
+  // Groups of a residue of the dilation, which lie P dilations apart. A block's threads take
+  // neighbouring groups at a time, and its turns follow one another: down a few columns if the
+  // inner axis is H, of one residue after the other, so that few rows are read again; else along
+  // the rows.
+  const int groups = (in.length + P * in.dilation - 1) / (P * in.dilation),
+            groups_in = groups * in.dilation, abreast = static_cast<int>(blockDim.y),
+            down = abreast / p.abreast, steps = (groups + down - 1) / down;
+  const int turns = p.vertical ? (out.length + p.abreast - 1) / p.abreast * in.dilation * steps
                                : (out.length * groups_in + abreast - 1) / abreast;
+  const int own_column = static_cast<int>(threadIdx.y) % p.abreast,
+            own_group = static_cast<int>(threadIdx.y) / p.abreast;
   const int64_t all = p.planes * turns, begin = all * blockIdx.x / gridDim.x,
                 stop = all * (blockIdx.x + 1) / gridDim.x;
   const int halo = (in.taps - 1) / 2 * in.dilation, halo_out = (out.taps - 1) / 2 * out.dilation;
@@ -201,12 +209,18 @@ __global__ void __launch_bounds__(kFewThreads, 1)
   int turn = static_cast<int>(begin % turns) - 1;
   for (int64_t step = begin; step < stop && c < p.channels; ++step) {
     if (++turn == turns) turn = 0, ++image;
-    const int g = turn * abreast + static_cast<int>(threadIdx.y);
-    const int gi = p.vertical ? turn % groups_in : g % groups_in,
-              at = p.vertical ? turn / groups_in * abreast + static_cast<int>(threadIdx.y)
-                              : g / groups_in;
+    int at, i0;  // of the outer axis, and the first output of the inner one
+    if (p.vertical) {
+      const int line = turn / steps, columns = line / in.dilation;
+      at = columns * p.abreast + own_column;
+      i0 = ((turn - line * steps) * down + own_group) * (P * in.dilation) +
+           (line - columns * in.dilation);
+    } else {
+      const int g = turn * abreast + static_cast<int>(threadIdx.y), gi = g % groups_in;
+      at = g / groups_in;
+      i0 = gi / in.dilation * (P * in.dilation) + gi % in.dilation;
+    }
     if (at >= out.length) continue;
-    const int i0 = gi / in.dilation * (P * in.dilation) + gi % in.dilation;
     if (i0 >= in.length) continue;
     const int64_t plane = image * p.height * p.width * p.channels + c;
     const T* from_g = grad + plane + at * out.stride + i0 * in.stride;

@@ -16,49 +16,76 @@ struct GradProductParams {
   int32_t tiles;             // of all images
   int32_t pitch_x, plane_x;  // of staged rows, odd numbers of 8 elements; of a channel's plane
   int32_t pitch_g, plane_g;  // of the gradient, which has the halo's rows
-  int32_t scratch;           // where the warps' sums begin; in the gradient's planes if 0
+  int32_t scratch;           // where the warps' sums begin; in the channel's planes if 0
 };
 
 // The products of a tap row: columns of 16 x 8 NT elements that begin kMargin before the tile's.
 template <int K, int D>
 struct GradBand : Band<K, D> {
-  static constexpr int kTiles =
-      (16 + (K - 1) * D + Band<K, D>::kMargin - Band<K, D>::kHalo + 7) / 8;
+  static constexpr int kShift = Band<K, D>::kMargin - Band<K, D>::kHalo;
+  static constexpr int kTiles = (16 + (K - 1) * D + kShift + 7) / 8;
   // Rows of taps at a time, whose sums fit in registers.
   static constexpr int kRows = K * kTiles <= 36 ? K : (K + 1) / 2;
-  // Floats from a row of 8 folded ones to the next; of all of them.
-  static constexpr int kPitch = (kTiles + 1) / 2 * 16 + 8, kFolded = 7 * kPitch + 8 * (kTiles + 1);
+  // Of the rows' sums in shared memory, eight times: floats from one to the next, 8 modulo 32, and
+  // of four of them with room to move them a bank or a few.
+  static constexpr int kSums = kRows * K, kPitch = (kSums + 23) / 32 * 32 + 8,
+                       kFour = (3 * kPitch + kSums + 9) / 4 * 4;
 };
 
-// The sums along the diagonals of a product of 16 x 8 kTiles elements, by way of kFolded floats of
-// shared memory: lane 4 j has that of tap j, of the `number`-th 8 taps.
+// Which of a lane's sums of a product of 16 x 8 kTiles elements lie on taps' diagonals. 8 rows
+// further down are 8 columns further on, so that both halves of a product are added first; then a
+// lane has two elements of each 8 columns, of row lane / 4.
 template <int K, int D>
-__device__ __forceinline__ void fold(float* scratch, int lane,
-                                     const float (&acc)[GradBand<K, D>::kTiles][4]) {
+struct Diagonals {
   using B = GradBand<K, D>;
-  __syncwarp();
-  // 8 rows further down are 8 columns further on: both halves lie on the same diagonals.
-  float* to = scratch + lane / 4 * B::kPitch + lane % 4 * 2;
-  SDAN_UNROLL
-  for (int t = 0; t <= B::kTiles; ++t) {
-    float2 v;
-    v.x = v.y = 0;
-    if (t > 0) v.x = acc[t - 1][0], v.y = acc[t - 1][1];
-    if (t < B::kTiles) v.x += acc[t][2], v.y += acc[t][3];
-    *reinterpret_cast<float2*>(to + 8 * t) = v;
-  }
-  __syncwarp();
-}
+  static constexpr int kCommon = D % 8 == 0 ? 8 : D % 4 == 0 ? 4 : D % 2 == 0 ? 2 : 1;
+  static constexpr int kTapStep = 8 / kCommon, kTileStep = D / kCommon;
+  static constexpr int kElements = D % 2 ? 2 : 1;              // of the two that lie on some tap's
+  static constexpr int kMost = (K + kTapStep - 1) / kTapStep;  // taps of an element
+  static constexpr int kFirst = ((kTapStep - 1) * D + 7 + B::kShift) / 8;  // the last first tile
 
-template <int K, int D>
-__device__ __forceinline__ float folded_sum(const float* scratch, int lane, int tap) {
-  using B = GradBand<K, D>;
-  const float* from = scratch + lane % 4 * (B::kPitch + 1) + 8 + B::kMargin - B::kHalo + tap * D;
-  float sum = 0;
-  if (tap < K) sum = from[0] + from[4 * (B::kPitch + 1)];
-  sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-  return sum + __shfl_xor_sync(0xffffffffu, sum, 2);
-}
+  int tap[kElements], tile[kElements];  // the first tap of each element (K: none), and where
+  bool second;                          // if kElements is 1: which of the two it is
+
+  __device__ __forceinline__ explicit Diagonals(int lane) {
+    const int row = lane / 4;
+    second = (row + B::kShift) % 2;
+    SDAN_UNROLL
+    for (int e = 0; e < kElements; ++e) {
+      const int at = lane % 4 * 2 + (kElements == 2 ? e : second) - row - B::kShift;
+      tap[e] = K, tile[e] = 0;
+      SDAN_UNROLL
+      for (int k = 0; k < kTapStep && k < K; ++k)
+        if ((k * D - at) % 8 == 0) tap[e] = k, tile[e] = (k * D - at) / 8;
+    }
+  }
+
+  // Puts a row of taps' sums to to[tap].
+  __device__ __forceinline__ void put(const float (&acc)[B::kTiles][4], float* to) const {
+    SDAN_UNROLL
+    for (int e = 0; e < kElements; ++e) {
+      float sums[B::kTiles];  // of both halves
+      SDAN_UNROLL
+      for (int t = 0; t < B::kTiles; ++t) {
+        const auto of = [&](int i) {
+          return acc[t][i] + (t + 1 < B::kTiles ? acc[t + 1][2 + i] : 0);
+        };
+        const float v = of(e), other = of(1);
+        sums[t] = kElements == 1 && second ? other : v;
+      }
+      SDAN_UNROLL
+      for (int n = 0; n < kMost; ++n) {
+        float v = 0;
+        SDAN_UNROLL
+        for (int first = 0; first <= kFirst && first + n * kTileStep < B::kTiles; ++first) {
+          const float here = sums[first + n * kTileStep];  // read first: no array in local memory
+          v = tile[e] == first ? here : v;
+        }
+        if (tap[e] + n * kTapStep < K) to[tap[e] + n * kTapStep] = v;
+      }
+    }
+  }
+};
 
 // A warp has a quad of channels, a block tiles blockIdx.x, blockIdx.x + gridDim.x, ... Writes
 // partial[blockIdx.x][channel][tap], and [taps] = the sum of the gradient. grid: (blocks, channels
@@ -79,6 +106,7 @@ __global__ void __launch_bounds__(kProductThreads, 1)
   const int64_t next = static_cast<int64_t>(D) * p.width * p.channels;
   constexpr uint32_t one = std::is_same_v<T, bfloat16> ? 0x3f803f80u : 0x3c003c00u;
   const uint32_t ones[2] = {one, one};
+  const Diagonals<K, D> diagonals(lane);
   const SharedAddress corner_x = shared_address(planes_x + block_row(lane, p.pitch_x)),
                       corner_g = shared_address(planes_g + (lane % 8 + lane / 16 * 8) * p.pitch_g +
                                                 lane / 8 % 2 * 8);
@@ -101,8 +129,15 @@ __global__ void __launch_bounds__(kProductThreads, 1)
     for (int e = 0; e < 4; ++e) {
       const int c = 4 * quad + e, place = place_of(c, quads);
       float* to = partial + (static_cast<int64_t>(blockIdx.x) * p.channels + c0 + c) * (K * K + 1);
-      float* scratch = p.scratch ? reinterpret_cast<float*>(raw + p.scratch) + quad * B::kFolded
-                                 : reinterpret_cast<float*>(planes_g + place * p.plane_g);
+      // Of rows of lanes 0 to 3, and of 4 to 7: these a bank or two from those, whose pitch is 8.
+      float *low = reinterpret_cast<float*>(raw + p.scratch) + quad * 2 * B::kFour,
+            *high = low + B::kFour;
+      if (p.scratch == 0) {
+        low = reinterpret_cast<float*>(planes_g + place * p.plane_g);
+        high = reinterpret_cast<float*>(planes_x + place * p.plane_x);
+      }
+      high += ((low - high) & 7) + (D % 2 ? 1 : 2);
+      float* const own = (lane < 16 ? low : high) + lane / 4 % 4 * B::kPitch;
       const auto put = [&](int k, float v) { to[k] = first_turn ? v : to[k] + v; };
       SDAN_UNROLL_BY(1)
       for (int first = 0; first < K; first += B::kRows) {
@@ -127,15 +162,19 @@ __global__ void __launch_bounds__(kProductThreads, 1)
             }
           }
         }
+        __syncwarp();
         SDAN_UNROLL
-        for (int i = 0; i < B::kRows; ++i) {
-          if (B::kRows < K && first + i >= K) break;
-          fold<K, D>(scratch, lane, acc[i]);
+        for (int i = 0; i < B::kRows; ++i)
+          if (B::kRows == K || first + i < K) diagonals.put(acc[i], own + i * K);
+        __syncwarp();
+        SDAN_UNROLL
+        for (int k = 0; k < B::kSums; k += 32) {
+          if (k + lane >= B::kSums || (B::kRows < K && first * K + k + lane >= K * K)) break;
+          float sum = 0;
           SDAN_UNROLL
-          for (int j = 0; j < K; j += 8) {
-            const float sum = folded_sum<K, D>(scratch, lane, j + lane / 4);
-            if (lane % 4 == 0 && j + lane / 4 < K) put((first + i) * K + j + lane / 4, sum);
-          }
+          for (int row = 0; row < 4; ++row)
+            sum += low[row * B::kPitch + k + lane] + high[row * B::kPitch + k + lane];
+          put(first * K + k + lane, sum);
         }
         if (first <= halo && halo < first + B::kRows) {
           const float sum = warp_sum(lane % 4 == 0 ? total[0] + total[2] : 0.0f);

@@ -22,7 +22,7 @@ struct ConvParams {
   int32_t tiles_y, tiles_x;  // tiles of a plane
   int32_t rows, pitch;       // staged rows, and floats from one to the next
   int32_t wide;              // 1: rows of the tensors are 16-byte aligned
-  int32_t splits;            // weight gradient: blocks that share a plane
+  int32_t abreast;           // weight gradient: columns that a block goes down at a time
   int32_t vertical;          // channels_last: the inner axis is H, not W
 };
 

@@ -200,9 +200,9 @@ GradProductPlan choose_grad_product(const ConvShape& s, int64_t lanes) {
     for (int64_t h = S; h < rows + S; h += S) {
       const int64_t columns = w + 2 * B::kMargin, pitch_x = odd(columns), pitch_g = odd(w),
                     plane_x = odd(h * pitch_x), plane_g = odd((h + K - 1) * pitch_g);
-      const bool apart = B::kRows < K || plane_g * 2 < B::kFolded * 4;
+      const bool apart = B::kRows < K || std::min(plane_x, plane_g) * 2 < B::kFour * 4;
       const int64_t planes = lanes * (plane_x + plane_g) * 2,
-                    shared = planes + (apart ? quads * B::kFolded * 4 : 0);
+                    shared = planes + (apart ? quads * 2 * B::kFour * 4 : 0);
       if (shared > kSharedLarge) break;
       const int64_t tiles = s.n * D * ceil_div(rows, h) * ceil_div(s.w, w),
                     units = h / S * (w / S) * lanes,

@@ -2,15 +2,21 @@
 #include "star_conv.cuh"
 
 #include <algorithm>
+#include <utility>
 
 #include "launch.h"
 
 namespace sdan_fast::cuda {
 namespace {
 
-// Threads that keep a large GPU busy: 2 blocks for each SM. Partial sums come from at most 8 blocks
-// for each.
-constexpr int64_t kEnoughThreads = 2 * kSms * kStarConvThreads, kSumBlocks = 8 * kSms;
+// Of the backward's partial sums: at most 8 blocks for each SM of a large GPU.
+constexpr int64_t kSumBlocks = 8 * kSms;
+
+// Warps that hide a large GPU's memory from one another, of the forward with v elements a thread.
+constexpr int64_t enough_warps(int v) {
+  return kSms * (v > 4 ? 6 : 12);
+}
+
 constexpr int kGradVector = 4;  // wider ones would cost the backward its occupancy
 
 StarConvParams star_conv_params(const StarConvShape& s, int outer) {
@@ -20,15 +26,6 @@ StarConvParams star_conv_params(const StarConvShape& s, int outer) {
   p.splits = p.columns = p.vectors = 1;
   p.outer = outer;
   return p;
-}
-
-// Output rows of a thread: many, as two (in the backward four) more are read and computed with
-// them, but not so many that the GPU idles.
-int rows_of(const StarConvShape& s, int v, int most) {
-  const int64_t across = s.n * s.channels * s.width / v;
-  int rows = most;
-  while (rows > 4 && across * ceil_div(s.height, rows) < kEnoughThreads) rows /= 2;
-  return rows;
 }
 
 Config star_conv_config(dim3 grid, size_t shared_bytes, Stream stream) {
@@ -55,15 +52,23 @@ struct BackwardPlan {
   int64_t splits;  // partial sums of a channel (of an image, for contiguous tensors)
 };
 
-// Output rows of a thread of the backward, which reads and computes four more: those with which the
-// SM of a large GPU that has the most blocks (`blocks` of so many groups of rows) does the fewest.
+struct Launch {
+  int64_t blocks, warps;
+};
+
+// Output rows of a thread, which reads and computes `more` than these: those with which the SM of a
+// large GPU that has the most blocks does the fewest, of those that make at least so many warps, if
+// any do. `launch` says what so many groups of rows make.
 template <typename F>
-int rows_of_backward(int64_t height, F&& blocks) {
+int rows_of(int64_t height, int64_t more, int64_t least_warps, F&& launch) {
   constexpr int64_t kMost = 32;
-  int64_t least = 0, best = 1;
+  std::pair<bool, int64_t> least{};
+  int64_t best = 0;
   for (int64_t rows = 1; rows <= std::min(kMost, height); ++rows) {
-    const int64_t cost = ceil_div(blocks(ceil_div(height, rows)), kSms) * (rows + 4);
-    if (least && cost >= least) continue;
+    const Launch l = launch(ceil_div(height, rows));
+    const std::pair cost{l.warps < least_warps,
+                         ceil_div(l.blocks, kSms) * ceil_div(l.warps, l.blocks) * (rows + more)};
+    if (best && cost >= least) continue;
     least = cost, best = rows;
   }
   return static_cast<int>(best);
@@ -72,12 +77,14 @@ int rows_of_backward(int64_t height, F&& blocks) {
 BackwardPlan plan_backward(const StarConvShape& s, int v, int outer) {
   BackwardPlan plan;
   StarConvParams& p = plan.p = star_conv_params(s, outer);
+  const auto whole = [](int64_t blocks) { return Launch{blocks, kStarConvWarps * blocks}; };
   if (!s.channels_last) {
     const int64_t planes = s.n * s.channels;
     const auto of_plane = [&](int64_t groups) {
       return ceil_div(s.width / v * groups, kStarConvWarps * kStarConvOwners);
     };
-    p.rows = rows_of_backward(s.height, [&](int64_t groups) { return planes * of_plane(groups); });
+    p.rows =
+        rows_of(s.height, 4, 0, [&](int64_t groups) { return whole(planes * of_plane(groups)); });
     plan.splits = std::clamp<int64_t>(ceil_div(2 * kSumBlocks, planes), 1,
                                       of_plane(ceil_div(s.height, p.rows)));
     p.splits = static_cast<int32_t>(plan.splits);
@@ -90,7 +97,8 @@ BackwardPlan plan_backward(const StarConvShape& s, int v, int outer) {
   p.columns =
       static_cast<int32_t>(std::min<int64_t>(kStarConvThreads / p.vectors, int64_t{s.width} + 2));
   const int64_t per_row = s.n * ceil_div(s.width, p.columns - 2);
-  p.rows = rows_of_backward(s.height, [&](int64_t groups) { return groups * per_row * across; });
+  p.rows =
+      rows_of(s.height, 4, 0, [&](int64_t groups) { return whole(groups * per_row * across); });
   plan.splits = std::clamp<int64_t>(ceil_div(s.height, p.rows) * per_row, 1,
                                     std::max<int64_t>(1, kSumBlocks / across));
   plan.grid = dim3(static_cast<unsigned>(plan.splits), static_cast<unsigned>(across));
@@ -105,12 +113,6 @@ void star_conv_forward(DType dtype, const void* p, const void* b, const void* we
   if (s.n * s.channels * s.height * s.width == 0) return;
   with_type(dtype, [&](auto element) {
     using T = decltype(element);
-    const auto run = [&](auto kernel, int v, int64_t blocks, StarConvParams params) {
-      (void)v;
-      launch("star_conv_forward", kernel, star_conv_config(dim3(grid_of(blocks)), 0, stream),
-             static_cast<const T*>(p), static_cast<const T*>(b), static_cast<const T*>(weight),
-             static_cast<const T*>(bias), static_cast<T*>(y), params);
-    };
     constexpr int kWidest = 16 / sizeof(T);
     // Taps of a channels_last thread are registers: 4 channels at most.
     const int widest = s.channels_last ? 4 : kWidest;
@@ -118,17 +120,23 @@ void star_conv_forward(DType dtype, const void* p, const void* b, const void* we
                        (!s.channels_last || aligned(weight, 16));
     const int v = apart && takes(s, widest) ? widest : 1;
     StarConvParams params = star_conv_params(s, outer);
-    params.rows = rows_of(s, v, 16);
-    const int64_t groups = ceil_div(s.height, params.rows);
-    if (s.channels_last) {
-      const int64_t blocks = ceil_div(s.n * groups * s.width * (s.channels / v), kStarConvThreads);
-      v > 1 ? run(star_conv_last_kernel<T, 4>, v, blocks, params)
-            : run(star_conv_last_kernel<T, 1>, v, blocks, params);
-    } else {
-      const int64_t blocks = ceil_div(s.width / v * groups, kStarConvThreads) * s.n * s.channels;
-      v > 1 ? run(star_conv_forward_kernel<T, kWidest>, v, blocks, params)
-            : run(star_conv_forward_kernel<T, 1>, v, blocks, params);
-    }
+    const auto cut = [&](int64_t groups) {
+      const int64_t planes = s.channels_last ? 1 : s.n * s.channels,
+                    items = s.channels_last ? s.n * groups * s.width * (s.channels / v)
+                                            : s.width / v * groups;
+      return Launch{ceil_div(items, kStarConvThreads) * planes, ceil_div(items, 32) * planes};
+    };
+    params.rows = rows_of(s.height, 2, enough_warps(v), cut);
+    const auto run = [&](auto kernel) {
+      const int64_t grid = cut(ceil_div(s.height, params.rows)).blocks;
+      launch("star_conv_forward", kernel, star_conv_config(dim3(grid_of(grid)), 0, stream),
+             static_cast<const T*>(p), static_cast<const T*>(b), static_cast<const T*>(weight),
+             static_cast<const T*>(bias), static_cast<T*>(y), params);
+    };
+    if (s.channels_last)
+      v > 1 ? run(star_conv_last_kernel<T, 4>) : run(star_conv_last_kernel<T, 1>);
+    else
+      v > 1 ? run(star_conv_forward_kernel<T, kWidest>) : run(star_conv_forward_kernel<T, 1>);
   });
 }
 

@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(kStarConvThreads, 1)
 // sums for the 9 taps and the bias. grid: images * channels * splits, or any part of it with a
 // stride.
 template <typename T, int V>
-__global__ void __launch_bounds__(kStarConvThreads, 1)
+__global__ void __launch_bounds__(kStarConvThreads, 2)
     star_conv_backward_kernel(const T* __restrict__ grad, const T* __restrict__ p,
                               const T* __restrict__ b, const T* __restrict__ weight,
                               const T* __restrict__ bias, T* __restrict__ grad_p,
@@ -303,17 +303,22 @@ __global__ void __launch_bounds__(kStarConvThreads, 1)
       shift[e] = bias ? load_one(bias + c + e) : 0.0f;
       second[e] = third[e] = 0;
     }
-    for (int k = 0; k < s.rows + 2; ++k) {
-      const int r = row - 1 + k;
-      if (r > s.height) break;
-      const int64_t pixel = (image * s.height + r) * s.width + column;
-      const bool inside = r >= 0 && r < s.height;
+    const int64_t pixel = (image * s.height + row - 1) * s.width + column,
+                  behind = pixel - s.width;  // of the row that is ready
+    const T *from = p + pixel * s.step + c, *gate = b + behind * s.step + c;
+    T* to = y + behind * s.channels + c;
+    const int64_t next = s.step * s.width, next_y = int64_t{s.channels} * s.width;
+    const bool left = column > 0, right = column + 1 < s.width;
+    const int end = s.height - row < s.rows ? s.height - row + 2 : s.rows + 2;
+    for (int k = 0; k < end; ++k) {
+      const bool inside = static_cast<unsigned>(row - 1 + k) < static_cast<unsigned>(s.height);
       float x[3][V], a[V], vb[V];
-      SDAN_UNROLL
-      for (int i = 0; i < 3; ++i)
-        load_or_zero<T, V>(p + (pixel + i - 1) * s.step + c,
-                           inside && column + i > 0 && column + i <= s.width, x[i]);
-      load_or_zero<T, V>(b + (pixel - s.width) * s.step + c, k >= 2, vb);
+      load_or_zero<T, V>(from - s.step, inside && left, x[0]);
+      load_or_zero<T, V>(from, inside, x[1]);
+      load_or_zero<T, V>(from + s.step, inside && right, x[2]);
+      load_or_zero<T, V>(gate, k >= 2, vb);
+      T* const out = to;
+      from += next, gate += next, to += next_y;
       SDAN_UNROLL
       for (int i = 0; i < 3; ++i) add_product<V>(w[6 + i], x[i], third);
       SDAN_UNROLL
@@ -327,7 +332,7 @@ __global__ void __launch_bounds__(kStarConvThreads, 1)
       SDAN_UNROLL
       for (int e = 0; e < V; ++e) a[e] = gelu<kCoarse>(a[e]) * vb[e];
       activate<kCoarse>(s.outer, a);
-      store<V>(y + (pixel - s.width) * s.channels + c, a);
+      store<V>(out, a);
     }
   }
 }

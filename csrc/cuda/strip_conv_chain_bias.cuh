@@ -75,13 +75,33 @@ __global__ void __launch_bounds__(kFieldThreads, 1)
   }
 }
 
-// 16 bytes of the gradient: 4 of float32, 8 of 16 bits.
+// V elements of a row, 16 bytes: 4 of float32, 8 of 16 bits. All at once if `wide`, else one by
+// one, and zeros from the `present`-th on.
 template <int V>
-__device__ __forceinline__ void load_wide(DType dtype, const void* p, int64_t i, float (&v)[V]) {
-  if constexpr (V == 4)
-    load<4>(static_cast<const float*>(p) + i, v);
-  else
-    load8_any(dtype, p, i, v);
+__device__ __forceinline__ Words<16> load_columns(const void* p, int64_t i, bool wide,
+                                                  int present) {
+  using E = std::conditional_t<V == 4, uint32_t, uint16_t>;
+  const E* from = static_cast<const E*>(p) + i;
+  if (wide) return load_words<16>(from);
+  Words<16> r{};
+  SDAN_UNROLL
+  for (int e = 0; e < V; ++e)
+    if (e < present)
+      r.w[e * 4 / V] |= static_cast<uint32_t>(from[e]) << (V == 4 ? 0 : 16 * (e % 2));
+  return r;
+}
+
+template <int V>
+__device__ __forceinline__ void to_floats(DType dtype, const Words<16>& r, float (&v)[V]) {
+  SDAN_UNROLL
+  for (int j = 0; j < 4; ++j) {
+    if constexpr (V == 4)
+      v[j] = bits_to_float(r.w[j]);
+    else if (dtype == DType::kBFloat16)
+      unpack2<bfloat16>(r.w[j], v[2 * j], v[2 * j + 1]);
+    else
+      unpack2<float16>(r.w[j], v[2 * j], v[2 * j + 1]);
+  }
 }
 
 struct BiasParams {
@@ -105,10 +125,10 @@ struct BiasFields {
 // carefully. Block x (plane, segment) writes partial[i][x] for the biases i of H_s, V_s, H_s+1,
 // V_s+1.
 template <int V>
-__global__ void __launch_bounds__(kBiasThreads, 1)
+__global__ void __launch_bounds__(kBiasThreads, 2)
     chain_bias_sums_kernel(const void* __restrict__ grad, const BiasFields fields,
                            float* __restrict__ partial, const BiasParams p) {
-  constexpr int R = kBiasRows;
+  constexpr int R = kBiasRows, H = R / 2;
   constexpr bool kCareful = V == 4;
   SDAN_SHARED(float, sums, [4][kBiasThreads / 32]);
   const auto segments = static_cast<unsigned>((p.height + p.segment - 1) / p.segment);
@@ -122,82 +142,104 @@ __global__ void __launch_bounds__(kBiasThreads, 1)
   SDAN_UNROLL
   for (int s = 0; s < 3; ++s) down[s] = fields.down[s] ? fields.down[s] + c * p.height : nullptr;
   CarefulSum total[4];
-  for (int g = static_cast<int>(threadIdx.x) % abreast; first < begin + rows && g < groups;
-       g += abreast) {
-    const int x = g * V;
-    const int64_t base = plane * p.height * p.width + x;
-    CarefulSum columns[3][V];
-    for (int y = first; y < end; y += rows * R) {
-      float v[R][V], few[3][V] = {};
-      SDAN_UNROLL
-      for (int r = 0; r < R; ++r) {
-        const int at = y + r * rows;
-        const int64_t i = base + static_cast<int64_t>(at) * p.width;
-        if (p.wide && at < end) {
-          load_wide<V>(p.dtype, grad, i, v[r]);
-        } else {
+  const auto over_columns = [&](auto at_once) {
+    constexpr bool kAtOnce = decltype(at_once)::value;
+    for (int g = static_cast<int>(threadIdx.x) % abreast; first < begin + rows && g < groups;
+         g += abreast) {
+      const int x = g * V;
+      const int64_t base = plane * p.height * p.width + x;
+      CarefulSum columns[3][V];
+      for (int y = first; y < end; y += rows * R) {
+        [[maybe_unused]] float few[3][V] = {};
+        SDAN_UNROLL_BY(1)
+        for (int half = 0; half < R; half += H) {
+          // All loads come before any arithmetic, and none is behind a branch.
+          Words<16> words[H];
+          float factor[3][H];
           SDAN_UNROLL
-          for (int e = 0; e < V; ++e)
-            v[r][e] = at < end && x + e < p.width ? load_any(p.dtype, grad, i + e) : 0.0f;
+          for (int r = 0; r < H; ++r) {
+            const int at = y + (half + r) * rows;
+            words[r] = Words<16>{};
+            if (at < end)
+              words[r] = load_columns<V>(grad, base + static_cast<int64_t>(at) * p.width, kAtOnce,
+                                         p.width - x);
+            SDAN_UNROLL
+            for (int s = 0; s < 3; ++s) {
+              factor[s][r] = 1;
+              if (down[s]) factor[s][r] = down[s][at < end ? at : y];
+            }
+          }
+          SDAN_UNROLL
+          for (int r = 0; r < H; ++r) {
+            float v[V];
+            to_floats<V>(p.dtype, words[r], v);
+            SDAN_UNROLL
+            for (int s = 0; s < 3; ++s) {
+              if (s > p.stages) continue;
+              SDAN_UNROLL
+              for (int e = 0; e < V; ++e) {
+                if constexpr (kCareful)
+                  columns[s][e].add(v[e] * factor[s][r]);
+                else
+                  few[s][e] = fmaf(v[e], factor[s][r], few[s][e]);
+              }
+            }
+          }
+        }
+        if constexpr (!kCareful) {
+          SDAN_UNROLL
+          for (int s = 0; s < 3; ++s) {
+            if (s > p.stages) continue;
+            SDAN_UNROLL
+            for (int e = 0; e < V; ++e) columns[s][e].add(few[s][e]);
+          }
+        }
+      }
+      // Columns beyond the image are zero. H_s has the field down(s), all others those behind it.
+      [[maybe_unused]] float few[4] = {};
+      SDAN_UNROLL
+      for (int first_of = 0; first_of < V; first_of += 4) {
+        float across[3][4];
+        SDAN_UNROLL
+        for (int s = 1; s < 3; ++s) {
+          const float* from = fields.across[s] && s <= p.stages
+                                  ? fields.across[s] + c * p.width + x + first_of
+                                  : nullptr;
+          SDAN_UNROLL
+          for (int k = 0; k < 4; ++k) across[s][k] = 1;
+          if (from && kAtOnce) {
+            load<4>(from, across[s]);
+          } else if (from) {
+            SDAN_UNROLL
+            for (int k = 0; k < 4; ++k)
+              if (x + first_of + k < p.width) across[s][k] = from[k];
+          }
         }
         SDAN_UNROLL
-        for (int s = 0; s < 3; ++s) {
-          if (s > p.stages) continue;
-          const float factor = down[s] && at < end ? down[s][at] : 1.0f;
+        for (int i = 0; i < 4; ++i) {
           SDAN_UNROLL
-          for (int e = 0; e < V; ++e) {
-            if constexpr (kCareful)
-              columns[s][e].add(v[r][e] * factor);
-            else
-              few[s][e] = fmaf(v[r][e], factor, few[s][e]);
+          for (int k = 0; k < 4; ++k) {
+            const CarefulSum& column = columns[(i + 1) / 2][first_of + k];
+            const float factor = across[i / 2 + 1][k];
+            if constexpr (kCareful) {
+              total[i].add(column.sum * factor);
+              total[i].add(-column.lost * factor);
+            } else {
+              few[i] = fmaf(column.sum - column.lost, factor, few[i]);
+            }
           }
         }
       }
       if constexpr (!kCareful) {
         SDAN_UNROLL
-        for (int s = 0; s < 3; ++s) {
-          if (s > p.stages) continue;
-          SDAN_UNROLL
-          for (int e = 0; e < V; ++e) columns[s][e].add(few[s][e]);
-        }
+        for (int i = 0; i < 4; ++i) total[i].add(few[i]);
       }
     }
-    // Columns beyond the image are zero. H_s has the field down(s), all others those behind it.
-    float across[3][V], few[4] = {};
-    SDAN_UNROLL
-    for (int s = 1; s < 3; ++s) {
-      const float* from =
-          fields.across[s] && s <= p.stages ? fields.across[s] + c * p.width + x : nullptr;
-      SDAN_UNROLL
-      for (int e = 0; e < V; e += 4) {
-        float four[4] = {1, 1, 1, 1};
-        if (from && p.wide) {
-          load<4>(from + e, four);
-        } else if (from) {
-          SDAN_UNROLL
-          for (int k = 0; k < 4; ++k)
-            if (x + e + k < p.width) four[k] = from[e + k];
-        }
-        SDAN_UNROLL
-        for (int k = 0; k < 4; ++k) across[s][e + k] = four[k];
-      }
-    }
-    SDAN_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      SDAN_UNROLL
-      for (int e = 0; e < V; ++e) {
-        const CarefulSum& column = columns[(i + 1) / 2][e];
-        const float factor = across[i / 2 + 1][e];
-        if constexpr (kCareful) {
-          total[i].add(column.sum * factor);
-          total[i].add(-column.lost * factor);
-        } else {
-          few[i] = fmaf(column.sum - column.lost, factor, few[i]);
-        }
-      }
-      if (!kCareful) total[i].add(few[i]);
-    }
-  }
+  };
+  if (p.wide)
+    over_columns(std::true_type{});
+  else
+    over_columns(std::false_type{});
   const int warp = static_cast<int>(threadIdx.x) / 32;
   SDAN_UNROLL
   for (int i = 0; i < 4; ++i) {

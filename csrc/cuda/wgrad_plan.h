@@ -220,10 +220,19 @@ inline WgradLastPlan plan_wgrad_last(DType dtype, const ConvShape& s, bool paire
   const int64_t d = p.vertical ? p.dh : p.dw,
                 units = ceil_div(outer, plan.taps_outer) * ceil_div(inner, plan.taps);
   const int64_t lanes = ceil_div(p.channels, plan.vector), across = ceil_div(lanes, 128),
-                bx = ceil_div(lanes, across), by = std::max<int64_t>(1, 256 / bx);
+                bx = ceil_div(lanes, across), most = std::max<int64_t>(1, 256 / bx);
+  // Strips down the columns: few columns at a time, whole sectors of them, as rows are read again
+  // where a block ends. Others read their neighbours' columns as well.
+  const int64_t bytes = p.channels * (dtype == DType::kFloat32 ? 4 : 2), each = kLastOutputs * d,
+                groups = ceil_div(length, each), whole = 32 / std::gcd(bytes, int64_t{32});
+  const int64_t down = p.vertical && outer == 1 ? std::clamp<int64_t>(most / whole, 1, groups) : 1;
+  p.abreast = static_cast<int32_t>(std::max<int64_t>(1, most / down));
+  if (down > 1) p.abreast = static_cast<int32_t>(p.abreast / whole * whole);
+  const int64_t by = p.vertical ? p.abreast * down : most;
+  const int64_t turns =
+      p.planes * (p.vertical ? ceil_div(other, p.abreast) * d * ceil_div(groups, down)
+                             : ceil_div(groups * d * other, by));
   // A block for each SM of a large GPU, or as many as leave a thread sums of 128 pixels.
-  const int64_t groups = ceil_div(length, kLastOutputs * d) * d * other;
-  const int64_t turns = ceil_div(groups, by) * p.planes;
   const int64_t blocks = std::clamp<int64_t>(
       std::max(ceil_div(kSms, across * units), ceil_div(turns, 128 / kLastOutputs)), 1,
       std::max<int64_t>(1, turns));

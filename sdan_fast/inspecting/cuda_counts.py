@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -137,11 +138,13 @@ class Executor:
         values: list[Any] = []
         names: list[str] = []
         sizes: dict[str, float] = {}
+        parts: list[tuple[int, str]] = []  # (address, name)
         for i, (_, _, size, kind) in enumerate(self.parameters(launch.kernel)):
             raw, name = launch.value(i, size), f"p{i}"
             names.append(name)
             if size == 8 and (array := self.memory(int.from_bytes(raw, "little"))) is not None:
                 values.append(array)
+                parts.append((array.ctypes.data, name))
                 sizes[name] = float(array.size)
                 continue
             pointers = {}
@@ -149,8 +152,13 @@ class Executor:
                 array = self.memory(int.from_bytes(raw[at : at + 8], "little"))
                 if array is not None:
                     pointers[at] = array
+                    parts.append((array.ctypes.data, f"{name}+{at}"))
                     sizes[f"{name}+{at}"] = float(array.size)
             values.append(interpreter().Struct(raw, pointers) if pointers else raw)
+        # Two that lie in the same tensor both end with it: what is behind the second is the second's alone.
+        parts.sort()
+        for (at, name), (following, _) in itertools.pairwise(parts):
+            sizes[name] = min(sizes[name], float(following - at))
         return values, names, sizes
 
     def key(self, launch: recorder.CudaLaunch) -> str:

@@ -44,14 +44,15 @@ def launch(text, k, d, g, x, partial, *, tile, lanes):
     planes = [up(m * pitch - 8, 16) + 8 for m, pitch in zip((th, th + k - 1), pitches, strict=True)]
     shared = 2 * lanes * sum(planes)
     products = -(-(16 + (k - 1) * d + margin - halo) // 8)
-    folded = 4 * (7 * ((products + 1) // 2 * 16 + 8) + 8 * (products + 1))
-    apart = k * products > 36 or 2 * planes[1] < folded
+    at_once = k if k * products <= 36 else (k + 1) // 2  # rows of taps
+    scratch = 8 * up(3 * (up(at_once * k - 8, 32) + 8) + at_once * k + 6, 4)  # bytes of a warp
+    apart = at_once < k or 2 * min(planes) < scratch // 2
     p = struct.pack(
         "<14i", c, h, w, lanes, th, tw, down, across, n * d * down * across, pitches[0], planes[0], pitches[1],
         planes[1], apart * shared,
     )  # fmt: skip
     name = entry(text, "wgrad_mma_last_kernel", MANGLED[x.dtype], f"Li{k}ELi{d}E")
-    shared += apart * lanes // 4 * folded
+    shared += apart * lanes // 4 * scratch
     grid = (partial.shape[0], splits)
     return run(text, name, grid, 8 * lanes, [g, x, partial, p], shared_bytes=shared)
 

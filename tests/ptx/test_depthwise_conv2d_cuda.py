@@ -44,7 +44,7 @@ FIELDS = [
     "rows",
     "pitch",
     "wide",
-    "splits",
+    "abreast",
     "vertical",
 ]
 
@@ -76,11 +76,11 @@ def test_weight_gradient_in_channels_last(text, dtype):
     _, tname = DTYPE[dtype]
     mangled = "If" if tname == "float" else f"{len(tname)}{tname}"
     fields = dict(zip(["kh", "kw", "dh", "dw"], (*kernel, *dilation), strict=True))
-    p = params(dtype, n, channels=c, height=h, width=w, vertical=1, splits=1, **fields)
     splits = 3
     partial = torch.full((splits, c, taps + 1), float("nan"))
-    # All taps of a thread's channels, or units of 8 taps of the three columns.
-    for pair, inner, outer in ((v, 3, 3), (v, 8, 1), (1, 12, 1)):
+    # All taps of a thread's channels, or units of 8 taps of the three columns; 4, 2 or 1 columns at a time.
+    for pair, inner, outer, abreast in ((v, 3, 3, 4), (v, 8, 1, 2), (1, 12, 1, 1)):
+        p = params(dtype, n, channels=c, height=h, width=w, vertical=1, abreast=abreast, **fields)
         partial.fill_(float("nan"))
         name = entry(text, "wgrad_last_kernel", mangled, f"Li{pair}ELi{inner}ELi{outer}E")
         lanes = c // pair
