@@ -122,9 +122,8 @@ def wgrad_nchw(kh: int, kw: int, width: int, itemsize: int, aligned: bool, dw: i
             64 if r * m * v == 64 else 128,
             1,
         )  # of more threads with 64 pixels each ptxas spills for occupancy
-    # The last sums over threads cost as much as a chunk or two, whose arithmetic is to be most of it.
-    least = 2 if kh == 1 or not vector or itemsize == 4 else 1
-    least = 4 if kh * kw > 25 else least
+    # The last sums over threads cost as much as a chunk or two.
+    least = 2 if kh == 1 or not vector else 4 if kh * kw > 25 else 1
     chunks = tuned("wgrad_nchw", f"{kh}x{kw}, {itemsize} bytes", CHUNKS=chunks)["CHUNKS"]
     return Settings(
         V=v, VECTOR=vector, R=r, M=m, S=s, TH=th, COLUMNS=columns, BG=bg, BQ=bq, FLAT=bq == 1, CHUNKS=chunks,
