@@ -16,12 +16,11 @@ RowOrder row_order(const DepthwiseArgs& a) {
   const int64_t rows = a.kh_used;
   const int64_t columns = a.kw_used;
   if (columns > (rows > 5 ? 7 : (wide ? 21 : 11))) return RowOrder::kTiles;
-  // What does not stay in a cache is moved fastest as one stream in and one out, if each input need
-  // not be loaded much more often for that: a strip's beyond the second-level cache, a square's
-  // beyond the last.
+  // What does not stay in the last cache is moved fastest as one stream in and one out, if each
+  // input need not be loaded much more often for that.
   const int64_t bytes = 2 * a.n * a.c * a.h * a.w * (wide ? 4 : 2);
-  const int64_t cached = int64_t{1} << (rows == 1 ? 22 : 25);
-  return bytes > cached && rows <= 3 && rows * columns <= 11 ? RowOrder::kSingle : RowOrder::kFours;
+  const bool single = bytes > (int64_t{1} << 25) && rows <= 3 && rows * columns <= 11;
+  return rows == 1 || single ? RowOrder::kSingle : RowOrder::kFours;
 }
 
 // Sets args->lanes and args->grid. A tile has half a megabyte, of a second-level cache; the rows

@@ -234,7 +234,10 @@ void run_in_place(const DepthwiseArgs& a, int64_t begin, int64_t end) {
                          kw, 1);
     const float bias = a.bias == nullptr ? 0.0f : to_float(static_cast<const T*>(a.bias)[c]);
     const int64_t first = plane * a.h * a.w;
-    const PlaneConv<T> conv = {static_cast<const T*>(a.x) + first,
+    const T* x = static_cast<const T*>(a.x);
+    const PlaneConv<T> conv = {x,
+                               x + a.n * a.c * a.h * a.w,
+                               x + first,
                                static_cast<T*>(a.y) + first,
                                a.h,
                                a.w,

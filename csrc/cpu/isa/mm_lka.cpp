@@ -6,6 +6,7 @@
 // that a row loaded for one of them serves the taps of all: kh x kw multiply-adds cost (kRows + kh
 // - 1) x kw loads for kRows outputs, dilated or not, and nothing is gathered.
 #include "band.h"
+#include "row_conv.h"
 
 namespace sdan_fast {
 namespace SDAN_ISA {
@@ -15,12 +16,15 @@ namespace {
 #if SDAN_IS_AVX512
 constexpr int kRows = 8;
 constexpr int kVecs = 2;
+constexpr int kRowVecs = 8;
 #elif SDAN_IS_AVX2
 constexpr int kRows = 8;
 constexpr int kVecs = 1;
+constexpr int kRowVecs = 8;
 #else
 constexpr int kRows = 4;
 constexpr int kVecs = 1;
+constexpr int kRowVecs = 4;
 #endif
 
 // One convolution over a block of R x V vectors. `in` points at the first tap of the first output;
@@ -135,10 +139,48 @@ void conv_rows(int rows, const ConvBlock& block, int64_t width) {
 #undef SDAN_CONV_CASE
 }
 
+// V vectors of one row of a convolution along rows, of which `left` outputs are wanted.
+template <int V>
+SDAN_INLINE void strip_vectors(const ConvBlock& block, int row, int64_t x, int64_t left) {
+  Vec acc[V];
+#pragma GCC unroll 8
+  for (int v = 0; v < V; ++v) acc[v] = set1(block.bias);
+  row_sums(acc, block.in + row * block.in_row + x, block.weight, block.kw, block.dw);
+  float* out = block.out + row * block.out_row + x;
+#pragma GCC unroll 8
+  for (int v = 0; v < V; ++v, left -= kLanes) {
+    // What lies beyond the width is the next convolution's zero padding.
+    if (left >= kLanes) {
+      store(out + v * kLanes, acc[v]);
+    } else if (left > 0) {
+      store_n(out + v * kLanes, acc[v], static_cast<int>(left));
+    }
+  }
+}
+
+void conv_strip(int rows, const ConvBlock& block, int64_t width) {
+  for (int r = 0; r < rows; ++r) {
+    int64_t x = 0;
+    while (x < width) {
+      const int64_t left = width - x;
+      if (left > (kRowVecs - 2) * kLanes) {
+        strip_vectors<kRowVecs>(block, r, x, left);
+        x += kRowVecs * kLanes;
+      } else if (left > 2 * kLanes) {
+        strip_vectors<kRowVecs / 2>(block, r, x, left);
+        x += kRowVecs / 2 * kLanes;
+      } else {
+        strip_vectors<2>(block, r, x, left);
+        x += 2 * kLanes;
+      }
+    }
+  }
+}
+
 void conv_any_rows(int rows, const ConvBlock& block, int64_t width) {
   switch (block.kh) {
     case 1:
-      return conv_rows<1>(rows, block, width);
+      return conv_strip(rows, block, width);
     case 3:
       return conv_rows<3>(rows, block, width);
     case 5:
@@ -216,7 +258,9 @@ void branch_scratch(const BranchPlan* plan, int branch, int64_t height, int64_t 
     height = height + 2 * b.pad_y < plan->height ? height + 2 * b.pad_y : plan->height;
     width = width + 2 * b.pad_x < plan->width ? width + 2 * b.pad_x : plan->width;
   }
-  *bytes = 2 * round_up(largest * static_cast<int64_t>(sizeof(float)), 64);
+  // Strips along rows may read as many floats beyond the last row.
+  const int64_t slack = kRowVecs * kLanes;
+  *bytes = (2 * round_up(largest, 16) + slack) * static_cast<int64_t>(sizeof(float));
 }
 
 void branch_run(const BranchPlan* plan, int branch, int channel, const Region* region,

@@ -43,6 +43,7 @@ SDAN_INLINE void fill_masks(const RowEdges& edges, int64_t w, int kw, int64_t dw
 
 // Those of a vector at an edge.
 struct LoadLanes {
+  static constexpr bool kWholeLines = false;
   const LaneBits* masks;
   template <typename T>
   SDAN_INLINE void operator()(Vec (&in)[1], const T* p, ptrdiff_t, int j) const {
@@ -50,8 +51,11 @@ struct LoadLanes {
   }
 };
 
-// Neighbouring vectors, in the order of load_two where there are pairs of them.
+// Neighbouring vectors, in the order of load_two where there are pairs of them. WholeLines: what
+// lies before and after them, a vector or two, may be read as well.
+template <bool WholeLines>
 struct LoadNeighbours {
+  static constexpr bool kWholeLines = WholeLines;
   template <int V, typename T>
   SDAN_INLINE void operator()(Vec (&in)[V], const T* p, ptrdiff_t, int) const {
     if constexpr (V == 1) {
@@ -63,9 +67,10 @@ struct LoadNeighbours {
   }
 };
 
-// A plane of h x w pixels and what is made of it.
+// A plane of h x w pixels, of the images [begin, end), and what is made of it.
 template <typename T>
 struct PlaneConv {
+  const T *begin, *end;
   const T* x;
   T* y;
   int64_t h, w;
@@ -89,7 +94,7 @@ struct PlaneRows {
 template <int R, int V, int KH, typename T, typename Load>
 SDAN_INLINE void plane_block(const PlaneConv<T>& p, const Taps& taps, const PlaneRows<T>& rows,
                              int64_t c, const Load& load) {
-  if constexpr (R > 1) {
+  if (R > 1 && rows.next_x != nullptr) {
     constexpr int kLine = 64 / sizeof(T);
 #pragma GCC unroll 16
     for (int i = 0; i < R * V * kLanes; i += kLine) {
@@ -122,33 +127,69 @@ SDAN_INLINE void plane_block(const PlaneConv<T>& p, const Taps& taps, const Plan
   }
 }
 
-// R whole rows. Not inlined: each instance is one hot loop.
-template <int R, int V, int KH, typename T>
-__attribute__((noinline)) void plane_rows(const PlaneConv<T>& p, const Taps& taps,
-                                          const PlaneRows<T>& rows) {
-  const LaneBits* masks = p.edges.masks;
+// The vectors [left, right) of R rows.
+template <int R, int V, int KH, typename T, typename Load>
+SDAN_INLINE void plane_vectors(const PlaneConv<T>& p, const Taps& taps, const PlaneRows<T>& rows,
+                               const Load& load) {
   const int64_t right = p.edges.right;
-  int64_t v = 0;
-  for (; v < p.edges.left; ++v, masks += taps.kw) {
-    plane_block<R, 1, KH>(p, taps, rows, v * kLanes, LoadLanes{masks});
-  }
-  for (; v + V <= right; v += V) plane_block<R, V, KH>(p, taps, rows, v * kLanes, LoadNeighbours{});
+  int64_t v = p.edges.left;
+  for (; v + V <= right; v += V) plane_block<R, V, KH>(p, taps, rows, v * kLanes, load);
   if constexpr (V > 4) {
     if (v + V / 2 <= right) {
-      plane_block<R, V / 2, KH>(p, taps, rows, v * kLanes, LoadNeighbours{});
+      plane_block<R, V / 2, KH>(p, taps, rows, v * kLanes, load);
       v += V / 2;
     }
   }
   if constexpr (V > 2) {
     if (v + 2 <= right) {
-      plane_block<R, 2, KH>(p, taps, rows, v * kLanes, LoadNeighbours{});
+      plane_block<R, 2, KH>(p, taps, rows, v * kLanes, load);
       v += 2;
     }
   }
-  for (; v < right; ++v) plane_block<R, 1, KH>(p, taps, rows, v * kLanes, LoadNeighbours{});
-  for (; v < p.edges.all; ++v, masks += taps.kw) {
+  for (; v < right; ++v) plane_block<R, 1, KH>(p, taps, rows, v * kLanes, load);
+}
+
+// The vectors of R rows that have taps beyond the row's left or right end.
+template <int R, int KH, typename T>
+SDAN_INLINE void plane_edges(const PlaneConv<T>& p, const Taps& taps, const PlaneRows<T>& rows,
+                             int64_t begin, int64_t end, const LaneBits* masks) {
+  for (int64_t v = begin; v < end; ++v, masks += taps.kw) {
     plane_block<R, 1, KH>(p, taps, rows, v * kLanes, LoadLanes{masks});
   }
+}
+
+// The vectors between those.
+template <int R, int V, int KH, typename T>
+SDAN_INLINE void plane_middle(const PlaneConv<T>& p, const Taps& taps, const PlaneRows<T>& rows) {
+  const T* last = rows.x + (R - 1) * taps.dh * p.w + p.w;
+  if (KH == 1 && rows.x - p.begin >= kLanes && p.end - last >= 2 * kLanes) {
+    plane_vectors<R, V, KH>(p, taps, rows, LoadNeighbours<true>{});
+  } else {
+    plane_vectors<R, V, KH>(p, taps, rows, LoadNeighbours<false>{});
+  }
+}
+
+// R whole rows. Not inlined: each instance is one hot loop.
+template <int R, int V, int KH, typename T>
+__attribute__((noinline)) void plane_rows(const PlaneConv<T>& p, const Taps& taps,
+                                          const PlaneRows<T>& rows) {
+  const RowEdges& edges = p.edges;
+  plane_edges<R, KH>(p, taps, rows, 0, edges.left, edges.masks);
+  plane_middle<R, V, KH>(p, taps, rows);
+  plane_edges<R, KH>(p, taps, rows, edges.right, edges.all, edges.masks + edges.left * taps.kw);
+}
+
+// R neighbouring rows of a kernel of one row, one after the other but for their ends: the sums of a
+// vector alone are a chain of multiply-adds that wait for each other.
+template <int R, typename T>
+__attribute__((noinline)) void plane_strip(const PlaneConv<T>& p, const PlaneRows<T>& rows) {
+  const RowEdges& edges = p.edges;
+  PlaneRows<T> row = rows;
+  for (int r = 0; r < R; ++r, row.x += p.w, row.y += p.w) {
+    plane_middle<1, kRowConvVecs, 1>(p, p.taps, row);
+  }
+  plane_edges<R, 1>(p, p.taps, rows, 0, edges.left, edges.masks);
+  plane_edges<R, 1>(p, p.taps, rows, edges.right, edges.all, edges.masks + edges.left * p.taps.kw);
 }
 
 // One row, the taps that meet padding left out.
@@ -166,8 +207,9 @@ SDAN_INLINE void plane_border_row(const PlaneConv<T>& p, int64_t r) {
       p, taps, {p.x + (top + skip * dh) * p.w, p.y + r * p.w, nullptr, nullptr});
 }
 
-// Rows [h0, h1) of the plane, with a kernel of KH rows, or (KH = 0) of four or more. `single`: row
-// by row, the one order in which no more than a stream is read and one written.
+// Rows [h0, h1) of the plane, with a kernel of KH rows: 1, 3, 5 or (KH = 0) four or more. `single`:
+// row by row, the one order in which no more than a stream is read and one written, and that of
+// strips in any case.
 template <int KH, typename T>
 SDAN_INLINE void plane_conv(const PlaneConv<T>& p, int64_t h0, int64_t h1, bool single) {
   const int64_t dh = p.taps.dh;
@@ -178,7 +220,11 @@ SDAN_INLINE void plane_conv(const PlaneConv<T>& p, int64_t h0, int64_t h1, bool 
     return PlaneRows<T>{p.x + (r - pad) * p.w, p.y + r * p.w, nullptr, nullptr};
   };
   for (int64_t r = h0; r < begin; ++r) plane_border_row(p, r);
-  if (single) {
+  if constexpr (KH == 1) {
+    int64_t r = begin;
+    for (; r + 3 < end; r += 4) plane_strip<4>(p, rows_at(r));
+    for (; r < end; ++r) plane_strip<1>(p, rows_at(r));
+  } else if (single) {
     for (int64_t r = begin; r < end; ++r) plane_rows<1, kRowConvVecs, KH>(p, p.taps, rows_at(r));
   } else {
     for (int64_t r0 = begin; r0 < end; r0 += 4 * dh) {

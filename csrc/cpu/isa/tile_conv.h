@@ -14,6 +14,7 @@
 #include <type_traits>
 
 #include "prefetch.h"
+#include "row_conv.h"
 #include "vec.h"
 
 namespace sdan_fast {
@@ -65,8 +66,10 @@ SDAN_INLINE Vec load_weight(const float* w) {
   }
 }
 
-// How the taps of column j read V vectors, `next` apart: each whole.
+// How the taps of column j read V vectors, `next` apart: each whole. kWholeLines: what lies in the
+// lines of the first and after the last of them may be read as well, where they are neighbours.
 struct LoadAll {
+  static constexpr bool kWholeLines = true;
   template <int V, typename T>
   SDAN_INLINE void operator()(Vec (&in)[V], const T* p, ptrdiff_t next, int) const {
 #pragma GCC unroll 8
@@ -93,6 +96,11 @@ SDAN_INLINE void accumulate(Vec (&acc)[R][V], const T* x, const Taps& taps, ptrd
   const int kh = KH > 0 ? KH : taps.kh;
   const ptrdiff_t next = vector_stride<kLanewise>(taps);
   const float* w = taps.weights;
+  if constexpr (!kLanewise && KH == 1 && V > 2 && Load::kWholeLines && std::is_same_v<T, float>) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) row_sums(acc[r], x + r * row, w, taps.kw, column);
+    return;
+  }
   const ptrdiff_t next_weights = static_cast<ptrdiff_t>(kh + taps.skipped) * kStep;
   // An input that one row's taps alone read is loaded into the multiply-add.
   constexpr int kUses = R < KH || KH == 0 ? R : KH;

@@ -197,15 +197,19 @@ SDAN_INLINE Vec reciprocal(Vec a) {
   return {_mm512_mul_ps(r, _mm512_fnmadd_ps(a.v, r, _mm512_set1_ps(2.0f)))};
 }
 
+// The last kLanes - S lanes of a, then the first S of `after`.
+template <int S>
+SDAN_INLINE Vec lanes_from(Vec a, Vec after) {
+  return {_mm512_castsi512_ps(
+      _mm512_alignr_epi32(_mm512_castps_si512(after.v), _mm512_castps_si512(a.v), S))};
+}
 // Lanes moved up by one, the last of `before` coming in below.
 SDAN_INLINE Vec lanes_right(Vec before, Vec a) {
-  return {_mm512_castsi512_ps(
-      _mm512_alignr_epi32(_mm512_castps_si512(a.v), _mm512_castps_si512(before.v), kLanes - 1))};
+  return lanes_from<kLanes - 1>(before, a);
 }
 // Lanes moved down by one, the first of `after` coming in above.
 SDAN_INLINE Vec lanes_left(Vec a, Vec after) {
-  return {_mm512_castsi512_ps(
-      _mm512_alignr_epi32(_mm512_castps_si512(after.v), _mm512_castps_si512(a.v), 1))};
+  return lanes_from<1>(a, after);
 }
 
 // a < b ? x : y
