@@ -193,3 +193,23 @@ def test_large_planes_row_by_row(
             assert torch.equal(
                 whole[:, :, first : first + 100], part[:, :, first - begin : first - begin + 100]
             )
+
+
+@pytest.mark.parametrize(("taps", "dilation"), [(3, 1), (11, 1), (11, 6), (21, 1), (35, 1)])
+def test_strips_at_every_alignment(taps: int, dilation: int) -> None:
+    """Vectors are shifted together from whole cache lines: what else lies in those must not count, NaN included."""
+    if "cpu" not in BACKENDS:
+        pytest.skip("needs the cpu kernels")
+    generator = torch.Generator().manual_seed(7)
+    shape = (1, 2, 5, 207)
+    weight, bias = torch.randn(2, 1, 1, taps, generator=generator), torch.randn(2)
+    plain = torch.randn(shape, generator=generator)
+    with sdan_fast.use_backend("cpu"):
+        expected = F.depthwise_conv2d(plain, weight, bias, dilation=dilation)
+        for offset in range(16):
+            memory = torch.full((plain.numel() + 64,), torch.nan)
+            x = memory[offset : offset + plain.numel()].view(shape).copy_(plain)
+            assert torch.equal(F.depthwise_conv2d(x, weight, bias, dilation=dilation), expected)
+    exact = reference.depthwise_conv2d(plain.double(), weight.double(), bias.double(), dilation=dilation)
+    eager = reference.depthwise_conv2d(plain, weight, bias, dilation=dilation)
+    assert_within_bound(expected, eager, exact)
