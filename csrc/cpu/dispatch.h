@@ -32,6 +32,10 @@ const char* isa_name(Isa isa);
 // and SDAN_FAST_CPU_ISA names no set, not even avx512.
 bool picked_pairs();
 
+// picked_pairs(), where a function's call would cost as much as what depends on it. Kernels may
+// read it, constants that are made when the library is loaded may not.
+extern const bool rounds_bf16;
+
 // At least `bytes` bytes, 64-byte aligned, owned by the calling thread and reused by its next call
 // for the same slot: the kernels' scratch, so that a hot path allocates nothing but its output.
 // Slot 0 is for the body of a parallel loop, slot 1 for what the caller prepares and its threads

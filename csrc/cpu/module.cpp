@@ -99,6 +99,8 @@ bool picked_pairs() {
 #endif
 }
 
+const bool rounds_bf16 = picked_pairs();
+
 constexpr size_t kHugePage = size_t{2} << 20;
 
 void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {

@@ -1,8 +1,9 @@
 // Tiles of bfloat16 pairs, for processors that multiply and add two of them at once (AVX512-BF16):
 // each 32-bit lane of a row holds two channels of one pixel, the even one in the lower half.
 //
-// The two instructions are written as assembly, so that the AVX-512 units need no flag of their own
-// for them and share their loops with float32; they run only where Pointwise says `pairs`.
+// The instruction is written as assembly, so that the AVX-512 units need no flag of their own for
+// it and share their loops with float32; it runs only where Pointwise says `pairs`, and so does
+// make_pairs (vec.h).
 #pragma once
 
 #include "vec.h"
@@ -19,15 +20,6 @@ SDAN_INLINE Vec dot_pairs(Vec a, Vec b, Vec c) {
   return c;
 }
 
-SDAN_INLINE Vec make_pairs(Vec even, Vec odd) {
-  __m512i both;
-  asm("vcvtne2ps2bf16 %2, %1, %0" : "=v"(both) : "v"(odd.v), "v"(even.v));
-  const __m512i interleaved =
-      _mm512_set_epi32(0x001f000f, 0x001e000e, 0x001d000d, 0x001c000c, 0x001b000b, 0x001a000a,
-                       0x00190009, 0x00180008, 0x00170007, 0x00160006, 0x00150005, 0x00140004,
-                       0x00130003, 0x00120002, 0x00110001, 0x00100000);
-  return {_mm512_castsi512_ps(_mm512_permutexvar_epi16(interleaved, both))};
-}
 #else
 constexpr bool kHasPairs = false;
 
