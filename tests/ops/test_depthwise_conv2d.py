@@ -193,3 +193,27 @@ def test_large_planes_row_by_row(
             assert torch.equal(
                 whole[:, :, first : first + 100], part[:, :, first - begin : first - begin + 100]
             )
+
+
+def test_what_pytorch_does_not_survive() -> None:
+    """A slice of a channels_last tensor in bfloat16, autocast's too, for which oneDNN's code generator may go on for
+    ever; and the weight gradient of one channel under a tall kernel, which PyTorch writes beyond its memory."""
+    code = """
+import torch
+from sdan_fast import functional as F, use_backend
+x = torch.randn(1, 8, 23, 38).contiguous(memory_format=torch.channels_last)
+weight = torch.randn(8, 1, 1, 21)
+with use_backend("reference"), torch.no_grad():
+    F.depthwise_conv2d(x.bfloat16()[:, 4:], weight[4:].bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        F.depthwise_conv2d(x, weight)
+for _ in range(2):
+    x, weight = torch.randn(2, 1, 13, 5, requires_grad=True), torch.randn(1, 1, 63, 1, requires_grad=True)
+    gradients = torch.autograd.grad(F.depthwise_conv2d(x, weight).sum(), (x, weight))
+    # Of the taps along a column, each is multiplied by the rows that it meets.
+    sums = x.detach().sum((0, 1, 3))
+    wanted = torch.stack([sums[max(0, k - 31):max(0, 13 + min(0, k - 31))].sum() for k in range(63)])
+    torch.testing.assert_close(gradients[1].flatten(), wanted, rtol=1e-4, atol=1e-4)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr

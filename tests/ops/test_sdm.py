@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from sdan_fast import explain, reference
 from sdan_fast import functional as F
 
 from .harness import Case, OpContract
@@ -42,6 +43,22 @@ class TestSDM(OpContract):
         case("sdan", 1, 56, 11, 50),
     )
     grad_cases = ("tiny",)
+
+
+def test_levels_that_the_fused_kernel_does_not_take() -> None:
+    """More or fewer distilled parts than SDAN has, or more levels: the parts run instead."""
+    for levels, distilled in ((2, 2), (2, 0), (9, 8)):
+
+        def build(t: Any, levels: int = levels, distilled: int = distilled) -> Any:
+            distill, star, _ = parameters(t, 4, 4, levels)
+            distill = [*distill, *distill][:distilled]
+            fuse = t(4, 4 * (distilled + 1), 1, 1), t(4)
+            return (t(1, 4, 3, 5), distill, star, fuse), {}
+
+        args, _ = Case("any", build).arguments(torch.float32)
+        with torch.no_grad():
+            torch.testing.assert_close(F.sdm(*args), reference.sdm(*args), rtol=1e-3, atol=1e-4)
+            assert explain("sdm", *args).backend == "reference"
 
 
 def test_refusals() -> None:
