@@ -144,7 +144,7 @@ def use_backend(name: str) -> Iterator[None]:
 
     The backward of an op runs on the backend that ran its forward, also outside of the `with`.
     """
-    if name not in NAMES and name not in BACKENDS:
+    if not isinstance(name, str) or (name not in NAMES and name not in BACKENDS):
         raise ValueError(f"backend must be one of {', '.join(NAMES)}, and it is {name!r}")
     global _for_dynamo
     before = _current.get()
@@ -248,7 +248,7 @@ def explain(fn_name: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Exp
     """
     from . import functional
 
-    if isinstance(fn_name, str) and fn_name not in functional.__all__:
+    if not callable(fn_name) and fn_name not in functional.__all__:
         raise ValueError(f"fn_name must be one of {', '.join(functional.__all__)}, and it is {fn_name!r}")
     named = _current.get()
     token = _current.set(_EXPLAIN)

@@ -64,6 +64,10 @@ def test_levels_that_the_fused_kernel_does_not_take() -> None:
 def test_refusals() -> None:
     args, _ = TestSDM.cases[0].arguments(torch.float32)
     x, distill, star, fuse = args
+    with pytest.raises(TypeError, match="distill must be a list, and it is a NoneType"):
+        F.sdm(x, None, star, fuse)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"fuse must be \(weight, bias\), and it has 1 items"):
+        F.sdm(x, distill, star, fuse[:1])
     with pytest.raises(ValueError, match="star must hold 6 tensors for each of one or more levels"):
         F.sdm(x, distill, [], fuse)
     with pytest.raises(ValueError, match=r"fuse weight must have the shape \[4, 4, 1, 1\]"):
