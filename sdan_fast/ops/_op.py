@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 
@@ -28,6 +29,11 @@ OPS: dict[str, Op] = {}
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _transforms_active = torch._C._are_functorch_transforms_active
 _autocasting = torch._C._is_any_autocast_enabled
+
+
+def _forward_mode() -> bool:
+    """Whether tensors may carry tangents: kernels below autograd would lose them without a word."""
+    return forward_ad._current_level >= 0
 
 
 def _no_backward(*_: Any, **__: Any) -> Any:
@@ -105,6 +111,8 @@ class Op:
             return self.reference(*args, **kwargs)
         if torch.compiler.is_compiling():
             return self.overloads[backend](*args, **kwargs)
+        if _forward_mode():
+            return self.reference(*args, **kwargs)
         if torch.is_grad_enabled():
             return self.differentiable(backend, args, kwargs)
         with _below_autograd():
@@ -194,9 +202,8 @@ class Op:
         torch.library.register_fake(f"{NAMESPACE}::{qualified}", self._fake, lib=LIBRARY)
 
         def autograd(*args: Any, **kwargs: Any) -> Tensor:
-            if (
-                _transforms_active()
-            ):  # torch.func.grad and the like: nodes of autograd.Function cannot nest there
+            # torch.func.grad and the like: nodes of autograd.Function cannot nest there
+            if _transforms_active() or _forward_mode():
                 return self.reference(*args, **kwargs)
             return self.differentiable(backend, args, kwargs)
 
@@ -326,6 +333,8 @@ class ComposedOp(Op):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         if _autocasting() or _transforms_active():
+            return self.reference(*args, **kwargs)
+        if not torch.compiler.is_compiling() and _forward_mode():
             return self.reference(*args, **kwargs)
         backend = backends.choose(self, args, kwargs) if isinstance(args[0], Tensor) else "reference"
         if backend == "reference" or self.requires_grad(args):
