@@ -105,9 +105,11 @@ class Op:
             return self._autocast_call(args, kwargs)
         self.check(*args, **kwargs)
         backend = backends.choose(self, args, kwargs)
-        if (
-            backend == "reference" or _transforms_active()
-        ):  # vmap, jvp and the like see through plain PyTorch best
+        if _transforms_active():  # vmap, jvp and the like see through plain PyTorch best
+            return self.reference(*args, **kwargs)
+        if backend == "reference":
+            if self._left_to_pytorch_with_gradient(args):
+                return self.differentiable("", args, kwargs)
             return self.reference(*args, **kwargs)
         if torch.compiler.is_compiling():
             return self.overloads[backend](*args, **kwargs)
@@ -118,6 +120,22 @@ class Op:
         with _below_autograd():
             return self.overloads[backend](*args, **kwargs)
 
+    def _left_to_pytorch_with_gradient(self, args: tuple[Any, ...]) -> bool:
+        """Whether a call that no kernel takes needs this op's own gradient formula.
+
+        PyTorch's 16-bit channels_last gradients on a CPU crash or are wrong for some convolutions, which the formula
+        avoids (docs/decisions.md); where the reference is named, plain PyTorch is what was asked for.
+        """
+        x = args[0]
+        return (
+            not torch.compiler.is_compiling()
+            and x.device.type == "cpu"
+            and x.element_size() == 2
+            and backends.current_backend() != "reference"
+            and not _forward_mode()
+            and self.requires_grad(args)
+        )
+
     def _autocast_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Compute in the dtype that the op's rule says, and return what the reference sequence would."""
         device_type = _device_type(args)
@@ -127,7 +145,9 @@ class Op:
                 return self(*args, **kwargs)
         cast_args, returned = cast
         self.check(*cast_args, **kwargs)
-        if backends.choose(self, cast_args, kwargs) == "reference":
+        if backends.choose(
+            self, cast_args, kwargs
+        ) == "reference" and not self._left_to_pytorch_with_gradient(cast_args):
             return self.reference(*args, **kwargs)  # autocast does there what it always does
         with torch.autocast(device_type, enabled=False):
             return self(*cast_args, **kwargs).to(returned)

@@ -197,7 +197,8 @@ def test_large_planes_row_by_row(
 
 def test_what_pytorch_does_not_survive() -> None:
     """A slice of a channels_last tensor in bfloat16, autocast's too, for which oneDNN's code generator may go on for
-    ever; and the weight gradient of one channel under a tall kernel, which PyTorch writes beyond its memory."""
+    ever; the weight gradient of one channel under a tall kernel, which PyTorch writes beyond its memory; training in
+    bfloat16 on large channels_last images, whose forward "auto" leaves to PyTorch, and whose gradient is ours."""
     code = """
 import torch
 from sdan_fast import functional as F, use_backend
@@ -214,6 +215,17 @@ for _ in range(2):
     sums = x.detach().sum((0, 1, 3))
     wanted = torch.stack([sums[max(0, k - 31):max(0, 13 + min(0, k - 31))].sum() for k in range(63)])
     torch.testing.assert_close(gradients[1].flatten(), wanted, rtol=1e-4, atol=1e-4)
+x = torch.randn(1, 28, 120, 125).bfloat16().contiguous(memory_format=torch.channels_last)
+weight, results = torch.randn(28, 1, 11, 1).bfloat16(), []
+for backend, dtype in (("cpu", torch.bfloat16), ("auto", torch.bfloat16), ("auto", torch.float32)):
+    leaves = [t.detach().to(dtype).requires_grad_() for t in (x, weight)]
+    with use_backend(backend), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+        y = F.depthwise_conv2d(*leaves, dilation=(6, 1))
+    assert y.dtype == torch.bfloat16
+    results.append(torch.autograd.grad(y, leaves, torch.ones_like(y)))
+for gradients in results[1:]:
+    for gradient, wanted in zip(gradients, results[0]):
+        torch.testing.assert_close(gradient.bfloat16(), wanted)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
