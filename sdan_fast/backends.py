@@ -142,7 +142,8 @@ def use_backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: for any other name. An op that the named backend cannot run raises RuntimeError with its reason.
 
-    The backward of an op runs on the backend that ran its forward, also outside of the `with`.
+    The backward of an op runs on the backend that ran its forward, also outside of the `with`. Enter it outside of a
+    compiled function, which recompiles when the backend changes: inside, Dynamo breaks the graph.
     """
     if not isinstance(name, str) or (name not in NAMES and name not in BACKENDS):
         raise ValueError(f"backend must be one of {', '.join(NAMES)}, and it is {name!r}")
