@@ -142,9 +142,10 @@ def use_backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: for any other name. An op that the named backend cannot run raises RuntimeError with its reason.
 
-    The backward of an op runs on the backend that ran its forward, also outside of the `with`.
+    The backward of an op runs on the backend that ran its forward, also outside of the `with`. Enter it outside of a
+    compiled function, which recompiles when the backend changes: inside, Dynamo breaks the graph.
     """
-    if name not in NAMES and name not in BACKENDS:
+    if not isinstance(name, str) or (name not in NAMES and name not in BACKENDS):
         raise ValueError(f"backend must be one of {', '.join(NAMES)}, and it is {name!r}")
     global _for_dynamo
     before = _current.get()
@@ -248,7 +249,7 @@ def explain(fn_name: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Exp
     """
     from . import functional
 
-    if isinstance(fn_name, str) and fn_name not in functional.__all__:
+    if not callable(fn_name) and fn_name not in functional.__all__:
         raise ValueError(f"fn_name must be one of {', '.join(functional.__all__)}, and it is {fn_name!r}")
     named = _current.get()
     token = _current.set(_EXPLAIN)

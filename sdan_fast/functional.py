@@ -48,6 +48,17 @@ def _pair(dilation: Any, name: str = "dilation") -> list[int]:
     return pair
 
 
+def _items(name: str, value: Any, form: str = "a list", count: int | None = None) -> list[Any]:
+    """The items of `value`, `count` of them; else one sentence that says that it must be `form`, and what came."""
+    try:
+        items = list(value)
+    except TypeError:
+        raise TypeError(f"{name} must be {form}, and it is a {type(value).__name__}") from None
+    if count is not None and len(items) != count:
+        raise ValueError(f"{name} must be {form}, and it has {len(items)} items")
+    return items
+
+
 def depthwise_conv2d(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, dilation: Dilation = 1
 ) -> Tensor:
@@ -117,12 +128,9 @@ def _flat_stages(stages: Sequence[StripStage]) -> tuple[list[Tensor], list[Tenso
     biases: list[Tensor] = []
     bias_mask: list[bool] = []
     dilations: list[int] = []
-    for i, stage in enumerate(stages):
-        if len(stage) != 5:
-            raise ValueError(
-                f"stages[{i}] must be (weight_h, bias_h, weight_v, bias_v, dilation), and it has {len(stage)} items"
-            )
-        weight_h, bias_h, weight_v, bias_v, dilation = stage
+    for i, stage in enumerate(_items("stages", stages)):
+        form = "(weight_h, bias_h, weight_v, bias_v, dilation)"
+        weight_h, bias_h, weight_v, bias_v, dilation = _items(f"stages[{i}]", stage, form, 5)
         dh, dw = _pair(dilation, f"stages[{i}].dilation")
         weights += [weight_h, weight_v]
         biases += [bias for bias in (bias_h, bias_v) if bias is not None]
@@ -288,19 +296,17 @@ def _flat_branches(
     biases: list[Tensor] = []
     bias_mask: list[bool] = []
     dilations: list[int] = []
-    for b, branch in enumerate(branches):
-        for j, conv in enumerate(branch):
-            if len(conv) != 3:
-                raise ValueError(
-                    f"branches[{b}][{j}] must be (weight, bias, dilation), and it has {len(conv)} items"
-                )
-            weight, bias, dilation = conv
+    lengths: list[int] = []
+    for b, branch in enumerate(_items("branches", branches)):
+        convs = _items(f"branches[{b}]", branch)
+        lengths.append(len(convs))
+        for j, conv in enumerate(convs):
+            weight, bias, dilation = _items(f"branches[{b}][{j}]", conv, "(weight, bias, dilation)", 3)
             weights.append(weight)
             bias_mask.append(bias is not None)
             if bias is not None:
                 biases.append(bias)
             dilations += _pair(dilation, f"branches[{b}][{j}].dilation")
-    lengths = [len(branch) for branch in branches]
     return weights, biases, {"bias_mask": bias_mask, "dilations": dilations, "lengths": lengths}
 
 
@@ -331,7 +337,7 @@ def sdm(
     Raises:
         TypeError, ValueError: see the module's documentation. All biases have to be there.
     """
-    return ops.sdm(x, _flat(distill), _flat(star), list(fuse), eps=eps)
+    return ops.sdm(x, *_flat_sdm(distill, star, fuse), eps=eps)
 
 
 def rsdam(
@@ -361,22 +367,31 @@ def rsdam(
     Raises:
         TypeError, ValueError: see the module's documentation. Only the biases of branches may be None.
     """
-    distill, star_parameters, fuse = distillation
     weights, biases, layout = _flat_branches(branches)
     return ops.rsdam(
         x,
-        _flat(distill),
-        _flat(star_parameters),
-        list(fuse),
+        *_flat_sdm(*_items("distillation", distillation, "(distill, star, fuse)", 3)),
         weights,
         biases,
-        list(attention_proj),
-        list(proj),
-        list(norm),
+        *(
+            _items(name, pair, _PAIR, 2)
+            for name, pair in (("attention_proj", attention_proj), ("proj", proj), ("norm", norm))
+        ),
         **layout,
         eps=eps,
     )
 
 
-def _flat(groups: Sequence[Sequence[Any]]) -> list[Any]:
-    return [item for group in groups for item in group]
+_PAIR = "(weight, bias)"
+_LEVEL = "(norm_weight, norm_bias, pw1_weight, dw_weight, dw_bias, pw2_weight)"
+
+
+def _flat_sdm(distill: Any, star: Any, fuse: Any) -> tuple[list[Any], list[Any], list[Any]]:
+    """The parameters of a distillation module as the ops' schemas take them."""
+    pairs = [_items(f"distill[{i}]", pair, _PAIR, 2) for i, pair in enumerate(_items("distill", distill))]
+    levels = [_items(f"star[{i}]", level, _LEVEL, 6) for i, level in enumerate(_items("star", star))]
+    return (
+        [t for pair in pairs for t in pair],
+        [t for level in levels for t in level],
+        _items("fuse", fuse, _PAIR, 2),
+    )

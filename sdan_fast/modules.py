@@ -48,7 +48,7 @@ def check_channels(channels: int, groups: int) -> None:
         ValueError: if `groups` has no branch table, or `channels` is odd or not divisible by `groups`.
     """
     check_count("channels", channels)
-    if groups not in BRANCHES:
+    if not isinstance(groups, int) or isinstance(groups, bool) or groups not in BRANCHES:
         raise ValueError(f"groups must be one of {', '.join(map(str, BRANCHES))}, and it is {groups!r}")
     if channels % 2:
         raise ValueError(f"channels must be even, and it is {channels}")
@@ -117,7 +117,7 @@ class StarConv(nn.Module):
         super().__init__()
         check_count("channels_in", channels_in)
         check_count("channels_out", channels_out)
-        if outer not in ACTIVATIONS:
+        if outer not in tuple(ACTIVATIONS):
             raise ValueError(f"outer must be one of {', '.join(ACTIVATIONS)}, and it is {outer!r}")
         self.outer = outer
         self.norm = LayerNorm2d(channels_in)

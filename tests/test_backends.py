@@ -32,6 +32,8 @@ def test_use_backend_refuses_unknown_names() -> None:
         ValueError, match="backend must be one of auto, cpu, triton, cuda, reference, and it is 'gpu'"
     ):
         sdan_fast.use_backend("gpu").__enter__()
+    with pytest.raises(ValueError, match=r"backend must be one of .*, and it is \[\]"):
+        sdan_fast.use_backend([]).__enter__()  # type: ignore[arg-type]
 
 
 def test_use_backend_nests_and_restores() -> None:

@@ -131,8 +131,9 @@ def test_without_the_extra_it_says_what_to_install(missing: str) -> None:
     assert "pip install 'sdan-fast[cli]'" in lines[0]
 
 
-def test_the_package_does_not_import_the_commands() -> None:
-    extras = "typer", "rich", "PIL", "skimage"
+def test_the_package_imports_neither_the_commands_nor_dynamo() -> None:
+    """Dynamo takes several times as long as this package."""
+    extras = "typer", "rich", "PIL", "skimage", "torch._dynamo"
     code = f"import sys, sdan_fast, sdan_fast.models; print([m for m in {extras} if m in sys.modules])"
     assert python("-c", code).stdout.strip() == "[]"
 

@@ -207,6 +207,8 @@ def test_default_initialisation_is_that_of_conv2d() -> None:
         (lambda: MMLKA(14, 4), r"channels must be divisible by groups \(4\), and it is 14"),
         (lambda: MMLKA(12, 5), "groups must be one of 1, 2, 3, 4, and it is 5"),
         (lambda: MMLKA(12, 0), "groups must be one of 1, 2, 3, 4, and it is 0"),
+        (lambda: MMLKA(12, [2]), r"groups must be one of 1, 2, 3, 4, and it is \[2\]"),
+        (lambda: MMLKA(12, True), "groups must be one of 1, 2, 3, 4, and it is True"),
         (lambda: MMLKA(0, 2), "channels must be at least 1, and it is 0"),
         (lambda: SDM(7), "channels must be even, and it is 7"),
         (lambda: SDM(-2), "channels must be at least 1, and it is -2"),

@@ -169,6 +169,8 @@ def test_empty_batch() -> None:
 def test_wrong_input_is_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"x must have the shape \(N, 3, H, W\), and it has"):
         SDAN(2, 8, 1)(torch.rand(shape))
+    with pytest.raises(TypeError, match=r"x must be a torch.Tensor, and it is a NoneType"):
+        SDAN(2, 8, 1)(None)
 
 
 @pytest.mark.parametrize(

@@ -36,8 +36,11 @@ def check_picture(x: Tensor) -> None:
     """Refuse what is no batch of RGB pictures.
 
     Raises:
+        TypeError: if `x` is no tensor.
         ValueError: if `x` is not N x 3 x H x W.
     """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a torch.Tensor, and it is a {type(x).__name__}")
     if x.dim() != 4 or x.shape[1] != 3:
         raise ValueError(f"x must have the shape (N, 3, H, W), and it has {tuple(x.shape)}")
 

@@ -41,6 +41,14 @@ def conv_backward(
         # PyTorch's 16-bit channels_last path on the CPU returns unwritten memory as the weight gradient of a dilated
         # depth-wise convolution, and can crash (docs/decisions.md).
         grad, x = grad.contiguous(), x.contiguous()
+    one_channel = weight.shape[0] == groups == 1 and x.device.type == "cpu"
+    if one_channel and (mask[1] or mask[2]) and dilation[0] * (kh - 1) >= x.shape[2]:
+        # A single channel is a dense convolution to PyTorch, whose weight gradient writes beyond its memory where the
+        # kernel is much taller than the image (docs/decisions.md). The first of two equal channels is a depth-wise one.
+        gx, _, _ = conv_backward(grad, x, weight, (mask[0], False, False), dilation=dilation)
+        twice = grad.repeat(1, 2, 1, 1), x.repeat(1, 2, 1, 1), weight.repeat(2, 1, 1, 1)
+        _, gw, _ = conv_backward(*twice, (False, mask[1], False), dilation=dilation, groups=2)
+        return gx, None if gw is None else gw[:1], grad.sum((0, 2, 3)) if mask[2] else None
     return torch.ops.aten.convolution_backward(
         grad, x, weight, [weight.shape[0]], [1, 1], padding, dilation, False, [0, 0], groups, mask
     )

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 
@@ -28,6 +29,11 @@ OPS: dict[str, Op] = {}
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _transforms_active = torch._C._are_functorch_transforms_active
 _autocasting = torch._C._is_any_autocast_enabled
+
+
+def _forward_mode() -> bool:
+    """Whether tensors may carry tangents: kernels below autograd would lose them without a word."""
+    return forward_ad._current_level >= 0
 
 
 def _no_backward(*_: Any, **__: Any) -> Any:
@@ -99,16 +105,36 @@ class Op:
             return self._autocast_call(args, kwargs)
         self.check(*args, **kwargs)
         backend = backends.choose(self, args, kwargs)
-        if (
-            backend == "reference" or _transforms_active()
-        ):  # vmap, jvp and the like see through plain PyTorch best
+        if _transforms_active():  # vmap, jvp and the like see through plain PyTorch best
+            return self.reference(*args, **kwargs)
+        if backend == "reference":
+            if self._left_to_pytorch_with_gradient(args):
+                return self.differentiable("", args, kwargs)
             return self.reference(*args, **kwargs)
         if torch.compiler.is_compiling():
             return self.overloads[backend](*args, **kwargs)
+        if _forward_mode():
+            return self.reference(*args, **kwargs)
         if torch.is_grad_enabled():
             return self.differentiable(backend, args, kwargs)
         with _below_autograd():
             return self.overloads[backend](*args, **kwargs)
+
+    def _left_to_pytorch_with_gradient(self, args: tuple[Any, ...]) -> bool:
+        """Whether a call that no kernel takes needs this op's own gradient formula.
+
+        PyTorch's 16-bit channels_last gradients on a CPU crash or are wrong for some convolutions, which the formula
+        avoids (docs/decisions.md); where the reference is named, plain PyTorch is what was asked for.
+        """
+        x = args[0]
+        return (
+            not torch.compiler.is_compiling()
+            and x.device.type == "cpu"
+            and x.element_size() == 2
+            and backends.current_backend() != "reference"
+            and not _forward_mode()
+            and self.requires_grad(args)
+        )
 
     def _autocast_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Compute in the dtype that the op's rule says, and return what the reference sequence would."""
@@ -119,7 +145,9 @@ class Op:
                 return self(*args, **kwargs)
         cast_args, returned = cast
         self.check(*cast_args, **kwargs)
-        if backends.choose(self, cast_args, kwargs) == "reference":
+        if backends.choose(
+            self, cast_args, kwargs
+        ) == "reference" and not self._left_to_pytorch_with_gradient(cast_args):
             return self.reference(*args, **kwargs)  # autocast does there what it always does
         with torch.autocast(device_type, enabled=False):
             return self(*cast_args, **kwargs).to(returned)
@@ -194,9 +222,8 @@ class Op:
         torch.library.register_fake(f"{NAMESPACE}::{qualified}", self._fake, lib=LIBRARY)
 
         def autograd(*args: Any, **kwargs: Any) -> Tensor:
-            if (
-                _transforms_active()
-            ):  # torch.func.grad and the like: nodes of autograd.Function cannot nest there
+            # torch.func.grad and the like: nodes of autograd.Function cannot nest there
+            if _transforms_active() or _forward_mode():
                 return self.reference(*args, **kwargs)
             return self.differentiable(backend, args, kwargs)
 
@@ -326,6 +353,8 @@ class ComposedOp(Op):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         if _autocasting() or _transforms_active():
+            return self.reference(*args, **kwargs)
+        if not torch.compiler.is_compiling() and _forward_mode():
             return self.reference(*args, **kwargs)
         backend = backends.choose(self, args, kwargs) if isinstance(args[0], Tensor) else "reference"
         if backend == "reference" or self.requires_grad(args):

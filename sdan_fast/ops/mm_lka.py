@@ -153,3 +153,25 @@ mm_lka = Op(
     flops=flops,
     backward_flops=backward_flops,
 )
+
+
+_MOST_CONVS = 16
+_FARTHEST = 1 << 20
+
+
+def cpu_supports(weights: Sequence[Any], dilations: Sequence[int], lengths: Sequence[int]) -> str | None:
+    """None if the CPU kernel can run these branches, else the reason why not. The arguments may not be checked yet."""
+    if any(length > _MOST_CONVS for length in lengths):
+        return f"the CPU kernel takes at most {_MOST_CONVS} convolutions a branch"
+    if max(dilations, default=1) > 1024 and any(
+        dilation * taps >= _FARTHEST
+        for weight, pair in zip(weights, paired(dilations), strict=False)
+        for dilation, taps in zip(pair, weight.shape[-2:], strict=True)
+    ):
+        return f"the CPU kernel takes dilated kernels shorter than {_FARTHEST}"
+    return None
+
+
+mm_lka.supports["cpu"] = lambda x, weights, *_, dilations, lengths, **__: cpu_supports(
+    weights, dilations, lengths
+)

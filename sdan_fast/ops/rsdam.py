@@ -13,9 +13,11 @@ from ._conv import Shape, conv_flops
 from ._op import ComposedOp
 from .layer_norm2d import layer_norm2d
 from .mm_lka import check as check_mm_lka
+from .mm_lka import cpu_supports as cpu_branches_support
 from .mm_lka import flops as mm_lka_flops
 from .mm_lka import mm_lka
 from .sdm import check as check_sdm
+from .sdm import cpu_supports as cpu_levels_support
 from .sdm import flops as sdm_flops
 from .sdm import sdm
 
@@ -64,3 +66,13 @@ rsdam = ComposedOp(
     reference=compose,
     flops=flops,
 )
+
+
+def _cpu_supports(
+    x: Tensor, distill: Sequence[Tensor], star: Sequence[Tensor], fuse: Any, weights: Sequence[Tensor], *_: Any,
+    dilations: Sequence[int], lengths: Sequence[int], **__: Any,
+) -> str | None:  # fmt: skip
+    return cpu_levels_support(x, distill, star) or cpu_branches_support(weights, dilations, lengths)
+
+
+rsdam.supports["cpu"] = _cpu_supports

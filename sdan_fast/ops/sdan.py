@@ -13,6 +13,7 @@ from . import _check
 from ._conv import Shape, conv_flops
 from ._op import ComposedOp
 from .depthwise_conv2d import depthwise_conv2d
+from .mm_lka import cpu_supports as cpu_branches_support
 from .rsdam import check as check_rsdam
 from .rsdam import flops as rsdam_flops
 from .rsdam import rsdam
@@ -120,3 +121,16 @@ sdan = ComposedOp(
     flops=flops,
     output_shape=output_shape,
 )
+
+
+_LARGEST_SCALE = 16
+
+
+def _cpu_supports(*_: Any, scale: int, lengths: Sequence[int], **__: Any) -> str | None:
+    """None if the CPU kernel can run the network, else the reason why not. The arguments may not be checked yet."""
+    if scale > _LARGEST_SCALE:
+        return f"the CPU kernel takes scales up to {_LARGEST_SCALE}"
+    return cpu_branches_support((), (), lengths)
+
+
+sdan.supports["cpu"] = _cpu_supports

@@ -13,8 +13,8 @@ from . import _check
 from ._conv import Shape, conv_flops
 from ._op import ComposedOp
 from .star_conv import check as check_star_conv
+from .star_conv import cpu_taps_support, star_conv
 from .star_conv import flops as star_conv_flops
-from .star_conv import star_conv
 
 PER_LEVEL = 6  # norm weight and bias, pw1, dw weight and bias, pw2
 
@@ -79,3 +79,17 @@ sdm = ComposedOp(
     flops=flops,
     output_shape=lambda x, distill, star, fuse, **_: [x.shape[0], fuse[0].shape[0], *x.shape[2:]],
 )
+
+
+_MOST_LEVELS = 8
+
+
+def cpu_supports(x: Tensor, distill: Sequence[Any], star: Sequence[Any], *_: Any, **__: Any) -> str | None:
+    """None if the CPU kernel can run these levels, else the reason why not. The arguments may not be checked yet."""
+    levels = len(star) // PER_LEVEL
+    if len(distill) // 2 != levels - 1 or levels > _MOST_LEVELS:
+        return f"the CPU kernel takes up to {_MOST_LEVELS} levels, of which all but the last distil"
+    return cpu_taps_support(star[3::PER_LEVEL])
+
+
+sdm.supports["cpu"] = cpu_supports

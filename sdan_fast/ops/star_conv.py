@@ -149,3 +149,18 @@ def _cuda_supports(
 
 
 star_conv.supports["cuda"] = _cuda_supports
+
+
+_MOST_TAPS = 255  # of the CPU kernel, which keeps that many rows of a level
+
+
+def cpu_taps_support(dw_weights: Sequence[Any]) -> str | None:
+    """None if the CPU kernel can run star convolutions of these depth-wise weights, else the reason why not."""
+    if any(isinstance(w, Tensor) and max(w.shape[-2:], default=0) > _MOST_TAPS for w in dw_weights):
+        return (
+            f"the CPU kernel of star_conv takes depth-wise weights of up to {_MOST_TAPS} x {_MOST_TAPS} taps"
+        )
+    return None
+
+
+star_conv.supports["cpu"] = lambda x, nw, nb, pw1, dw_weight, *_, **__: cpu_taps_support([dw_weight])

@@ -111,7 +111,6 @@ def _measured(device: int) -> dict[Key, Sizes]:
     return table
 
 
-@torch.compiler.assume_constant_result  # dynamo asks once while tracing, and does not look inside
 def look_up(op: str, kind: str, layout: str, dtype: str, device: int, elements: int) -> Preference:
     """The preference for a call by its traits; `elements` is -1 in a compiled function."""
     table = _measured(device)
@@ -124,6 +123,11 @@ def look_up(op: str, kind: str, layout: str, dtype: str, device: int, elements: 
         if rule.op == op and rule.matches(kind, layout, dtype):
             return Preference("cuda", rule.reason)
     return DEFAULT
+
+
+# Dynamo asks once while tracing, and does not look inside. torch.compiler.assume_constant_result sets no more than
+# this, but imports all of Dynamo for it, which takes several times as long as the rest of `import sdan_fast`.
+look_up._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def kind_of(op: str, args: tuple[Any, ...]) -> str:

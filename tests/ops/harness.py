@@ -16,6 +16,7 @@ import torch
 from functorch.compile import make_boxed_func
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
+from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -400,7 +401,7 @@ class OpContract:
 
     @pytest.mark.parametrize("backend", BACKENDS)
     def test_transforms(self, backend: str) -> None:
-        """vmap, grad and jvp of torch.func, through the functions and through the op itself."""
+        """vmap, grad and jvp of torch.func and forward-mode AD, through the functions and through the op itself."""
         args, kwargs = next(self.small()).arguments(torch.float32, device_of(backend))
         batch = torch.stack([args[0], 2 * args[0]])
         expected = torch.stack([self.plain(x, *args[1:], **kwargs) for x in batch])
@@ -421,6 +422,12 @@ class OpContract:
             _, tangent = torch.func.jvp(lambda x: self.ours(x, *args[1:], **kwargs), (args[0],), (args[0],))
             _, wanted = torch.func.jvp(lambda x: self.plain(x, *args[1:], **kwargs), (args[0],), (args[0],))
             torch.testing.assert_close(tangent, wanted, rtol=1e-4, atol=1e-4)
+            with forward_ad.dual_level(), torch.no_grad():
+                dual = forward_ad.make_dual(args[0], args[0])
+                for y in (self.ours(dual, *args[1:], **kwargs), overload(dual, *flat[1:], **op_kwargs)):
+                    tangent = forward_ad.unpack_dual(y).tangent
+                    assert tangent is not None, "the tangent was lost"
+                    torch.testing.assert_close(tangent, wanted, rtol=1e-4, atol=1e-4)
 
     # -- compilation --
 

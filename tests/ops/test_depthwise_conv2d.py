@@ -213,3 +213,39 @@ def test_strips_at_every_alignment(taps: int, dilation: int) -> None:
     exact = reference.depthwise_conv2d(plain.double(), weight.double(), bias.double(), dilation=dilation)
     eager = reference.depthwise_conv2d(plain, weight, bias, dilation=dilation)
     assert_within_bound(expected, eager, exact)
+
+
+def test_what_pytorch_does_not_survive() -> None:
+    """A slice of a channels_last tensor in bfloat16, autocast's too, for which oneDNN's code generator may go on for
+    ever; the weight gradient of one channel under a tall kernel, which PyTorch writes beyond its memory; training in
+    bfloat16 on large channels_last images, whose forward "auto" leaves to PyTorch, and whose gradient is ours."""
+    code = """
+import torch
+from sdan_fast import functional as F, use_backend
+x = torch.randn(1, 8, 23, 38).contiguous(memory_format=torch.channels_last)
+weight = torch.randn(8, 1, 1, 21)
+with use_backend("reference"), torch.no_grad():
+    F.depthwise_conv2d(x.bfloat16()[:, 4:], weight[4:].bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        F.depthwise_conv2d(x, weight)
+for _ in range(2):
+    x, weight = torch.randn(2, 1, 13, 5, requires_grad=True), torch.randn(1, 1, 63, 1, requires_grad=True)
+    gradients = torch.autograd.grad(F.depthwise_conv2d(x, weight).sum(), (x, weight))
+    # Of the taps along a column, each is multiplied by the rows that it meets.
+    sums = x.detach().sum((0, 1, 3))
+    wanted = torch.stack([sums[max(0, k - 31):max(0, 13 + min(0, k - 31))].sum() for k in range(63)])
+    torch.testing.assert_close(gradients[1].flatten(), wanted, rtol=1e-4, atol=1e-4)
+x = torch.randn(1, 28, 120, 125).bfloat16().contiguous(memory_format=torch.channels_last)
+weight, results = torch.randn(28, 1, 11, 1).bfloat16(), []
+for backend, dtype in (("cpu", torch.bfloat16), ("auto", torch.bfloat16), ("auto", torch.float32)):
+    leaves = [t.detach().to(dtype).requires_grad_() for t in (x, weight)]
+    with use_backend(backend), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+        y = F.depthwise_conv2d(*leaves, dilation=(6, 1))
+    assert y.dtype == torch.bfloat16
+    results.append(torch.autograd.grad(y, leaves, torch.ones_like(y)))
+for gradients in results[1:]:
+    for gradient, wanted in zip(gradients, results[0]):
+        torch.testing.assert_close(gradient.bfloat16(), wanted)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr

@@ -81,6 +81,8 @@ P = torch.ones(4, 4, 1, 1)
         ((X, [[(W3, torch.ones(4), 1)], [(W3, None, 1)]], P), ValueError, r"branches\[0\]\[0\].bias must have"),
         ((X, [[(W3, None, 1)], []], P), ValueError, "branches must each have at least one convolution"),
         ((X, [], P), ValueError, "branches must each have at least one convolution"),
+        ((X, None, P), TypeError, "branches must be a list, and it is a NoneType"),
+        ((X, [[W3]], P), ValueError, r"branches\[0\]\[0\] must be \(weight, bias, dilation\), and it has 2 items"),
         ((X, [[(W3, None)]], P), ValueError, r"branches\[0\]\[0\] must be \(weight, bias, dilation\)"),
         ((X, [[(W3, None, 0)], [(W3, None, 1)]], P), ValueError, "dilation must be at least 1, and it is 0"),
         ((X, [[(W3, None, 1)], [(W3, None, 1)]], P[:2]), ValueError, r"proj_weight must have the shape \[4, 4, 1, 1\]"),

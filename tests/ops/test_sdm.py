@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from sdan_fast import explain, reference
 from sdan_fast import functional as F
 
 from .harness import Case, OpContract
@@ -44,9 +45,29 @@ class TestSDM(OpContract):
     grad_cases = ("tiny",)
 
 
+def test_levels_that_the_fused_kernel_does_not_take() -> None:
+    """More or fewer distilled parts than SDAN has, or more levels: the parts run instead."""
+    for levels, distilled in ((2, 2), (2, 0), (9, 8)):
+
+        def build(t: Any, levels: int = levels, distilled: int = distilled) -> Any:
+            distill, star, _ = parameters(t, 4, 4, levels)
+            distill = [*distill, *distill][:distilled]
+            fuse = t(4, 4 * (distilled + 1), 1, 1), t(4)
+            return (t(1, 4, 3, 5), distill, star, fuse), {}
+
+        args, _ = Case("any", build).arguments(torch.float32)
+        with torch.no_grad():
+            torch.testing.assert_close(F.sdm(*args), reference.sdm(*args), rtol=1e-3, atol=1e-4)
+            assert explain("sdm", *args).backend == "reference"
+
+
 def test_refusals() -> None:
     args, _ = TestSDM.cases[0].arguments(torch.float32)
     x, distill, star, fuse = args
+    with pytest.raises(TypeError, match="distill must be a list, and it is a NoneType"):
+        F.sdm(x, None, star, fuse)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"fuse must be \(weight, bias\), and it has 1 items"):
+        F.sdm(x, distill, star, fuse[:1])
     with pytest.raises(ValueError, match="star must hold 6 tensors for each of one or more levels"):
         F.sdm(x, distill, [], fuse)
     with pytest.raises(ValueError, match=r"fuse weight must have the shape \[4, 4, 1, 1\]"):
