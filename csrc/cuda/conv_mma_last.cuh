@@ -1,23 +1,20 @@
 // conv_mma for channels_last tensors: the same products, from planes that a block makes of its tile
 // of the tensor while it stages it, and back to pixels through shared memory.
-//
-// A product's 16 rows are eight rows of two groups of eight columns beside each other, so that a
-// low tile, whose halo costs little, still has rows that are loaded once for R outputs below each
-// other. A warp computes a channel's whole tile at once: the taps come once, and the results take
-// the place of the planes.
 #pragma once
 
 #include "conv_mma.cuh"
 
 namespace sdan_fast::cuda {
 
-// Sizes in elements; product_plan.h chooses them, and the instance.
+// Sizes in elements; product_plan.h chooses the tiles.
 struct LastProductParams {
   int32_t channels, height, width;
   int32_t flip;              // 1: correlate with the taps reversed (input gradient)
   int32_t lanes;             // channels of a block, a multiple of 4
+  int32_t tile_h, tile_w;    // outputs of a tile, multiples of 16; its rows are D apart
   int32_t tiles_y, tiles_x;  // of each of the D images of an image
-  int32_t plane;             // from a channel's plane to the next
+  int32_t pitch, plane;      // of staged rows, odd numbers of 8 elements; of a channel's plane
+  int32_t pixel;             // 32-bit words of a pixel's results, 4 modulo 8
 };
 
 // Where a block's channel c lies among its planes: the quads' first channels, then their second
@@ -26,272 +23,202 @@ __device__ __forceinline__ int place_of(int c, int quads) {
   return c % 4 * quads + c / 4;
 }
 
-// Pairs of columns of a warp that stages planes of these quads of channels. For the banks planes
-// lie an odd number of pair_span(quads) elements apart.
-__host__ __device__ constexpr int pairs_abreast(int quads) {
-  return quads > 4 ? 4 : 8;
-}
-__host__ __device__ constexpr int pair_span(int quads) {
-  return 2 * pairs_abreast(quads);
-}
-
 // Reads a tile of pixels, `channels` elements from one to the next, into planes: columns [x, x +
-// columns) and rows [y, y + total), which lie `next` elements apart; zeros outside the image. Rows
-// that are R apart are neighbours in the planes. If Paired, columns i and i + 4 of each eight are
-// neighbours as well, and stored as one word. A thread takes such a pair, four channels and four
-// rows of it; its neighbours take the next channels, then the next columns.
-template <int R, bool Paired, typename T>
+// columns) and rows [y, y + total), which lie `next` elements apart; zeros outside the image.
+// Threads read four neighbouring channels, their neighbours the next ones, then those of the next
+// pixel; each goes down its column.
+template <typename T>
 __device__ __forceinline__ void stage_planes(const T* image, int64_t next, T* planes, int pitch,
                                              int plane, int quads, int channels, int y, int x,
                                              int total, int columns, int height, int width) {
-  constexpr int kRows = 4;
-  const int lane = static_cast<int>(threadIdx.x) % 32, warps = static_cast<int>(blockDim.x) / 32;
-  const int pair = lane / quads, quad = lane - pair * quads, abreast = pairs_abreast(quads);
-  if (pair >= abreast) return;
-  const int groups = (columns + 2 * abreast - 1) / (2 * abreast),
-            chunks = (total + kRows - 1) / kRows, per = (total + R - 1) / R, apart = quads * plane;
+  const int apart = quads * plane, low = y < 0 ? -y : 0,
+            high = height - y < total ? height - y : total;
   const int64_t bytes = next * static_cast<int>(sizeof(T));
-  for (int item = static_cast<int>(threadIdx.x) / 32; item < groups * chunks; item += warps) {
-    const int chunk = item / groups, first = chunk * kRows,
-              eight = (item - chunk * groups) * 2 * abreast + pair / 4 * 8, i = pair % 4,
-              column = eight + i;
-    const auto has = [&](int c) {
-      return c < columns && static_cast<unsigned>(x + c) < static_cast<unsigned>(width);
-    };
-    const bool left = has(column), right = has(column + 4);
-    const T* from =
-        image + (y + first) * next + static_cast<int64_t>(x + column) * channels + 4 * quad;
-    Words<8> v[kRows][2];
-    SDAN_UNROLL
-    for (int k = 0; k < kRows; ++k, from = bytes_on(from, bytes)) {
-      const bool inside =
-          static_cast<unsigned>(y + first + k) < static_cast<unsigned>(height) && first + k < total;
-      v[k][0] = v[k][1] = Words<8>{};
-      if (inside && left) v[k][0] = load_words<8>(from);
-      if (inside && right) v[k][1] = load_words<8>(from + 4 * channels);
-    }
-    T* to = planes + quad * plane + (Paired ? eight + 2 * i : column);
-    SDAN_UNROLL
-    for (int k = 0; k < kRows; ++k) {
-      const int row = first + k;
-      if (row >= total) break;
-      T* at = to + (row % R * per + row / R) * pitch;
+  for (int item = static_cast<int>(threadIdx.x); item < quads * columns;
+       item += static_cast<int>(blockDim.x)) {
+    const int column = item / quads, quad = item - column * quads;
+    const bool inside = static_cast<unsigned>(x + column) < static_cast<unsigned>(width);
+    T* to = planes + quad * plane + column;
+    const auto put = [&](const Words<8>& v) {
+      T* at = to;
       SDAN_UNROLL
-      for (int e = 0; e < 4; ++e, at += apart) {
-        const uint32_t a = v[k][0].w[e / 2], b = v[k][1].w[e / 2];
-        if constexpr (Paired) {
-          if (eight < columns)
-            *reinterpret_cast<uint32_t*>(at) =
-                e % 2 ? a >> 16 | (b & 0xffff0000u) : (a & 0xffffu) | b << 16;
-        } else {
-          if (column < columns) at[0].bits = static_cast<uint16_t>(a >> 16 * (e % 2));
-          if (column + 4 < columns) at[4].bits = static_cast<uint16_t>(b >> 16 * (e % 2));
-        }
-      }
+      for (int e = 0; e < 4; ++e, at += apart)
+        at->bits = static_cast<uint16_t>(v.w[e / 2] >> 16 * (e % 2));
+      to += pitch;
+    };
+    int row = 0;
+    const auto clear = [&](int end) {
+      SDAN_UNROLL_BY(1)
+      for (; row < end; ++row) put(Words<8>{});
+    };
+    clear(inside ? low : total);
+    const T* from =
+        image + (y + row) * next + static_cast<int64_t>(x + column) * channels + 4 * quad;
+    constexpr int kBatch = 4;  // loads under way at a time
+    for (; row + kBatch <= high; row += kBatch) {
+      Words<8> v[kBatch];
+      SDAN_UNROLL
+      for (int i = 0; i < kBatch; ++i, from = bytes_on(from, bytes)) v[i] = load_words<8>(from);
+      SDAN_UNROLL
+      for (int i = 0; i < kBatch; ++i) put(v[i]);
     }
+    SDAN_UNROLL_BY(1)
+    for (; row < high; ++row, from = bytes_on(from, bytes)) put(load_words<8>(from));
+    clear(total);
   }
 }
 
-// A block's tile: 8 R rows, D apart, of 8 J columns.
-template <int K_, int D_, int R_, int J_>
-struct LastTile : Band<K_, D_> {
-  using B = Band<K_, D_>;
-  static constexpr int K = K_, D = D_, R = R_, J = J_;
-  static constexpr int kRows = 8 * R, kColumns = 8 * J;
-  static constexpr int kTotal = kRows + K - 1, kPer = (kTotal + R - 1) / R;  // staged rows
-  static constexpr int kAcross = kColumns + 2 * B::kMargin;                  // staged columns
-  static constexpr int kPitch = (kAcross + 7) / 16 * 16 + 8;  // an odd number of 8, for the banks
-  static constexpr int kMet = B::kBlocks + J - 1;             // blocks of 8 columns that it meets
-  static constexpr int kPlane = R * kPer * kPitch;
-};
-
-// A channel's taps in shared memory: for each of a row, and for none, all rows' beside each other.
+// A channel's taps in shared memory: rows of K and a zero. Undilated, both elements of a register
+// of the matrices of taps may be taps, and words have one in the low half, then as many words in
+// the high one. Else one of the elements at most is a tap, and they are 16-bit elements.
 template <int K, int D>
 struct BandTaps {
   using B = Band<K, D>;
-  static constexpr int kRows = (K + 7) / 8 * 8, kEach = (K + 1) * kRows, kBytes = 2 * kEach;
-  // The elements of a register of the matrices of taps belong to columns 4 apart: both may be taps,
-  // or one at most.
-  static constexpr int kElements = 4 % D == 0 ? 2 : 1;
+  using Tap = std::conditional_t<D == 1, uint32_t, uint16_t>;
+  static constexpr int kRow = K + 1, kHalf = K * kRow, kEach = D == 1 ? 2 : 1;
+  static constexpr int kBytes = kHalf * (D == 1 ? 8 : 2);  // of a channel
 
-  int at[B::kSteps][2][kElements];  // this lane's elements
-  int shift[B::kSteps][2];          // of one element: of which half
+  int at[B::kSteps][2][kEach];  // this lane's elements
+  int shift[B::kSteps][2];      // dilated: of which half
 
   template <typename T>
-  static __device__ __forceinline__ void put(uint16_t* taps, const T* weight, int flip,
-                                             int channels) {
+  static __device__ __forceinline__ void put(Tap* taps, const T* weight, int flip, int channels) {
     const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
-    for (int i = thread; i < channels * kEach; i += threads) {
-      const int c = i / kEach, kw = i / kRows % (K + 1), kh = i % kRows, k = kh * K + kw;
-      const bool there = kw < K && kh < K;
-      taps[i] = there ? weight[c * K * K + (flip ? K * K - 1 - k : k)].bits : uint16_t{0};
+    for (int i = thread; i < channels * K * K; i += threads) {
+      const int line = i / K, kw = i - line * K, c = line / K, k = i - c * K * K;
+      const uint16_t tap = weight[flip ? i + (K * K - 1 - 2 * k) : i].bits;
+      Tap* to = taps + (c * (kEach - 1) * K + line) * kRow + kw;
+      *to = tap;
+      if constexpr (D == 1) to[kHalf] = static_cast<uint32_t>(tap) << 16;
     }
+    for (int i = thread; i < channels * kEach * K; i += threads) taps[i * kRow + K] = 0;
   }
 
   __device__ __forceinline__ explicit BandTaps(int lane) {
-    const int column = lane / 8 + lane / 4 % 2 * 4;  // of the output
     SDAN_UNROLL
     for (int i = 0; i < 4 * B::kSteps; ++i) {
       const int s = i / 4, half = i / 2 % 2, e = i % 2;
-      const int offset = 16 * s + 8 * half + lane % 4 + 4 * e - column - B::kMargin + B::kHalo,
+      const int offset = 16 * s + 8 * half + lane % 4 * 2 + e - lane / 4 - B::kMargin + B::kHalo,
                 tap = offset / D;
       const bool there = offset >= 0 && tap < K && offset % D == 0;
-      if constexpr (kElements == 2)
-        at[s][half][e] = (there ? tap : K) * kRows;
+      if constexpr (D == 1)
+        at[s][half][e] = (there ? tap : K) + e * kHalf;
       else if (e == 0 || there)
-        at[s][half][0] = (there ? tap : K) * kRows, shift[s][half] = 16 * e;
+        at[s][half][0] = there ? tap : K, shift[s][half] = 16 * e;
     }
   }
 
   // The elements of one channel, whose taps these are.
-  __device__ __forceinline__ void get(const uint16_t* taps, uint32_t (&b)[K][B::kSteps][2]) const {
+  __device__ __forceinline__ void get(const Tap* taps, uint32_t (&b)[K][B::kSteps][2]) const {
     SDAN_UNROLL
     for (int i = 0; i < 2 * B::kSteps; ++i) {
       const int s = i / 2, half = i % 2;
-      uint32_t pairs[kElements][kRows / 2];  // of rows
-      SDAN_UNROLL
-      for (int n = 0; n < kElements * kRows / 8; ++n) {
-        const int e = n / (kRows / 8), first = n % (kRows / 8) * 4;
-        const uint4 v = reinterpret_cast<const uint4*>(taps + at[s][half][e])[first / 4];
-        pairs[e][first] = v.x, pairs[e][first + 1] = v.y;
-        pairs[e][first + 2] = v.z, pairs[e][first + 3] = v.w;
-      }
+      const Tap *first = taps + at[s][half][0], *second = taps + at[s][half][kEach - 1];
       SDAN_UNROLL
       for (int k = 0; k < K; ++k) {
-        const auto row = [&](int e) { return pairs[e][k / 2] >> 16 * (k % 2); };
-        if constexpr (kElements == 2)
-          b[k][s][half] = (row(0) & 0xffffu) | row(1) << 16;
+        if constexpr (D == 1)
+          b[k][s][half] = first[k * kRow] | second[k * kRow];
         else
-          b[k][s][half] = (row(0) & 0xffffu) << shift[s][half];
+          b[k][s][half] = static_cast<uint32_t>(first[k * kRow]) << shift[s][half];
       }
     }
   }
 };
 
-// The blocks of 8 columns that eight rows of a tile meet, from this lane's address: of row lane % 8
-// and the block lane / 8.
-template <int First, int N>
-__device__ __forceinline__ void get_row_blocks(SharedAddress from, uint32_t (&a)[N]) {
-  constexpr int kHere = N - First >= 4 ? 4 : N - First >= 2 ? 2 : 1;
-  uint32_t r[kHere];
-  load_matrices<false, 16 * First>(from, r);
-  SDAN_UNROLL
-  for (int i = 0; i < kHere; ++i) a[First + i] = r[i];
-  if constexpr (First + kHere < N) get_row_blocks<First + kHere>(from, a);
-}
-
-// Writes a tile's n rows of results from where stage_planes puts its first rows and columns.
-template <int R, typename T>
-__device__ __forceinline__ void store_planes(const T* planes, T* image, int64_t next, int pitch,
-                                             int plane, int quads, int channels, int n,
-                                             int columns) {
-  constexpr int kRows = 4;
-  const int lane = static_cast<int>(threadIdx.x) % 32, warps = static_cast<int>(blockDim.x) / 32;
-  const int pair = lane / quads, quad = lane - pair * quads, abreast = pairs_abreast(quads);
-  if (pair >= abreast) return;
-  const int groups = (columns + 2 * abreast - 1) / (2 * abreast), chunks = (n + kRows - 1) / kRows,
-            apart = quads * plane;
-  const int64_t bytes = next * static_cast<int>(sizeof(T));
-  for (int item = static_cast<int>(threadIdx.x) / 32; item < groups * chunks; item += warps) {
-    const int chunk = item / groups, first = chunk * kRows,
-              eight = (item - chunk * groups) * 2 * abreast + pair / 4 * 8, i = pair % 4,
-              column = eight + i;
-    if (column >= columns) continue;
-    T* to = image + first * next + static_cast<int64_t>(column) * channels + 4 * quad;
-    const T* from = planes + quad * plane + eight + 2 * i;
-    SDAN_UNROLL
-    for (int k = 0; k < kRows; ++k, to = bytes_on(to, bytes)) {
-      const int row = first + k;
-      if (row >= n) break;
-      const T* at = from + (row % R * 8 + row / R) * pitch;
-      uint32_t w[4];
-      SDAN_UNROLL
-      for (int e = 0; e < 4; ++e, at += apart) w[e] = *reinterpret_cast<const uint32_t*>(at);
-      Words<8> left, right;
-      SDAN_UNROLL
-      for (int h = 0; h < 2; ++h) {
-        left.w[h] = (w[2 * h] & 0xffffu) | w[2 * h + 1] << 16;
-        right.w[h] = w[2 * h] >> 16 | (w[2 * h + 1] & 0xffff0000u);
-      }
-      store_words<8>(to, left);
-      if (column + 4 < columns) store_words<8>(to + 4 * channels, right);
-    }
-  }
-}
-
 // A warp has a quad of channels. grid: (image, image of its rows, tile; channels / lanes). Dynamic
-// shared memory: a tile's planes, and the taps.
-template <typename T, int K, int D, int R, int J>
-__global__ void __launch_bounds__(kProductThreads, 2)
+// shared memory: a tile's planes, the results of 16 x 16 pixels, the taps.
+template <typename T, int K, int D, int J>
+__global__ void __launch_bounds__(kProductThreads,
+                                  K == 9 ? 1 : 2)  // 9 rows of taps spill otherwise
     conv_mma_last_kernel(const T* __restrict__ x, const T* __restrict__ weight,
                          const T* __restrict__ bias, T* __restrict__ y, const LastProductParams p) {
   if constexpr (!kTaken<T, true>) return;
-  using Tile = LastTile<K, D, R, J>;
+  using B = Band<K, D>;
+  constexpr int S = 16;
   SDAN_DYNAMIC_SHARED(raw);
   auto* planes = reinterpret_cast<T*>(raw);
-  auto* taps = reinterpret_cast<uint16_t*>(planes + p.lanes * p.plane);
+  auto* results = reinterpret_cast<uint32_t*>(planes + p.lanes * p.plane);
+  const int result_row = S * p.pixel + 2;  // for the banks
+  auto* taps = reinterpret_cast<typename BandTaps<K, D>::Tap*>(results + S * result_row);
+  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   const auto per_image = static_cast<unsigned>(D * p.tiles_y * p.tiles_x);
   const unsigned number = blockIdx.x / per_image;
   const int in_image = static_cast<int>(blockIdx.x - number * per_image),
-            line = in_image / p.tiles_x, x0 = (in_image - line * p.tiles_x) * Tile::kColumns,
-            image = line / p.tiles_y, y0 = (line - image * p.tiles_y) * Tile::kRows;
+            line = in_image / p.tiles_x, x0 = (in_image - line * p.tiles_x) * p.tile_w,
+            image = line / p.tiles_y, y0 = (line - image * p.tiles_y) * p.tile_h;
   const int rows = (p.height - image + D - 1) / D;  // of the image; none, perhaps
-  const int n = rows - y0 < Tile::kRows ? rows - y0 : Tile::kRows;
+  const int n = rows - y0 < p.tile_h ? rows - y0 : p.tile_h;
   if (n <= 0) return;
   const int c0 = static_cast<int>(blockIdx.y) * p.lanes,
             here = p.channels - c0 < p.lanes ? p.channels - c0 : p.lanes, quads = here / 4;
   const int64_t next = static_cast<int64_t>(D) * p.width * p.channels,
                 base =
                     (static_cast<int64_t>(number) * p.height + image) * p.width * p.channels + c0;
-  stage_planes<R, true>(x + base, next, planes, Tile::kPitch, p.plane, quads, p.channels,
-                        y0 - K / 2, x0 - Tile::kMargin, Tile::kTotal, Tile::kAcross, rows, p.width);
+  stage_planes(x + base, next, planes, p.pitch, p.plane, quads, p.channels, y0 - K / 2,
+               x0 - B::kMargin, p.tile_h + K - 1, p.tile_w + 2 * B::kMargin, rows, p.width);
   BandTaps<K, D>::put(taps, weight + static_cast<int64_t>(c0) * K * K, p.flip, here);
   __syncthreads();
 
-  const int quad = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  const int quad = thread / 32, lane = thread % 32;
   const BandTaps<K, D> band(lane);
-  SDAN_UNROLL_BY(1)
-  for (int c = 4 * quad; c < 4 * quad + 4 && c < here; ++c) {
-    T* const plane = planes + place_of(c, quads) * p.plane;
-    const SharedAddress corner = shared_address(plane + lane % 8 * Tile::kPitch + lane / 8 * 8);
-    const float offset = bias ? load_one(bias + c0 + c) : 0.0f;
-    float acc[R][J / 2][4];
-    SDAN_UNROLL
-    for (int k = 0; k < R * J * 2; ++k) acc[k / (2 * J)][k / 4 % (J / 2)][k % 4] = offset;
-    uint32_t b[K][Tile::kSteps][2];
-    band.get(taps + c * BandTaps<K, D>::kEach, b);
-    SDAN_UNROLL
-    for (int i = 0; i < R + K - 1; ++i) {
-      uint32_t met[Tile::kMet];
-      get_row_blocks<0>(corner + (i % R * Tile::kPer + i / R) * Tile::kPitch * 2, met);
-      SDAN_UNROLL
-      for (int r = 0; r < R; ++r) {
-        if (i - r < 0 || i - r >= K) continue;
+  const SharedAddress corner = shared_address(planes + block_row(lane, p.pitch));
+  uint32_t* const to = results + lane / 4 * result_row + lane % 4 * 2 * p.pixel + 2 * quad;
+  // A thread writes a quad of channels of a column of pixels.
+  const int out_row = thread / (S * quads), rest = thread - out_row * S * quads,
+            out_column = rest / quads, out_quad = rest - out_column * quads,
+            abreast = threads / (S * quads);
+  const uint32_t* const from = results + out_row * result_row + out_column * p.pixel + 2 * out_quad;
+  T* const corner_y = y + base + (y0 + out_row) * next +
+                      static_cast<int64_t>(x0 + out_column) * p.channels + 4 * out_quad;
+  const int64_t bytes = abreast * next * static_cast<int>(sizeof(T));
+  for (int down = 0; down < n; down += S) {
+    for (int right = 0; right < p.tile_w && x0 + right < p.width; right += 8 * J) {
+      float acc[4][1][J][4];
+      if (quad < quads) {
         SDAN_UNROLL
-        for (int j = 0; j < J; j += 2) {
+        for (int e = 0; e < 4; ++e) {
+          const int c = 4 * quad + e;
+          const float offset = bias ? load_one(bias + c0 + c) : 0.0f;
           SDAN_UNROLL
-          for (int s = 0; s < Tile::kSteps; ++s) {
-            uint32_t a[4] = {met[j + 2 * s], met[j + 1 + 2 * s], 0, 0};
-            if (2 * s + 1 < Tile::kBlocks) a[2] = met[j + 2 * s + 1], a[3] = met[j + 2 + 2 * s];
-            multiply_add<T>(acc[r][j / 2], a, b[i - r][s]);
-          }
+          for (int k = 0; k < 4 * J; ++k) acc[e][0][k / 4][k % 4] = offset;
+          uint32_t b[K][B::kSteps][2];
+          band.get(taps + c * BandTaps<K, D>::kEach * BandTaps<K, D>::kHalf, b);
+          add_products<T, K, D, 1, J>(
+              corner + (place_of(c, quads) * p.plane + down * p.pitch + right) * 2, 2 * p.pitch, b,
+              acc[e]);
         }
       }
-    }
-    __syncwarp();  // all of the plane has been read
-    T* to = plane + lane / 4 * Tile::kPitch + lane % 4 * 2;
-    SDAN_UNROLL
-    for (int r = 0; r < R; ++r, to += 8 * Tile::kPitch) {
       SDAN_UNROLL
-      for (int j = 0; j < J; ++j)
-        *reinterpret_cast<uint32_t*>(to + 8 * j) =
-            pack2<T>(acc[r][j / 2][j % 2 * 2], acc[r][j / 2][j % 2 * 2 + 1]);
+      for (int half = 0; half < J / 2; ++half) {
+        if (quad < quads) {
+          SDAN_UNROLL
+          for (int i = 0; i < 8; ++i) {  // i % 4: an element of a product
+            const int j = 2 * half + i / 4, at = i % 4;
+            const uint32_t low = pack2<T>(acc[0][0][j][at], acc[1][0][j][at]),
+                           high = pack2<T>(acc[2][0][j][at], acc[3][0][j][at]);
+            *reinterpret_cast<uint64_t*>(to + at / 2 * 8 * result_row +
+                                         (i / 4 * 8 + at % 2) * p.pixel) =
+                static_cast<uint64_t>(high) << 32 | low;
+          }
+        }
+        __syncthreads();
+        if (out_row < abreast && x0 + right + S * half + out_column < p.width) {
+          T* at = corner_y + down * next + static_cast<int64_t>(right + S * half) * p.channels;
+          const uint32_t* pair = from;
+          const int end = n - down < S ? n - down : S;
+          for (int row = out_row; row < end; row += abreast) {
+            const uint64_t v = *reinterpret_cast<const uint64_t*>(pair);
+            Words<8> words;
+            words.w[0] = static_cast<uint32_t>(v), words.w[1] = static_cast<uint32_t>(v >> 32);
+            store_words<8>(at, words);
+            at = bytes_on(at, bytes);
+            pair += abreast * result_row;
+          }
+        }
+        __syncthreads();
+      }
     }
   }
-  __syncthreads();
-  const int columns = p.width - x0 < Tile::kColumns ? p.width - x0 : Tile::kColumns;
-  store_planes<R>(planes, y + base + y0 * next + static_cast<int64_t>(x0) * p.channels, next,
-                  Tile::kPitch, p.plane, quads, p.channels, n, columns);
 }
 
 }  // namespace sdan_fast::cuda

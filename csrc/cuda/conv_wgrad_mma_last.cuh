@@ -119,10 +119,10 @@ __global__ void __launch_bounds__(kProductThreads, 1)
     const bool first_turn = number == static_cast<int>(blockIdx.x);
     const int64_t base = (static_cast<int64_t>(n) * p.height + image) * p.width * p.channels + c0;
     if (!first_turn) __syncthreads();
-    stage_planes<1, false>(x + base, next, planes_x, p.pitch_x, p.plane_x, quads, p.channels, y0,
-                           x0 - B::kMargin, p.tile_h, p.tile_w + 2 * B::kMargin, rows, p.width);
-    stage_planes<1, false>(grad + base, next, planes_g, p.pitch_g, p.plane_g, quads, p.channels,
-                           y0 - halo, x0, p.tile_h + K - 1, p.tile_w, rows, p.width);
+    stage_planes(x + base, next, planes_x, p.pitch_x, p.plane_x, quads, p.channels, y0,
+                 x0 - B::kMargin, p.tile_h, p.tile_w + 2 * B::kMargin, rows, p.width);
+    stage_planes(grad + base, next, planes_g, p.pitch_g, p.plane_g, quads, p.channels, y0 - halo,
+                 x0, p.tile_h + K - 1, p.tile_w, rows, p.width);
     __syncthreads();
     if (quad >= quads) continue;
     SDAN_UNROLL_BY(1)

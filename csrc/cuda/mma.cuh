@@ -34,11 +34,11 @@ __device__ __forceinline__ void load_transposed(SharedAddress row, uint32_t (&r)
 #endif
 }
 
-// N = 4, 2 or 1 such matrices, Transposed or as they are: lane i gets elements (i / 4, 2 (i % 4) +
+// N = 4 or 2 such matrices, Transposed or as they are: lane i gets elements (i / 4, 2 (i % 4) +
 // 0..1) of matrix m then.
 template <bool Transposed, int Offset, int N>
 __device__ __forceinline__ void load_matrices(SharedAddress row, uint32_t (&r)[N]) {
-  static_assert(N == 4 || N == 2 || (N == 1 && !Transposed));
+  static_assert(N == 4 || N == 2);
   if constexpr (Transposed && N == 4) return load_transposed<Offset>(row, r);
 #if SDAN_DEVICE_PASS
   if constexpr (N == 4)
@@ -49,11 +49,6 @@ __device__ __forceinline__ void load_matrices(SharedAddress row, uint32_t (&r)[N
   else if constexpr (Transposed)
     asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2 + %3];"
                  : "=r"(r[0]), "=r"(r[1])
-                 : "r"(row), "n"(Offset)
-                 : "memory");
-  else if constexpr (N == 1)
-    asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1 + %2];"
-                 : "=r"(r[0])
                  : "r"(row), "n"(Offset)
                  : "memory");
   else

@@ -20,13 +20,6 @@ void with_bands(F&& f) {
   f(Band<5, 3>{}), f(Band<7, 4>{}), f(Band<9, 5>{});
 }
 
-// Whether a convolution is this square, in 16 bits.
-template <typename B>
-bool is_square_of(DType dtype, const ConvShape& s) {
-  return dtype != DType::kFloat32 && s.kh == B::kTaps && s.kw == B::kTaps && s.dh == B::kDilation &&
-         s.dw == B::kDilation;
-}
-
 // The tile of least cost: clocks of the SM of a large GPU that has the most blocks, for their
 // instructions or their reads of shared memory, and for their bytes.
 template <typename B>
@@ -92,7 +85,9 @@ inline const ProductPlan& plan_product(DType dtype, const ConvShape& s) {
     ProductPlan plan;
     with_bands([&](auto band) {
       using B = decltype(band);
-      if (is_square_of<B>(dtype, s)) plan = choose_product<B>(s);
+      if (dtype != DType::kFloat32 && s.kh == B::kTaps && s.kw == B::kTaps &&
+          s.dh == B::kDilation && s.dw == B::kDilation)
+        plan = choose_product<B>(s);
     });
     return plan;
   });
@@ -104,74 +99,55 @@ struct LastProductPlan {
   bool fits = false;
   LastProductParams p{};
   Config config;
-  int k = 0, d = 0, r = 0, j = 0;  // which instance of the kernel
+  int k = 0, d = 0, j = 2;  // which instance of the kernel
 };
 
-// Calls f with the tiles of a square that have kernels of their own.
-template <typename B, typename F>
-void with_last_tiles(F&& f) {
-  constexpr int K = B::kTaps, D = B::kDilation;
-  f(LastTile<K, D, 2, 2>{}), f(LastTile<K, D, 2, 4>{});
-  // A tile with little halo, for large images: wide where columns have more of it than rows.
-  if constexpr (D == 1)
-    f(LastTile<K, D, 3, 4>{});
-  else
-    f(LastTile<K, D, 2, 6>{});
-}
-
-// make(channels of a block) for as many of them as fit, up to 32.
-template <typename F>
-auto with_most_channels(const ConvShape& s, F&& make) {
-  auto plan = make(round_up64(ceil_div(s.c, ceil_div(s.c, 32)), 4));
-  for (int64_t most = 24; most >= 8 && !plan.fits; most -= 8)
-    plan = make(round_up64(ceil_div(s.c, ceil_div(s.c, most)), 4));
-  return plan;
-}
-
-// Blocks of `lanes` channels, and the tile of least cost: clocks of the SM of a large GPU that has
-// the most blocks, for their instructions or their reads of shared memory, or of all for their
-// bytes.
+// Blocks of `lanes` channels, and the tile of least cost, as choose_product's.
 template <typename B>
 LastProductPlan choose_last_product(const ConvShape& s, int64_t lanes) {
   constexpr int K = B::kTaps, D = B::kDilation;
-  constexpr int64_t kClockBytes = 13;  // of DRAM, per SM
+  constexpr int64_t S = 16, kClockBytes = 13;  // of DRAM, per SM
   LastProductPlan plan;
   if (too_long(s) || s.c % 4 || s.c < 16) return plan;
   plan.k = K, plan.d = D;
   LastProductParams& p = plan.p;
   p.channels = static_cast<int32_t>(s.c), p.height = static_cast<int32_t>(s.h),
   p.width = static_cast<int32_t>(s.w);
-  const int64_t splits = ceil_div(s.c, lanes), quads = lanes / 4, rows = ceil_div(s.h, D);
-  p.lanes = static_cast<int32_t>(lanes);
+  const int64_t splits = ceil_div(s.c, lanes), quads = lanes / 4, rows = ceil_div(s.h, D),
+                halo = K - 1;
+  const int64_t pixel = round_up64(lanes / 2 - 4, 8) + 4;
+  p.lanes = static_cast<int32_t>(lanes), p.pixel = static_cast<int32_t>(pixel);
   int64_t least = 0, bytes = 0;
-  with_last_tiles<B>([&](auto tile) {
-    using Tile = decltype(tile);
-    constexpr int64_t R = Tile::R, J = Tile::J, h = Tile::kRows, w = Tile::kColumns,
-                      rounds = R + K - 1;
-    const int64_t span = pair_span(static_cast<int>(quads)),
-                  plane = round_up64(Tile::kPlane - span, 2 * span) + span,
-                  shared = lanes * (plane * 2 + BandTaps<K, D>::kBytes);
-    const int64_t across = ceil_div(s.w, w), down = ceil_div(rows, h),
-                  blocks = s.n * D * across * down * splits;
-    if (shared > kSharedLarge || blocks > kMostBlocks) return;
-    const int64_t staged = Tile::kTotal * Tile::kAcross,
-                  taps = B::kSteps * 2 * BandTaps<K, D>::kElements;
-    const int64_t instructions =
-                      lanes * (rounds * (Tile::kMet / 3 + 1) + taps +
-                               K * (R * J / 2 * B::kSteps + 4 * B::kSteps) + R * J * 3 + 30) +
-                      quads * (staged * 11 + h * w * 9) / 32 + quads * 300,
-                  wavefronts = lanes * (rounds * Tile::kMet + taps * 4 + h * w / 32 +
-                                        (staged + h * w + staged) / 64);
-    const int64_t read =
-        std::min<int64_t>(Tile::kTotal, rows) * std::min<int64_t>(Tile::kAcross, s.w);
-    const int64_t moved = 2 * lanes * (read + std::min(h, rows) * std::min(w, s.w));
-    const int64_t cost = std::max(ceil_div(blocks, kSms) * std::max(instructions / 4, wavefronts),
-                                  blocks * moved / (kClockBytes * kSms));
-    if (plan.fits && cost >= least) return;
-    least = cost, bytes = shared, plan.fits = true, plan.r = Tile::R, plan.j = Tile::J;
-    p.tiles_y = static_cast<int32_t>(down), p.tiles_x = static_cast<int32_t>(across);
-    p.plane = static_cast<int32_t>(plane);
-  });
+  for (const int j : {2, 4}) {
+    // Instructions and reads of shared memory of a channel for 16 rows of 8 J pixels.
+    const int64_t taps = K * B::kSteps * (D == 1 ? 4 : 2),
+                  unit = K * (B::kBlocks / 2 + 2 + j * B::kSteps) + taps + j * 10 + 20,
+                  reads = K * (B::kBlocks + j - 1) * 2 + taps + 8 * j;
+    for (int64_t w = 8 * j; w < s.w + 8 * j && w <= 8 * S; w += 8 * j) {
+      const int64_t columns = w + 2 * B::kMargin, pitch = round_up64(columns - 8, 16) + 8;
+      for (int64_t h = S; h < rows + S; h += S) {
+        const int64_t plane = round_up64((h + halo) * pitch - 8, 16) + 8;
+        const int64_t shared =
+            lanes * (plane * 2 + BandTaps<K, D>::kBytes) + S * (S * pixel + 2) * 4;
+        if (shared > kSharedLarge) break;
+        const int64_t across = ceil_div(s.w, w), down = ceil_div(rows, h),
+                      blocks = s.n * D * across * down * splits,
+                      units = h / S * (w / (8 * j)) * lanes, staged = (h + halo) * columns * quads;
+        const int64_t instructions = units * unit + staged * 15 / 32 +
+                                     quads * (250 + ceil_div(lanes * K * K, quads * 32) * 20);
+        const int64_t read = std::min(h + halo, rows) * std::min(columns, s.w),
+                      moved = 2 * lanes * (read + std::min(h, rows) * w);
+        const int64_t cost =
+            ceil_div(blocks, kSms) *
+            (std::max(instructions / 4, units * reads + staged / 8) + moved / kClockBytes);
+        if (blocks > kMostBlocks || (plan.fits && cost >= least)) continue;
+        least = cost, plan.fits = true, plan.j = j, bytes = shared;
+        p.tile_h = static_cast<int32_t>(h), p.tile_w = static_cast<int32_t>(w);
+        p.tiles_y = static_cast<int32_t>(down), p.tiles_x = static_cast<int32_t>(across);
+        p.pitch = static_cast<int32_t>(pitch), p.plane = static_cast<int32_t>(plane);
+      }
+    }
+  }
   plan.fits = plan.fits && splits <= 65535;
   plan.config.block = dim3(static_cast<unsigned>(32 * quads));
   plan.config.grid =
@@ -186,9 +162,10 @@ inline const LastProductPlan& plan_last_product(DType dtype, const ConvShape& s)
     LastProductPlan plan;
     with_bands([&](auto band) {
       using B = decltype(band);
-      if (B::kTaps > 3 && is_square_of<B>(dtype, s))
-        plan =
-            with_most_channels(s, [&](int64_t lanes) { return choose_last_product<B>(s, lanes); });
+      if (B::kTaps > 3 && dtype != DType::kFloat32 && s.kh == B::kTaps && s.kw == B::kTaps &&
+          s.dh == B::kDilation && s.dw == B::kDilation)
+        for (int64_t most = 32; most >= 8 && !plan.fits; most -= 8)  // channels of a block
+          plan = choose_last_product<B>(s, round_up64(ceil_div(s.c, ceil_div(s.c, most)), 4));
     });
     return plan;
   });
@@ -265,9 +242,10 @@ inline GradProductPlan plan_grad_product(DType dtype, const ConvShape& s) {
   GradProductPlan plan;
   with_bands([&](auto band) {
     using B = decltype(band);
-    if (B::kTaps > 3 && is_square_of<B>(dtype, s))
-      plan = with_most_channels(
-          s, [&](int64_t lanes) { return choose_grad_product<B::kTaps, B::kDilation>(s, lanes); });
+    constexpr int K = B::kTaps, D = B::kDilation;
+    if (K > 3 && dtype != DType::kFloat32 && s.kh == K && s.kw == K && s.dh == D && s.dw == D)
+      for (int64_t most = 32; most >= 8 && !plan.fits; most -= 8)  // channels of a block
+        plan = choose_grad_product<K, D>(s, round_up64(ceil_div(s.c, ceil_div(s.c, most)), 4));
   });
   return plan;
 }
