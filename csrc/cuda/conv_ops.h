@@ -12,10 +12,22 @@ Tensor convolve(const Tensor& x, const Tensor& weight, const Optional& bias,
                 const std::vector<int64_t>& dilation, bool flip, MemoryFormat result,
                 const char* op);
 
-// The gradients of weight and bias that `mask` asks for, in this order; that of weight in its own
-// format.
+// Sums that are left to the end, so that those of several gradients are one launch.
+struct PendingSums {
+  std::vector<SumJob> jobs;
+  std::vector<Tensor> parts;  // what they read
+
+  // All of them, on the device and stream of x.
+  void finish(const Tensor& x) const {
+    if (!jobs.empty()) sum_parts_together(jobs, OnDevice(x).stream());
+  }
+};
+
+// The gradients of weight and bias that `mask` asks for, in this order, contiguous; they are there
+// once `pending` is finished.
 std::vector<Tensor> weight_gradients(const Tensor& grad, const Tensor& x, const Tensor& weight,
                                      const Optional& bias, const std::vector<int64_t>& dilation,
-                                     std::array<bool, 2> mask, const char* op);
+                                     std::array<bool, 2> mask, const char* op,
+                                     PendingSums& pending);
 
 }  // namespace sdan_fast::cuda

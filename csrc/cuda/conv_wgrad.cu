@@ -74,9 +74,9 @@ int64_t conv_partial_floats(DType dtype, const ConvShape& shape) {
   return most * (int64_t{shape.kh} * shape.kw + 1);
 }
 
-void conv_weight_gradient(DType dtype, const void* grad, const void* x, float* partial,
-                          void* grad_weight, void* grad_bias, const ConvShape& shape,
-                          Stream stream) {
+SumJob conv_weight_gradient(DType dtype, const void* grad, const void* x, float* partial,
+                            void* grad_weight, void* grad_bias, const ConvShape& shape,
+                            Stream stream) {
   const int together = aligned(grad, 8) && aligned(x, 8)   ? 4
                        : aligned(grad, 4) && aligned(x, 4) ? 2
                                                            : 1;
@@ -97,12 +97,10 @@ void conv_weight_gradient(DType dtype, const void* grad, const void* x, float* p
     launch_wgrad_last(dtype, a, plan.last);
   }
   const int64_t taps = int64_t{shape.kh} * shape.kw, c = shape.c, splits = plan.splits;
-  sum_parts(partial,
-            shape.channels_last
-                ? weight_sums(dtype, grad_weight, grad_bias, c, taps, 1, splits, 0, 1, c)
-                : weight_sums(dtype, grad_weight, grad_bias, c, taps, shape.n, splits, c * splits,
-                              splits, 1),
-            stream);
+  return {partial, shape.channels_last
+                       ? weight_sums(dtype, grad_weight, grad_bias, c, taps, 1, splits, 0, 1, c)
+                       : weight_sums(dtype, grad_weight, grad_bias, c, taps, shape.n, splits,
+                                     c * splits, splits, 1)};
 }
 
 }  // namespace sdan_fast::cuda

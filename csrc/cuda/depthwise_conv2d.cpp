@@ -70,7 +70,8 @@ Tensor convolve(const Tensor& x, const Tensor& weight, const Optional& bias,
 
 std::vector<Tensor> weight_gradients(const Tensor& grad, const Tensor& x, const Tensor& weight,
                                      const Optional& bias, const std::vector<int64_t>& dilation,
-                                     std::array<bool, 2> mask, const char* op) {
+                                     std::array<bool, 2> mask, const char* op,
+                                     PendingSums& pending) {
   std::vector<Tensor> grads;
   if (!mask[0] && !mask[1]) return grads;
   const OnDevice on(x);
@@ -87,12 +88,13 @@ std::vector<Tensor> weight_gradients(const Tensor& grad, const Tensor& x, const 
     const DType dtype = dtype_of(x, op, "x");
     const int64_t floats[1] = {conv_partial_floats(dtype, shape)};
     Tensor partial = empty_in(x, {floats, 1}, MemoryFormat::Contiguous, ScalarType::Float);
-    conv_weight_gradient(dtype, g.data_ptr(), dense.data_ptr(),
-                         static_cast<float*>(partial.data_ptr()),
-                         mask[0] ? grad_weight.data_ptr() : nullptr,
-                         mask[1] ? grad_bias.data_ptr() : nullptr, shape, on.stream());
+    pending.jobs.push_back(conv_weight_gradient(
+        dtype, g.data_ptr(), dense.data_ptr(), static_cast<float*>(partial.data_ptr()),
+        mask[0] ? grad_weight.data_ptr() : nullptr, mask[1] ? grad_bias.data_ptr() : nullptr, shape,
+        on.stream()));
+    pending.parts.push_back(partial);
   }
-  if (mask[0]) grads.push_back(in_format(grad_weight, format_of(weight)));
+  if (mask[0]) grads.push_back(grad_weight);
   if (mask[1]) grads.push_back(grad_bias);
   return grads;
 }
@@ -123,9 +125,11 @@ std::vector<Tensor> depthwise_conv2d_backward_op(Tensor grad_output, Tensor x, T
     grads.push_back(
         convolve(in_format(grad_output, format), weight, std::nullopt, dilation, true, format, op));
   }
-  for (Tensor& g : weight_gradients(grad_output, x, weight, bias, dilation,
-                                    {output_mask[1], output_mask[2]}, op))
-    grads.push_back(std::move(g));
+  PendingSums pending;
+  const auto sums = weight_gradients(grad_output, x, weight, bias, dilation,
+                                     {output_mask[1], output_mask[2]}, op, pending);
+  pending.finish(x);
+  for (const Tensor& g : sums) grads.push_back(g.dim() == 4 ? in_format(g, format_of(weight)) : g);
   return grads;
 }
 

@@ -14,47 +14,43 @@ StripPass strip_of(const ConvShape& s) {
   return pass;
 }
 
-bool takes_strips(DType dtype, const ConvShape& s) {
-  return (s.kh == 1 || s.kw == 1) && strips_fit(dtype, strip_of(s));
-}
-
-// Whether a channels_last tensor's convolution is one for tensor cores. fp16's of sm_75 are, but
-// its shared memory is too small.
-bool takes_products(DType dtype, const ConvShape& s, const ConvArguments& a) {
-  return dtype != DType::kFloat32 && capability() >= 8 && aligned(a.x, 8) && aligned(a.y, 8) &&
-         plan_last_product(dtype, s).fits;
+bool is_strip(const ConvShape& s) {
+  return s.kh == 1 || s.kw == 1;
 }
 
 }  // namespace
 
 bool conv_fits(DType dtype, const ConvShape& shape) {
-  return takes_strips(dtype, shape) ||
+  return (is_strip(shape) && strips_fit(dtype, strip_of(shape))) ||
          (shape.channels_last ? plan_last<1>(dtype, shape).fits : plan_square(dtype, shape).fits);
 }
 
 void conv_forward(DType dtype, const void* x, const void* weight, const void* bias, void* y,
                   const ConvShape& shape, bool flip, Stream stream) {
   if (shape.n * shape.c * shape.h * shape.w == 0) return;
-  if (takes_strips(dtype, shape)) {
+  if (is_strip(shape)) {
     StripPass pass = strip_of(shape);
     pass.x = x, pass.y = y, pass.flip = flip;
     pass.strip[0].weight = weight, pass.strip[0].bias = bias;
-    return convolve_strips(dtype, pass, stream);
+    if (convolve_strips(dtype, pass, stream)) return;
   }
   const ConvArguments a{x, weight, bias, y};
-  if (shape.channels_last && takes_products(dtype, shape, a)) {
-    LastProductPlan plan = plan_last_product(dtype, shape);
-    plan.p.flip = flip;
-    plan.config.stream = stream;
-    return launch_conv_mma_last(dtype, a, plan);
+  // sm_75 has tensor cores for fp16, but too little shared memory for channels_last tiles of it.
+  if (shape.channels_last && capability() >= 8 && aligned(x, 8) && aligned(y, 8)) {
+    if (LastProductPlan plan = plan_last_product(dtype, shape); plan.fits) {
+      plan.p.flip = flip;
+      plan.config.stream = stream;
+      return launch_conv_mma_last(dtype, a, plan);
+    }
   }
   if (shape.channels_last) return launch_conv_last(dtype, a, shape, flip, stream);
-  if (tensor_cores(dtype) && plan_product(dtype, shape).fits) {
-    ProductPlan plan = plan_product(dtype, shape);
-    plan.p.flip = flip;
-    plan.p.wide = aligned_rows(dtype, shape, x, y, 4);
-    plan.config.stream = stream;
-    return launch_conv_mma(dtype, a, plan);
+  if (tensor_cores(dtype)) {
+    if (ProductPlan plan = plan_product(dtype, shape); plan.fits) {
+      plan.p.flip = flip;
+      plan.p.wide = aligned_rows(dtype, shape, x, y, 4);
+      plan.config.stream = stream;
+      return launch_conv_mma(dtype, a, plan);
+    }
   }
   SquarePlan plan = plan_square(dtype, shape);
   plan.p.flip = flip;

@@ -22,6 +22,46 @@ std::vector<int> compiled_archs();
 // Makes `device` current for this library's own copy of the CUDA runtime.
 void set_device(int device);
 
+// sum_parts.cu: sum (r, c), of outer * inner, is that over images n and splits s of parts[r *
+// outer_stride + c * inner_stride + n * image_stride + s * split_stride]. It goes to the output k
+// that has its column: as element (r, c - first[k]) of outer x (first[k + 1] - first[k]). A null
+// output is not wanted.
+constexpr int kSumOutputs = 4;
+struct SumParams {
+  DType dtype;  // of the outputs
+  int32_t splits;
+  int64_t outer, inner, images;
+  int64_t outer_stride, inner_stride, image_stride, split_stride;
+  void* to[kSumOutputs];
+  int64_t first[kSumOutputs + 1];
+  // sum_parts fills these in: a thread's way to its next term, in floats; the floats from one term
+  // to the next, 0 if they are not evenly spaced, and then the way in images and splits as well,
+  // and the floats that the end of an image's splits adds.
+  int64_t on, term_stride;
+  int32_t images_on, splits_on;
+  int64_t wrap;
+};
+void sum_parts(const float* parts, SumParams sums, Stream stream);
+
+// The same of several, up to kSumJobs of them in a launch: what a gradient of many parts leaves to
+// the end.
+constexpr int kSumJobs = 4;
+struct SumJob {
+  const float* parts;
+  SumParams sums;
+};
+void sum_parts_together(const std::vector<SumJob>& jobs, Stream stream);
+
+// One row of sums, `count` for each of `outputs` in turn.
+SumParams flat_sums(DType dtype, std::initializer_list<void*> outputs, int64_t count,
+                    int64_t images, int64_t splits, int64_t image_stride, int64_t sum_stride,
+                    int64_t split_stride);
+// `taps` sums of a weight and one of a bias for each channel, which lie together in rows; the
+// strides are in rows.
+SumParams weight_sums(DType dtype, void* grad_weight, void* grad_bias, int64_t channels,
+                      int64_t taps, int64_t images, int64_t splits, int64_t image_stride,
+                      int64_t channel_stride, int64_t split_stride);
+
 // star.cu. n elements, all tensors in one dense layout. A null gradient is not wanted.
 void star_forward(DType dtype, const void* a, const void* b, void* y, int64_t n, int activation,
                   int outer, Stream stream);
@@ -45,13 +85,13 @@ bool conv_fits(DType dtype, const ConvShape& shape);
 void conv_forward(DType dtype, const void* x, const void* weight, const void* bias, void* y,
                   const ConvShape& shape, bool flip, Stream stream);
 
-// The weight gradient in two launches, if the kernels have room; `partial` holds
-// conv_partial_floats floats. A null gradient is not wanted.
+// The first launch of two of the weight gradient, if the kernels have room, and what sum_parts is
+// to do then; `partial` holds conv_partial_floats floats. A null gradient is not wanted.
 bool conv_wgrad_fits(DType dtype, const ConvShape& shape);
 int64_t conv_partial_floats(DType dtype, const ConvShape& shape);
-void conv_weight_gradient(DType dtype, const void* grad, const void* x, float* partial,
-                          void* grad_weight, void* grad_bias, const ConvShape& shape,
-                          Stream stream);
+SumJob conv_weight_gradient(DType dtype, const void* grad, const void* x, float* partial,
+                            void* grad_weight, void* grad_bias, const ConvShape& shape,
+                            Stream stream);
 
 // strip_conv_chain*.cu. One or two 1-D depth-wise convolutions along one axis, 1 x k or k x 1, in
 // one pass: see strip_conv_chain.cuh.
@@ -73,9 +113,10 @@ struct StripPass {
   Strip edge;
 };
 
-// Whether the kernels have room for it: not for the farthest dilations.
+// Whether the kernels have room for it: not for the farthest dilations. If not, convolve_strips
+// does nothing and returns false.
 bool strips_fit(DType dtype, const StripPass& pass);
-void convolve_strips(DType dtype, const StripPass& pass, Stream stream);
+bool convolve_strips(DType dtype, const StripPass& pass, Stream stream);
 
 // strip_conv_chain_bias.cu. The bias gradients of a whole chain, `strips` its 2 * stages horizontal
 // and vertical convolutions in turn; their `bias` does not matter. `scratch` holds
@@ -135,36 +176,5 @@ struct GateShape {
 int64_t gate_partial_floats(const GateShape& shape);
 void gate(DType dtype, const void* a, const void* t, const void* b, const void* bias, void* y,
           void* h, float* partial, void* grad_bias, const GateShape& shape, Stream stream);
-
-// sum_parts.cu: sum (r, c), of outer * inner, is that over images n and splits s of parts[r *
-// outer_stride + c * inner_stride + n * image_stride + s * split_stride]. It goes to the output k
-// that has its column: as element (r, c - first[k]) of outer x (first[k + 1] - first[k]). A null
-// output is not wanted.
-constexpr int kSumOutputs = 4;
-struct SumParams {
-  DType dtype;  // of the outputs
-  int32_t splits;
-  int64_t outer, inner, images;
-  int64_t outer_stride, inner_stride, image_stride, split_stride;
-  void* to[kSumOutputs];
-  int64_t first[kSumOutputs + 1];
-  // sum_parts fills these in: a thread's way to its next term, in floats; the floats from one term
-  // to the next, 0 if they are not evenly spaced, and then the way in images and splits as well,
-  // and the floats that the end of an image's splits adds.
-  int64_t on, term_stride;
-  int32_t images_on, splits_on;
-  int64_t wrap;
-};
-void sum_parts(const float* parts, SumParams sums, Stream stream);
-
-// One row of sums, `count` for each of `outputs` in turn.
-SumParams flat_sums(DType dtype, std::initializer_list<void*> outputs, int64_t count,
-                    int64_t images, int64_t splits, int64_t image_stride, int64_t sum_stride,
-                    int64_t split_stride);
-// `taps` sums of a weight and one of a bias for each channel, which lie together in rows; the
-// strides are in rows.
-SumParams weight_sums(DType dtype, void* grad_weight, void* grad_bias, int64_t channels,
-                      int64_t taps, int64_t images, int64_t splits, int64_t image_stride,
-                      int64_t channel_stride, int64_t split_stride);
 
 }  // namespace sdan_fast::cuda

@@ -20,6 +20,13 @@ void with_bands(F&& f) {
   f(Band<5, 3>{}), f(Band<7, 4>{}), f(Band<9, 5>{});
 }
 
+// Whether a convolution is this square, in 16 bits.
+template <typename B>
+bool is_square_of(DType dtype, const ConvShape& s) {
+  return dtype != DType::kFloat32 && s.kh == B::kTaps && s.kw == B::kTaps && s.dh == B::kDilation &&
+         s.dw == B::kDilation;
+}
+
 // The tile of least cost: clocks of the SM of a large GPU that has the most blocks, for their
 // instructions or their reads of shared memory, and for their bytes.
 template <typename B>
@@ -85,9 +92,7 @@ inline const ProductPlan& plan_product(DType dtype, const ConvShape& s) {
     ProductPlan plan;
     with_bands([&](auto band) {
       using B = decltype(band);
-      if (dtype != DType::kFloat32 && s.kh == B::kTaps && s.kw == B::kTaps &&
-          s.dh == B::kDilation && s.dw == B::kDilation)
-        plan = choose_product<B>(s);
+      if (is_square_of<B>(dtype, s)) plan = choose_product<B>(s);
     });
     return plan;
   });
@@ -101,6 +106,17 @@ struct LastProductPlan {
   Config config;
   int k = 0, d = 0, j = 2;  // which instance of the kernel
 };
+
+// make(channels of a block) for as many of them as fit, up to 32.
+template <typename F>
+auto with_most_channels(const ConvShape& s, F&& make) {
+  const auto of = [&](int64_t most) {
+    return make(round_up64(ceil_div(s.c, ceil_div(s.c, most)), 4));
+  };
+  auto plan = of(32);
+  for (int64_t most = 24; most >= 8 && !plan.fits; most -= 8) plan = of(most);
+  return plan;
+}
 
 // Blocks of `lanes` channels, and the tile of least cost, as choose_product's.
 template <typename B>
@@ -162,10 +178,9 @@ inline const LastProductPlan& plan_last_product(DType dtype, const ConvShape& s)
     LastProductPlan plan;
     with_bands([&](auto band) {
       using B = decltype(band);
-      if (B::kTaps > 3 && dtype != DType::kFloat32 && s.kh == B::kTaps && s.kw == B::kTaps &&
-          s.dh == B::kDilation && s.dw == B::kDilation)
-        for (int64_t most = 32; most >= 8 && !plan.fits; most -= 8)  // channels of a block
-          plan = choose_last_product<B>(s, round_up64(ceil_div(s.c, ceil_div(s.c, most)), 4));
+      if (B::kTaps > 3 && is_square_of<B>(dtype, s))
+        plan =
+            with_most_channels(s, [&](int64_t lanes) { return choose_last_product<B>(s, lanes); });
     });
     return plan;
   });
@@ -242,10 +257,9 @@ inline GradProductPlan plan_grad_product(DType dtype, const ConvShape& s) {
   GradProductPlan plan;
   with_bands([&](auto band) {
     using B = decltype(band);
-    constexpr int K = B::kTaps, D = B::kDilation;
-    if (K > 3 && dtype != DType::kFloat32 && s.kh == K && s.kw == K && s.dh == D && s.dw == D)
-      for (int64_t most = 32; most >= 8 && !plan.fits; most -= 8)  // channels of a block
-        plan = choose_grad_product<K, D>(s, round_up64(ceil_div(s.c, ceil_div(s.c, most)), 4));
+    if (B::kTaps > 3 && is_square_of<B>(dtype, s))
+      plan = with_most_channels(
+          s, [&](int64_t lanes) { return choose_grad_product<B::kTaps, B::kDilation>(s, lanes); });
   });
   return plan;
 }

@@ -23,7 +23,7 @@ StarConvParams star_conv_params(const StarConvShape& s, int outer) {
   StarConvParams p{};
   p.images = s.n, p.step = s.step;
   p.channels = s.channels, p.height = s.height, p.width = s.width;
-  p.splits = p.columns = p.vectors = 1;
+  p.splits = p.columns = p.vectors = p.bands = 1;
   p.outer = outer;
   return p;
 }
@@ -120,11 +120,16 @@ void star_conv_forward(DType dtype, const void* p, const void* b, const void* we
                        (!s.channels_last || aligned(weight, 16));
     const int v = apart && takes(s, widest) ? widest : 1;
     StarConvParams params = star_conv_params(s, outer);
+    // Where few threads are a pixel of channels_last, a block is many columns, but would be low.
+    const int64_t vectors = s.channels / v;
+    if (s.channels_last) params.bands = vectors <= 2 ? 4 : vectors <= 8 ? 2 : 1;
     const auto cut = [&](int64_t groups) {
       const int64_t planes = s.channels_last ? 1 : s.n * s.channels,
-                    items = s.channels_last ? s.n * groups * s.width * (s.channels / v)
-                                            : s.width / v * groups;
-      return Launch{ceil_div(items, kStarConvThreads) * planes, ceil_div(items, 32) * planes};
+                    items = s.channels_last
+                                ? s.n * ceil_div(groups, params.bands) * s.width * vectors
+                                : s.width / v * groups;
+      return Launch{ceil_div(items, kStarConvThreads / params.bands) * planes,
+                    ceil_div(items * params.bands, 32) * planes};
     };
     params.rows = rows_of(s.height, 2, enough_warps(v), cut);
     const auto run = [&](auto kernel) {

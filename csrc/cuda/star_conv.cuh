@@ -33,6 +33,7 @@ struct StarConvParams {
   int32_t splits;            // blocks that share a plane (backward of contiguous tensors)
   int32_t columns, vectors;  // channels_last backward: threads of a block along W, and along C
   int32_t outer;
+  int32_t bands;  // channels_last forward: groups of rows of a block, below each other
 };
 
 // Where a thread of the contiguous kernels is: `items` walk along W first, then down the groups of
@@ -91,6 +92,15 @@ __device__ __forceinline__ void add_taps(const float* w, const float (&x)[V + 2]
   }
 }
 
+// y = outer(GELU(a) * b), in place of a.
+template <typename T, int V>
+__device__ __forceinline__ void store_star(T* y, float (&a)[V], const float (&b)[V], int outer) {
+  SDAN_UNROLL
+  for (int e = 0; e < V; ++e) a[e] = gelu<is_16bit<T>>(a[e]) * b[e];
+  activate<is_16bit<T>>(outer, a);
+  store<V>(y, a);
+}
+
 // ---- contiguous
 
 // grid: any number of blocks. V divides the width, and all rows are aligned to V elements.
@@ -99,7 +109,6 @@ __global__ void __launch_bounds__(kStarConvThreads, 1)
     star_conv_forward_kernel(const T* __restrict__ p, const T* __restrict__ b,
                              const T* __restrict__ weight, const T* __restrict__ bias,
                              T* __restrict__ y, const StarConvParams s) {
-  constexpr bool kCoarse = is_16bit<T>;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int items = star_conv_items(s, V);
   const int64_t blocks = (items + kStarConvThreads - 1) / kStarConvThreads;
@@ -138,11 +147,7 @@ __global__ void __launch_bounds__(kStarConvThreads, 1)
       for (int e = 0; e < V; ++e) a[e] = third[e], third[e] = second[e], second[e] = shift;
       add_taps<V>(w + 3, x, third);
       add_taps<V>(w, x, second);
-      if (!writes) continue;
-      SDAN_UNROLL
-      for (int e = 0; e < V; ++e) a[e] = gelu<kCoarse>(a[e]) * vb[e];
-      activate<kCoarse>(s.outer, a);
-      store<V>(y + out + (r - 1) * int64_t{s.width}, a);
+      if (writes) store_star<T, V>(y + out + (r - 1) * int64_t{s.width}, a, vb, s.outer);
     }
   }
 }
@@ -280,22 +285,25 @@ __device__ __forceinline__ void add_product(const float (&w)[V], const float (&x
   for (int e = 0; e < V; ++e) acc[e] = fmaf(w[e], x[e], acc[e]);
 }
 
-// grid: any number of blocks. V divides the channels, and pixels are aligned to V elements.
+// A block takes neighbouring vectors of `bands` groups of rows below each other, which share their
+// halos. grid: any number of blocks. V divides the channels, and pixels are aligned to V elements.
 template <typename T, int V>
 __global__ void __launch_bounds__(kStarConvThreads, 1)
     star_conv_last_kernel(const T* __restrict__ p, const T* __restrict__ b,
                           const T* __restrict__ weight, const T* __restrict__ bias,
                           T* __restrict__ y, const StarConvParams s) {
-  constexpr bool kCoarse = is_16bit<T>;
-  const int vectors = s.channels / V, groups = (s.height + s.rows - 1) / s.rows;
-  const int64_t per_image = static_cast<int64_t>(vectors) * s.width * groups,
-                stride = static_cast<int64_t>(gridDim.x) * kStarConvThreads;
-  for (int64_t item = static_cast<int64_t>(blockIdx.x) * kStarConvThreads + threadIdx.x;
+  const int vectors = s.channels / V, rows = s.rows * s.bands,
+            stripes = (s.height + rows - 1) / rows, items = kStarConvThreads / s.bands,
+            band = static_cast<int>(threadIdx.x) / items;
+  const int64_t per_image = static_cast<int64_t>(vectors) * s.width * stripes,
+                stride = static_cast<int64_t>(gridDim.x) * items;
+  for (int64_t item = static_cast<int64_t>(blockIdx.x) * items + threadIdx.x % items;
        item < per_image * s.images; item += stride) {
     const int64_t image = item / per_image, in_image = item % per_image;
     const int c = static_cast<int>(in_image % vectors) * V;
     const int column = static_cast<int>(in_image / vectors % s.width);
-    const int row = static_cast<int>(in_image / vectors / s.width) * s.rows;
+    const int row = static_cast<int>(in_image / vectors / s.width) * rows + band * s.rows;
+    if (row >= s.height) continue;
     float w[9][V], shift[V], second[V], third[V];
     load_taps<T, V>(weight, c, w);
     SDAN_UNROLL
@@ -328,11 +336,7 @@ __global__ void __launch_bounds__(kStarConvThreads, 1)
         add_product<V>(w[3 + i], x[i], third);
         add_product<V>(w[i], x[i], second);
       }
-      if (k < 2) continue;
-      SDAN_UNROLL
-      for (int e = 0; e < V; ++e) a[e] = gelu<kCoarse>(a[e]) * vb[e];
-      activate<kCoarse>(s.outer, a);
-      store<V>(out, a);
+      if (k >= 2) store_star<T, V>(out, a, vb, s.outer);
     }
   }
 }

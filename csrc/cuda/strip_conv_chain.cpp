@@ -207,7 +207,8 @@ std::vector<Tensor> bias_gradients(const Tensor& grad, const std::vector<Link>& 
 }
 
 // The weights' gradients need what lies between the convolutions: it is computed again, one
-// convolution at a time, and so are the gradients that flow back.
+// convolution at a time, and so are the gradients that flow back. What their blocks leave is added
+// up for all filters at the end.
 std::vector<Tensor> strip_conv_chain_backward_op(
     Tensor grad_output, Tensor x, std::vector<Tensor> weights, std::vector<Tensor> biases,
     std::vector<bool> bias_mask, std::vector<int64_t> dilations, std::vector<bool> output_mask) {
@@ -239,6 +240,7 @@ std::vector<Tensor> strip_conv_chain_backward_op(
     if (output_mask[0]) grad_x = chain(grad, links, true, std::nullopt, op);
   }
   if (first < count) {
+    PendingSums pending;
     std::vector<Tensor> inputs{start};
     for (size_t i = 0; i < last; ++i)
       inputs.push_back(convolve(inputs[i], links[i].weight, links[i].bias,
@@ -248,19 +250,20 @@ std::vector<Tensor> strip_conv_chain_backward_op(
       if (i <= last) {
         if (wanted[i][0])
           grad_weights[i] = weight_gradients(grad, inputs[i], weights[i], std::nullopt, dilation,
-                                             {true, false}, op)
+                                             {true, false}, op, pending)
                                 .front();
         inputs.resize(i);
       }
       if (i > first || (output_mask[0] && x.numel() != 0))
         grad = convolve(grad, links[i].weight, std::nullopt, dilation, true, format, op);
     }
+    pending.finish(x);
     if (output_mask[0] && x.numel() != 0) grad_x = grad;
   }
   std::vector<Tensor> grads;
   if (output_mask[0]) grads.push_back(grad_x);
   for (size_t i = 0; i < count; ++i)
-    if (wanted[i][0]) grads.push_back(grad_weights[i]);
+    if (wanted[i][0]) grads.push_back(in_format(grad_weights[i], format_of(weights[i])));
   for (size_t i = 0; i < count; ++i)
     if (wanted[i][1]) grads.push_back(grad_biases[i]);
   return grads;

@@ -4,11 +4,7 @@
 namespace sdan_fast::cuda {
 
 void launch_column(const StripPass& s, const StripPlan& plan) {
-  const Strip &a = s.strip[0], &b = s.strip[1];
-  with_taps<3, 5, 7, 9, 11, 13, 17, 19, 21, 23, 31, 35, 0>(plan.taps, [&](auto k) {
-    launch("conv_column", conv_column_kernel<decltype(k)::value, false>, plan.config, s.x, a.weight,
-           a.bias, b.weight, b.bias, s.edge.bias, s.edge.weight, s.gate, s.y, plan.p);
-  });
+  launch_columns<false>(s, plan);
 }
 
 }  // namespace sdan_fast::cuda

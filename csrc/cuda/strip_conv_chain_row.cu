@@ -5,7 +5,7 @@ namespace sdan_fast::cuda {
 
 void launch_row(const StripPass& s, const StripPlan& plan) {
   const Strip &a = s.strip[0], &b = s.strip[1];
-  with_taps<3, 5, 7, 9, 11, 13, 17, 19, 21, 23, 31, 35, 0>(plan.taps, [&](auto k) {
+  with_strip_taps(plan.taps, [&](auto k) {
     launch("conv_row", conv_row_kernel<decltype(k)::value>, plan.config, s.x, a.weight, a.bias,
            b.weight, b.bias, s.y, plan.p);
   });

@@ -13,8 +13,7 @@ constexpr int kSumsPerBlock = 8, kManySums = 16;  // of a block: where sums are 
 // splits. A thread's neighbour has the next term of the same sum if Along, else the next sum:
 // whichever lies next to it.
 template <bool Along, int Sums>
-__global__ void __launch_bounds__(kSumThreads)
-    sum_parts_kernel(const float* __restrict__ parts, const SumParams p) {
+__device__ __forceinline__ void sum_block(const float* __restrict__ parts, const SumParams& p) {
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   static_assert(!Along || Sums == kSumThreads / 32);
   const int which = Along ? warp : lane % Sums,
@@ -71,6 +70,24 @@ __global__ void __launch_bounds__(kSumThreads)
     }
     keep(all.sum - all.lost);
   }
+}
+
+template <bool Along, int Sums>
+__global__ void __launch_bounds__(kSumThreads)
+    sum_parts_kernel(const float* __restrict__ parts, const SumParams p) {
+  sum_block<Along, Sums>(parts, p);
+}
+
+// Several of them in one launch. grid: (blocks of the one that has the most, jobs).
+struct SumJobs {
+  SumJob job[kSumJobs];
+};
+
+template <int Sums>
+__global__ void __launch_bounds__(kSumThreads) sum_parts_together_kernel(const SumJobs jobs) {
+  SDAN_UNROLL  // parameters would need addresses for an index that is no constant
+      for (unsigned i = 0; i < kSumJobs; ++i) if (blockIdx.y == i)
+          sum_block<false, Sums>(jobs.job[i].parts, jobs.job[i].sums);
 }
 
 }  // namespace sdan_fast::cuda

@@ -91,7 +91,8 @@ def run(
 def _sums() -> str:
     signature = "(const float*, const SumParams)"
     kinds = ("true, 8", "false, 8", "false, 16")
-    return ptx("sum_parts.cuh", tuple(f"void sum_parts_kernel<{k}>{signature}" for k in kinds))
+    together = tuple(f"void sum_parts_together_kernel<{k}>(const SumJobs)" for k in (8, 16))
+    return ptx("sum_parts.cuh", tuple(f"void sum_parts_kernel<{k}>{signature}" for k in kinds) + together)
 
 
 def sum_parts(
@@ -107,6 +108,15 @@ def sum_parts(
 
     strides, in floats: of rows, columns, images and splits of the partial sums.
     """
+    raw, pointers, along, sums = sum_params(outputs, first, outer, images, splits, strides)
+    name = entry(_sums(), f"sum_parts_kernelILb{int(along)}ELi{sums}E")
+    return run(_sums(), name, -(-outer * first[-1] // sums), 256, [parts, ptxrun.Struct(raw, pointers)])
+
+
+def sum_params(
+    outputs: Sequence[Tensor | None], first: Sequence[int], outer: int, images: int, splits: int, strides: Sequence[int]
+) -> tuple[bytes, dict[int, Any], bool, int]:  # fmt: skip
+    """SumParams: their bytes, the pointers among them; whether terms lie beside each other; the sums of a block."""
     dtype = next(t.dtype for t in outputs if t is not None)
     inner, to = first[-1], [*outputs, *[None] * (4 - len(outputs))]
     at = [*first, *[inner] * (5 - len(first))]
@@ -121,9 +131,24 @@ def sum_parts(
     stride = image if splits == 1 else split if images == 1 or wrap == 0 else 0
     on = 256 // sums * stride if stride else images_on * image + splits_on * split
     way = struct.pack("<5q2q2iq", *at, on, stride, images_on, splits_on, wrap)
-    packed = ptxrun.Struct(head + bytes(32) + way, pointers)
-    name = entry(_sums(), f"sum_parts_kernelILb{int(along)}ELi{sums}E")
-    return run(_sums(), name, -(-outer * inner // sums), 256, [parts, packed])
+    return head + bytes(32) + way, pointers, along, sums
+
+
+def sums_together(jobs: Sequence[tuple[Tensor, Sequence[Any]]]) -> ptxrun.Stats:
+    """Several second stages in one launch: (partial sums, arguments of sum_params) of each."""
+    raw, pointers, most, kinds = b"", {}, 0, set()
+    for parts, arguments in jobs:
+        params, to, along, sums = sum_params(*arguments)
+        assert not along
+        pointers[len(raw)] = as_array(parts)
+        pointers |= {len(raw) + 8 + at: array for at, array in to.items()}
+        raw += bytes(8) + params
+        most = max(most, -(-arguments[2] * arguments[1][-1] // sums))
+        kinds.add(sums)
+    (sums,) = kinds
+    name = entry(_sums(), f"sum_parts_together_kernelILi{sums}E")
+    jobs_raw = raw + bytes(4 * len(raw) // len(jobs) - len(raw))
+    return run(_sums(), name, (most, len(jobs)), 256, [ptxrun.Struct(jobs_raw, pointers)])
 
 
 def weight_sums(

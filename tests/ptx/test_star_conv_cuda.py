@@ -42,10 +42,10 @@ def name_of(text, kernel, dtype, v):
     return entry(text, f"{kernel}_kernel{TYPES[dtype][1]}Li{v}E")
 
 
-def params(shape, rows, outer, last, splits=1, columns=1, vectors=1):
+def params(shape, rows, outer, last, splits=1, columns=1, vectors=1, bands=1):
     n, c, h, w = shape
-    step = 2 * c if last else 2 * c * h * w
-    return struct.pack("<qq8i", n, step, c, h, w, rows, splits, columns, vectors, ACTIVATIONS.index(outer))
+    step, outer = 2 * c if last else 2 * c * h * w, ACTIVATIONS.index(outer)
+    return struct.pack("<qq9i4x", n, step, c, h, w, rows, splits, columns, vectors, outer, bands)
 
 
 class Case:
@@ -118,7 +118,7 @@ def test_channels_last(text, dtype, shape, rows, v, outer, approx):
     case = Case(shape, dtype, True, outer)
     v = vector(dtype, v, 4)
     p, b = case.halves(case.both)
-    args = [p, b, case.weight, case.bias, case.y, params(shape, rows, outer, True)]
+    args = [p, b, case.weight, case.bias, case.y, params(shape, rows, outer, True, bands=2)]
     run(text, name_of(text, "star_conv_last", dtype, v), 3, THREADS, args, approx=approx)
     exact, wanted = case.answers(torch.float64)
     eager, usual = case.answers(dtype)
@@ -190,6 +190,21 @@ def test_traffic(text, dtype, last):
     for loads, stores in shares.values():
         assert loads >= least and stores >= least, shares
     assert st.bank_conflicts <= 0.10 * max(st.shared_wavefronts, 1)
+
+
+def test_rows_below_each_other_share_their_halos(text):
+    """Two groups of six rows of a block: 14 rows of p for 12, and two columns more than its 18 or 19."""
+    dtype, shape = torch.bfloat16, (1, 28, 36, 40)
+    case = Case(shape, dtype, True, "none")
+    p, b = case.halves(case.both)
+    args = [p, b, case.weight, case.bias, case.y, params(shape, 6, "none", True, bands=2)]
+    blocks = 3 * 40 * 7 // (THREADS // 2) + 1
+    st = run(text, name_of(text, "star_conv_last", dtype, 4), blocks, THREADS, args)
+    assert_bound(case.y, *(case.answers(d)[0] for d in (dtype, torch.float64)))
+    read, written = (sum(t[i] for t in st.traffic.values()) for i in range(2))
+    size = case.y.numel() * case.y.element_size()
+    print(st.traffic, read / size, written / size)
+    assert read + written <= 1.15 * 3 * size
 
 
 # ---- the gate
