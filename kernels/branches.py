@@ -177,7 +177,10 @@ class Images:
         dilations = [conv.dilations[1]] if conv.axis == "hw" else [c.dilation for c in step.convs]
         if conv.axis == "w":
             pixel = self.x.shape[1] * itemsize
-            dilations = [c.dilation * heuristics.interleaved(c.taps, c.dilation, pixel) for c in step.convs]
+            apart = [heuristics.interleaved(c.taps, c.dilation, pixel) for c in step.convs]
+            dilations = [c.dilation * s for c, s in zip(step.convs, apart, strict=True)]
+            if max(apart) > 1:  # a warp holds whole pixels, whose sectors two warps would each move
+                groups = heuristics.power_of_two(groups, 1, 32)
         items = max(ceil_div(along, p * d) * d for d in dilations) * groups
         if conv.axis == "hw":
             return Shape("square", p, 1, groups, False, ceil_div(H * items, BLOCK))

@@ -22,7 +22,7 @@ from .launch import (
     unavailable,
     wide_plane,
 )
-from .reduce import finish
+from .reduce import Sums, finish
 
 MAX_TAPS = 63  # along one axis
 
@@ -73,7 +73,7 @@ def weight_grad(
     """Gradients of the filter and of the bias (as asked for) from the output's gradient g and the input x; two
     launches.
 
-    The workspace is splits x C (taps + 1) floats. Empty images give zeros.
+    The workspace has a row of Sums for each program of a channel. Empty images give zeros.
     """
     N, C, H, W = x.shape
     KH, KW = weight.shape[-2:]
@@ -90,30 +90,43 @@ def weight_grad(
         groups = H if s.R == 1 else ceil_div(H, s.R * DH) * DH
         down = 1 if s.FLAT else ceil_div(groups, s.BG)
         chunks = ceil_div(groups * QG, s.BG) if s.FLAT else down * ceil_div(QG, s.BQ)
-        depth = s.CHUNKS - s.CHUNKS % down if down <= s.CHUNKS else s.CHUNKS  # whole columns, where they fit
+        tiles = ceil_div(KH, s.TH)
+        depth = heuristics.in_a_row(N * chunks * C * tiles, s.CHUNKS, s.LEAST)
+        if not s.FLAT:
+            depth = whole(depth, down, s.CHUNKS)
         splits = ceil_div(N * chunks, depth)
-        partial = x.new_empty((splits, C * (taps + 1)), dtype=torch.float32)
-        launch(wgrad_nchw, (splits * C * ceil_div(KH, s.TH),), g, x, partial, N, C, H, W, QW, groups, g.stride(0),
+        sums = Sums.filters(taps, taps, s.TH * KW)
+        partial = sums.empty(x, splits, C)
+        launch(wgrad_nchw, (splits * C * tiles,), g, x, partial, N, C, H, W, QW, groups, g.stride(0),
                x.stride(0), chunks, depth, splits, KH=KH, KW=KW, DH=DH, DW=DW, TH=s.TH, COLUMNS=s.COLUMNS, R=s.R,
                V=s.V, BG=s.BG, BQ=s.BQ, FLAT=s.FLAT, VECTOR=s.VECTOR, M=s.M, S=s.S, WIDE=wide,
                num_warps=s.warps)  # fmt: skip
     else:
         along_h = KW == 1 and KH > 1
         KA, KB, DA, DB = (KH, 1, DH, 1) if along_h else (KW, KH, DW, DH)
-        length = H if along_h else W
-        s = heuristics.wgrad_nhwc(KA, KB, length, DA, C, channel_vector(x, g))
+        length, lines = (H, W) if along_h else (W, H)
+        s = heuristics.wgrad_nhwc(KA, KB, length, DA, C, channel_vector(x, g), along_h)
         groups = ceil_div(length, s.P * DA) * DA if s.P > 1 else length
-        slow, fast = (groups, W) if along_h else (H, groups)
-        chunks, tiles = ceil_div(slow * fast, s.BP), ceil_div(C, s.BC)
-        splits = ceil_div(N * chunks, s.CHUNKS)
-        partial = x.new_empty((splits, C * (taps + 1)), dtype=torch.float32)
-        steps = (KB // s.TB) * ceil_div(KA, s.KT)
-        launch(wgrad_nhwc, (splits * tiles * steps,), g, x, partial, N, C // s.VEC, H, W, slow, fast, g.stride(0),
-               pixel_stride(g) // s.VEC, x.stride(0), pixel_stride(x) // s.VEC, chunks, splits, tiles,
-               KA=KA, KB=KB, DA=DA, DB=DB, ALONG_H=along_h, KT=s.KT, TB=s.TB, P=s.P, BP=s.BP, BC=s.BC, VEC=s.VEC,
-               CHUNKS=s.CHUNKS, WIDE=wide, num_warps=s.warps)  # fmt: skip
-    finish(partial, gw, gb)
+        down, tiles = ceil_div(groups, s.BG), ceil_div(C, s.BC)
+        chunks = down * ceil_div(lines, s.BL)
+        steps = ceil_div(KB, s.TB) * ceil_div(KA, s.KT)
+        depth = heuristics.in_a_row(N * chunks * tiles * steps, s.CHUNKS, s.LEAST)
+        if along_h or (KB == 1 and DA > 1):
+            depth = whole(depth, down, s.CHUNKS)
+        splits = ceil_div(N * chunks, depth)
+        sums = Sums.filters(taps, KA if s.TB == 1 else taps, s.KT * s.TB)
+        partial = sums.empty(x, splits, C)
+        launch(wgrad_nhwc, (splits * tiles * steps,), g, x, partial, N, C // s.VEC, H, W, groups, lines, g.stride(0),
+               pixel_stride(g) // s.VEC, x.stride(0), pixel_stride(x) // s.VEC, chunks, depth, splits, tiles,
+               KA=KA, KB=KB, DA=DA, DB=DB, ALONG_H=along_h, KT=s.KT, TB=s.TB, COLUMNS=s.COLUMNS, P=s.P, BG=s.BG,
+               BL=s.BL, BC=s.BC, VEC=s.VEC, WIDE=wide, num_warps=s.warps)  # fmt: skip
+    finish(partial, sums, gw, gb)
     return (gw if need_weight else None), (gb if need_bias else None)
+
+
+def whole(depth: int, down: int, most: int) -> int:
+    """At least `depth` chunks: whole columns or rows of `down` chunks where `most` holds them: none is read twice."""
+    return ceil_div(depth, down) * down if down <= most else most
 
 
 def refuses_filter(weight: Tensor) -> str | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from ._triton import jit, tl
 from .phases import first_tap, last_tap, load_phases, load_row, needed, put, reach, store_phases
-from .reduce import join_all, total
+from .reduce import join_all, total, whole_sectors
 from .star import activate, activate_grad
 
 # The longest strip of a known model.
@@ -315,8 +315,8 @@ def wgrad_nchw(
     """First stage of the weight gradient: sums of g * (shifted x) over `depth` chunks of BG BQ row-group vectors.
 
     Program (split, channel, TH filter rows) adds up TH KW taps, and g itself for the bias. It writes them into row
-    `split` of partial [splits, C KH KW + C], which is laid out as the weight, then the bias. COLUMNS: a power of two,
-    at least TH KW. chunks: per plane. splits: ceil(N chunks / depth).
+    `split` of partial, see Sums. COLUMNS: a power of two, more than TH KW. chunks: per plane. splits: ceil(N chunks /
+    depth).
     """
     pid = tl.program_id(0)
     split = pid % splits
@@ -357,10 +357,10 @@ def wgrad_nchw(
                     for r in tl.static_range(R):
                         if j - r >= 0 and j - r < TH:
                             acc = strip_row_grad(acc, g, x, (j - r) * KW, r * M * V, delta, KW, DW, V, M, S)
-    sums = tl.sum(join_all(acc, COLUMNS), 0)
-    row = partial_ptr + split.to(tl.int64) * (C * (KH * KW + 1))
     column = tl.arange(0, COLUMNS)
-    tap = tile * (TH * KW) + column
-    tl.store(row + c * (KH * KW) + tap, sums, (column < TH * KW) & (tap < KH * KW))
-    if tile == 0:
-        tl.store(row + C * (KH * KW) + c, tl.sum(bias, 0))
+    # The bias by itself: a vector is summed in pairs everywhere, columns one row after the other by the interpreter.
+    sums = tl.where(column == TH * KW, tl.sum(bias, 0), tl.sum(join_all(acc, COLUMNS), 0))
+    PAD: tl.constexpr = whole_sectors(TH * KW + 1)
+    TILES: tl.constexpr = (KH + TH - 1) // TH
+    row = partial_ptr + split.to(tl.int64) * (C * (TILES * PAD))
+    tl.store(row + (c * TILES + tile) * PAD + column, sums, column < PAD)

@@ -6,26 +6,14 @@ Filter taps are vectors.
 from __future__ import annotations
 
 from ._triton import jit, tl
-from .depthwise_nchw import first_row
+from .depthwise_nchw import down_columns, first_row
 from .phases import put
-from .reduce import total
+from .reduce import join_all, total, whole_sectors
 from .star import activate, activate_grad
 
 
-@jit
-def pixel_groups(block, S, F, P: tl.constexpr, DA: tl.constexpr, BP: tl.constexpr, ALONG_H: tl.constexpr):
-    """(first position on the filter's main axis, position on the other one, in range) of BP groups of P positions.
-
-    F: extent of the faster index (columns or groups of columns), S: of the slower one. The P positions are DA apart.
-    """
-    i = block * BP + tl.arange(0, BP)
-    slow = i // F
-    fast = i - slow * F
-    group = slow if ALONG_H else fast
-    group = first_row(group, P, DA)
-    return group, fast if ALONG_H else slow, slow < S
-
-
+# tile_index gives a thread its row group, vector and whether they are in range; here it is the first of P positions, DA
+# apart, on the filter's main axis, the position on the other one, and whether they are in range.
 @jit
 def pixel_tile(
     block,
@@ -154,14 +142,16 @@ def conv_nhwc(
 
 @jit
 def wgrad_nhwc(
-    g_ptr, x_ptr, partial_ptr, N, CV, H, W, S, F, g_batch, g_pixel, x_batch, x_pixel, chunks, splits, tiles,
+    g_ptr, x_ptr, partial_ptr, N, CV, H, W, GROUPS, LINES, g_batch, g_pixel, x_batch, x_pixel, chunks, depth, splits,
+    tiles,
     KA: tl.constexpr, KB: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr, ALONG_H: tl.constexpr,
-    KT: tl.constexpr, TB: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr, VEC: tl.constexpr,
-    CHUNKS: tl.constexpr, WIDE: tl.constexpr,
+    KT: tl.constexpr, TB: tl.constexpr, COLUMNS: tl.constexpr, P: tl.constexpr, BG: tl.constexpr, BL: tl.constexpr,
+    BC: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """wgrad_nchw for channels_last: program (split, channel tile, TB x KT taps) sums CHUNKS chunks of BP groups of P
-    pixels.
+    """wgrad_nchw for channels_last: program (split, channel tile, TB x KT taps) sums `depth` chunks of BG BL groups of
+    P pixels: down a column, along a row, and of a square's from line to line.
     """
+    BP: tl.constexpr = BG * BL
     NT: tl.constexpr = (KA + KT - 1) // KT
     pid = tl.program_id(0)
     tile = pid % tiles
@@ -178,9 +168,12 @@ def wgrad_nhwc(
     acc = (tl.zeros((BP, BC), tl.float32),) * (TB * KT)
     bias = tl.zeros((BP, BC), tl.float32)
     g_hop, x_hop = DA * SA * g_pixel * VEC, DA * SA * x_pixel * VEC
-    for chunk in range(split * CHUNKS, min(split * CHUNKS + CHUNKS, N * chunks)):
+    for chunk in range(split * depth, min(split * depth + depth, N * chunks)):
         n = (chunk // chunks).to(tl.int64)
-        a0, b, ok = pixel_groups(chunk % chunks, S, F, P, DA, BP, ALONG_H)
+        block = chunk % chunks
+        if KB == 1:  # along the strip first
+            block = down_columns(block, LINES, GROUPS, BG, BL)
+        a0, b, ok = pixel_tile(block, GROUPS, LINES, P, DA, BG, BL, ALONG_H)
         at = g_ptr + n * g_batch + pixel_offsets(a0, b, c, SA, SB, g_pixel, VEC, WIDE)
         mask = ok[:, None] & c_ok[None, :]
         g = ()
@@ -198,10 +191,13 @@ def wgrad_nhwc(
                 for p in tl.static_range(P):
                     if e - p >= 0 and e - p < KT:
                         acc = put(acc, row * KT + e - p, acc[row * KT + e - p] + g[p] * x)
-    # As wgrad_nchw's: row `split` of [splits, C taps + C], the weight's layout first, then the bias's.
-    out = partial_ptr + split.to(tl.int64) * (C * (KA * KB + 1))
+    sums = ()
     for t in tl.static_range(TB * KT):
-        at = c * (KA * KB) + (kb + t // KT) * KA + first + t % KT
-        tl.store(out + at, tl.sum(acc[t], 0), c_ok & (first + t % KT < KA))
-    if step == 0:
-        tl.store(out + C * (KA * KB) + c, tl.sum(bias, 0), c_ok)
+        sums = sums + (tl.sum(acc[t], 0),)
+    sums = join_all(sums + (tl.sum(bias, 0),), COLUMNS)
+    PAD: tl.constexpr = whole_sectors(TB * KT + 1)
+    STEPS: tl.constexpr = ((KB + TB - 1) // TB) * NT
+    out = partial_ptr + split.to(tl.int64) * (C * (STEPS * PAD))
+    column = tl.arange(0, COLUMNS)
+    at = ((c * STEPS + step) * PAD)[:, None] + column[None, :]
+    tl.store(out + at, sums, c_ok[:, None] & (column < PAD)[None, :])

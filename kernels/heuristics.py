@@ -30,6 +30,17 @@ def power_of_two(n: int, low: int, high: int) -> int:
     return p
 
 
+PROGRAMS = 1056  # two waves of four programs on each of an H100's 132 multiprocessors
+
+
+def in_a_row(units: int, most: int, least: int = 1) -> int:
+    """How many of so many units of work a program does one after the other: `most`, if enough programs are left."""
+    n = most
+    while n > least and units < n * PROGRAMS:
+        n //= 2
+    return n
+
+
 def row_vector(width: int, itemsize: int, aligned: bool) -> tuple[int, bool]:
     """(pixels V of a thread, whether they are one load): 16 bytes, or 8 of a 16-bit type, where rows allow it."""
     if aligned:
@@ -102,19 +113,22 @@ def wgrad_nchw(kh: int, kw: int, width: int, itemsize: int, aligned: bool, dw: i
         r = 8 if kh <= 5 else 4
     else:
         r = 4 if kh * kw <= 9 and vector else 2 if kh * kw <= 49 else 1
-    columns = power_of_two(th * kw, 2, 128)
+    columns = power_of_two(th * kw + 1, 2, 128)
     chunks = min(8, 128 // (r * m * v)) if itemsize == 4 else 8  # at most 128 roundings of float32 in a row
     if kw == 1 < kh:
-        bg, bq = (8, 16) if r == 8 else (16, 8)
+        bg, bq = (8, 8) if r == 8 else (16, 4)
     else:
         bg, bq = (
             64 if r * m * v == 64 else 128,
             1,
         )  # of more threads with 64 pixels each ptxas spills for occupancy
+    # The last sums over threads cost as much as a chunk or two, whose arithmetic is to be most of it.
+    least = 2 if kh == 1 or not vector or itemsize == 4 else 1
+    least = 4 if kh * kw > 25 else least
     chunks = tuned("wgrad_nchw", f"{kh}x{kw}, {itemsize} bytes", CHUNKS=chunks)["CHUNKS"]
     return Settings(
         V=v, VECTOR=vector, R=r, M=m, S=s, TH=th, COLUMNS=columns, BG=bg, BQ=bq, FLAT=bq == 1, CHUNKS=chunks,
-        warps=bg * bq // 32,
+        LEAST=least, warps=bg * bq // 32,
     )  # fmt: skip
 
 
@@ -167,7 +181,10 @@ def conv_nhwc(
     p = t["P"]
     threads = bc // vector  # of a pixel
     # Of more threads ptxas wants fewer registers than the values need.
-    block = 512 if vector < 8 and (across == 1 or taps <= 5) else 256 if across == 1 or taps > 3 else 128
+    if vector == 8:
+        block = 128 if across > 1 and taps <= 3 else 256
+    else:
+        block = 512 if across == 1 or 3 < taps <= 5 else 256
     most = max(1, block // threads)
     if across == 1:
         overlap = 4 * (taps - 1) * dilation // p
@@ -181,30 +198,51 @@ def conv_nhwc(
     return Settings(P=p, S=s, KT=kt, BC=bc, BG=bg, BL=bl, VEC=vector, warps=bg * bl * threads // 32)
 
 
-def wgrad_nhwc(taps: int, rows: int, length: int, dilation: int, channels: int, vector: int) -> Settings:
-    """First stage of a weight gradient in channels_last: all of a 3x3's taps, else one of the filter's rows."""
+def wgrad_nhwc(
+    taps: int, rows: int, length: int, dilation: int, channels: int, vector: int, along_h: bool
+) -> Settings:
+    """First stage of a weight gradient in channels_last: all of a 3x3's taps, else one or two of the filter's rows."""
     bc = max(channel_tile(channels), vector)
     kt = taps_at_a_time(taps, 11 if vector < 8 else 5 if taps <= 11 else 4)
-    tb = rows if rows * kt <= 9 else 1
+    tb = rows if rows * kt <= 9 else 2 if rows > 1 and kt == taps <= 7 and vector <= 4 else 1
     most = 8
-    if vector == 8 and tb > 1:
+    if vector == 8 and (tb > 1 or kt == 5 < taps):
         most = 4
     elif vector <= 4 and rows * kt <= 5:
         most = 16
     p = positions(length, dilation, most)
+    groups = 128 * vector // bc  # of P positions, of all channels, that 128 threads hold
+    # A program goes along a whole dilated row, which one line's chunks fit best.
+    lines = min(groups, 4 if tb > 1 else 1 if rows == 1 and not along_h and (taps - 1) * dilation > 32 else 2)
     t = tuned("wgrad_nhwc", f"{rows}x{taps} d{dilation}, {channels} channels by {vector}", P=p, CHUNKS=8)
     return Settings(
-        P=t["P"], KT=kt, TB=tb, BC=bc, BP=128 * vector // bc, VEC=vector, CHUNKS=t["CHUNKS"], warps=4
+        P=t["P"],
+        KT=kt,
+        TB=tb,
+        BC=bc,
+        BG=groups // lines,
+        BL=lines,
+        VEC=vector,
+        CHUNKS=t["CHUNKS"],
+        LEAST=4 if tb == rows > 1 else 2,
+        COLUMNS=power_of_two(tb * kt + 1, 2, 64),
+        warps=4,
     )
 
 
-def pixels(channels: int, elements: int, warps: int = 4) -> Settings:
-    """LayerNorm, which holds all channels of BP pixels: about `elements` values a program."""
-    kernel = "layer_norm2d" if warps == 4 else "layer_norm2d_backward"
-    elements = tuned(kernel, f"{channels} channels", elements=elements)["elements"]
+def pixels(channels: int, backward: bool = False, planes: bool = True) -> Settings:
+    """LayerNorm, which holds all channels of BP pixels: about `elements` values a program, TILES times at most.
+
+    32 of them a thread: a pixel's sums are every thread's work, which few values a thread do not repay. Backward in
+    channels_last (not `planes`) 16, where a thread has fewer pixels and ptxas would spill.
+    """
+    kernel = "layer_norm2d_backward" if backward else "layer_norm2d"
+    elements = tuned(kernel, f"{channels} channels", elements=2048 if backward and not planes else 4096)[
+        "elements"
+    ]
     bc = power_of_two(channels, 1, 1024)
     bp = power_of_two(elements // bc, 16, 256)
-    return Settings(BC=bc, BP=bp, TILES=4, warps=warps if bc * bp <= 4096 else 8)
+    return Settings(BC=bc, BP=bp, TILES=4, warps=4 if bc * bp <= 4096 else 8)
 
 
 def dot_tile(n: int, largest: int) -> int:
@@ -257,7 +295,7 @@ def norm_pointwise(
     if itemsize == 4:
         bo, bp = min(bo, 32), 16 if bc > 64 else 64 if planes else 32
     else:
-        bo, bp = min(bo, 32) if bc > 64 else bo, 32 if bc > 64 or backward else 64
+        bo, bp = min(bo, 32) if bc > 64 else bo, 32 if bc > 64 else 64
     # Where ptxas would spill to save a step of occupancy:
     if backward and bc == 16:
         bo, bp = min(bo, 32), 16
@@ -265,4 +303,9 @@ def norm_pointwise(
         bp = {16: 128, 32: 32}.get(bo, bp)
     kernel = "norm_pointwise_grad" if backward else "norm_pointwise"
     calls = f"{channels} to {out1} and {out2} channels, {itemsize} bytes"
-    return Settings(tuned(kernel, calls, BO=bo, BP=bp), BC=bc, TILES=4, warps=4)
+    t = tuned(kernel, calls, BO=bo, BP=bp)
+    tiles = 4 if backward else 1
+    # Of pixels that are no whole sectors 16 channels are not either: then all are formed, and stored at once.
+    if not (backward or planes) and itemsize == 2 and t["BO"] == 16 and (out1 % 16 or out2 % 16):
+        tiles = -(-(out1 + out2) // 16)
+    return Settings(t, BC=bc, TILES=tiles, warps=4)

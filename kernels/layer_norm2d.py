@@ -15,7 +15,7 @@ from torch import Tensor
 from . import heuristics
 from ._triton import jit, tl
 from .launch import ceil_div, image_layout, launch, output_format, unavailable, wide_plane
-from .reduce import finish
+from .reduce import Sums, finish
 
 MAX_CHANNELS = 1024
 
@@ -42,14 +42,14 @@ def pixel_tile(tile, CV, PV, stride, BC: tl.constexpr, BP: tl.constexpr, VC: tl.
 @jit
 def normalize(x, c_ok, C, eps):
     """(x - mean) / sqrt(var + eps) over axis 0 of x [BC, BP], of which C rows count, and 1 / sqrt(var + eps) [BP]."""
-    count = C * 1.0
+    share = tl.div_rn(1.0, C * 1.0)  # every thread has a pixel's sums, and would divide them
     # The sum of the channels is rounded in units of the mean. Where that is large against their spread, x - mean is
     # exact, and its own mean is what the first one missed.
-    mean = tl.div_rn(tl.sum(x, 0), count)
+    mean = tl.sum(x, 0) * share
     centred = tl.where(c_ok[:, None], x - mean[None, :], 0.0)
-    missed = tl.div_rn(tl.sum(centred, 0), count)
+    missed = tl.sum(centred, 0) * share
     centred = tl.where(c_ok[:, None], centred - missed[None, :], 0.0)
-    variance = tl.div_rn(tl.sum(centred * centred, 0), count)
+    variance = tl.sum(centred * centred, 0) * share
     # Inductor passes Python's floats as float64.
     rstd = tl.div_rn(1.0, tl.sqrt_rn((variance + eps).to(tl.float32)))
     return centred * rstd[None, :], rstd
@@ -58,9 +58,9 @@ def normalize(x, c_ok, C, eps):
 @jit
 def normalize_grad(gw, xhat, rstd, C):
     """Gradient in x of `normalize`, from gw, the gradient of its result."""
-    count = C * 1.0
-    mean = tl.div_rn(tl.sum(gw, 0), count)
-    along = tl.div_rn(tl.sum(gw * xhat, 0), count)
+    share = tl.div_rn(1.0, C * 1.0)
+    mean = tl.sum(gw, 0) * share
+    along = tl.sum(gw * xhat, 0) * share
     return rstd[None, :] * (gw - mean[None, :] - xhat * along[None, :])
 
 
@@ -135,7 +135,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5) -
     if x.numel() > 0:
         N, C, H, W = x.shape
         lay = image_layout(fmt, x, y)
-        s = heuristics.pixels(C, 4096)
+        s = heuristics.pixels(C)
         tiles = ceil_div(H * W, s.BP)
         launch(layer_norm_forward, (N * tiles,), x, weight.contiguous(), weight if bias is None else bias.contiguous(),
                y, C // lay.VC, H * W // lay.VP, lay.stride, x.stride(0), y.stride(0), tiles, eps, BC=s.BC, BP=s.BP,
@@ -160,20 +160,22 @@ def backward(
     if x.numel() > 0:
         N, C, H, W = x.shape
         lay = image_layout(fmt, x, g)
-        s = heuristics.pixels(C, 2048, warps=8)
+        s = heuristics.pixels(C, backward=True, planes=lay.NCHW)
         tiles = ceil_div(H * W, s.BP)
-        programs = ceil_div(N * tiles, s.TILES)
-        partial = x.new_empty((programs if affine else 1, 2 * C), dtype=torch.float32)
+        depth = heuristics.in_a_row(N * tiles, s.TILES)
+        programs = ceil_div(N * tiles, depth)
+        sums = Sums.matrix(C)
+        partial = sums.empty(x, programs if affine else 1, C)
         launch(layer_norm_backward, (programs,), g, x, weight.contiguous(), gx, partial, N, C // lay.VC,
                H * W // lay.VP, lay.stride, g.stride(0), x.stride(0), tiles, eps, BC=s.BC, BP=s.BP, VC=lay.VC,
-               VP=lay.VP, TILES=s.TILES, NEED_X=need_x, NEED_AFFINE=affine, NCHW=lay.NCHW, WIDE=wide_plane(x),
+               VP=lay.VP, TILES=depth, NEED_X=need_x, NEED_AFFINE=affine, NCHW=lay.NCHW, WIDE=wide_plane(x),
                num_warps=s.warps)  # fmt: skip
         if need_x and C == 1:
             # The product with the weight is fused into the difference with the mean, which is not fused: what one
             # channel leaves of it is the product's rounding, not nothing.
             gx.mul_(0)
         if affine:
-            finish(partial, gw, gb)
+            finish(partial, sums, gw, gb)
     else:
         gw.zero_()
         gb.zero_()

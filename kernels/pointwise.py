@@ -9,7 +9,7 @@ from . import heuristics
 from ._triton import INTERPRETED, jit, tl
 from .launch import ImageLayout, ceil_div, launch
 from .phases import put, split_phases
-from .reduce import finish, join_all, total
+from .reduce import Sums, finish, join_all, total
 
 
 @jit
@@ -297,12 +297,13 @@ def weight_grad(
     vc, vp = min(g_lay.VC, x_lay.VC), min(g_lay.VP, x_lay.VP)
     vi, vo = divisor(CI), divisor(CO)
     factors = g if factor is None else factor
+    sums = Sums.matrix(CO * CI)
     if x_lay.NCHW and x.dtype == torch.float32:
         s = heuristics.pointwise_wgrad_planes(CO, CI)
         chunks = ceil_div(H * W // vp, s.BLOCK)
         splits = ceil_div(N * chunks, s.CHUNKS)
         out_tiles, in_tiles = ceil_div(CO, s.TO), ceil_div(CI, s.TI)
-        partial = x.new_empty((splits, CO * CI + CO), dtype=torch.float32)
+        partial = sums.empty(x, splits, CO)
         launch(pointwise_wgrad_planes, (splits * out_tiles * in_tiles,), g, factors, x, partial, N, H * W // vp, CI,
                CO, g.stride(0), factors.stride(0), x.stride(0), chunks, out_tiles, in_tiles, TO=s.TO, TI=s.TI,
                V=vp, BLOCK=s.BLOCK, CHUNKS=s.CHUNKS, FACTOR=factor is not None, WIDE=wide,
@@ -312,10 +313,10 @@ def weight_grad(
         tiles = ceil_div(H * W, s.BP)
         splits = ceil_div(N * tiles, s.TILES)
         out_tiles, in_tiles = ceil_div(CO, s.BO), ceil_div(CI, s.BI)
-        partial = x.new_empty((splits, CO * CI + CO), dtype=torch.float32)
+        partial = sums.empty(x, splits, CO)
         launch(pointwise_wgrad, (splits * out_tiles * in_tiles,), g, factors, x, partial, N, H * W // vp, CI // vi,
                CO // vo, g_lay.stride * g_lay.VC // vc, x_lay.stride * x_lay.VC // vc, g.stride(0), factors.stride(0),
                x.stride(0), tiles, splits, out_tiles, BO=s.BO, BI=s.BI, BP=s.BP, VI=vi, VO=vo, VC=vc, VP=vp,
                TILES=s.TILES, FACTOR=factor is not None, NCHW=x_lay.NCHW, WIDE=wide,
                num_warps=s.warps)  # fmt: skip
-    finish(partial, gw, gb)
+    finish(partial, sums, gw, gb)

@@ -16,11 +16,33 @@ from . import heuristics, pointwise
 from ._triton import jit, tl
 from .launch import ceil_div, empty_image, image_layout, launch, output_format, unavailable, wide_plane
 from .layer_norm2d import normalize, normalize_grad
+from .phases import compile_time
 from .pointwise import divisor, image_tile, product_end, product_of, product_start, stacked_tile
-from .reduce import finish
+from .reduce import Sums, finish, join_all
 from .star import ACTIVATIONS
 
 MAX_CHANNELS = 256  # all of a pixel's channels are one side of a product
+
+
+@compile_time
+def rounded_log2(n):
+    """log2 of the smallest power of two that is at least n."""
+    return (n - 1).bit_length()
+
+
+@jit
+def stack(x, LEVELS: tl.constexpr):
+    """Matrices [A, B], up to 2^LEVELS of them, one above the other; missing ones are zero."""
+    if LEVELS == 0:
+        y = x[0]
+    else:
+        A: tl.constexpr = x[0].shape[0]
+        B: tl.constexpr = x[0].shape[1]
+        for _ in tl.static_range((1 << LEVELS) - len(x)):
+            x = x + (tl.zeros((A, B), x[0].dtype),)
+        y = tl.permute(join_all(x, 1 << LEVELS), (2, 0, 1))
+        y = tl.reshape(y, (A << LEVELS, B))
+    return y
 
 
 @jit
@@ -28,12 +50,13 @@ def norm_pointwise(
     x_ptr, nw_ptr, nb_ptr, w1_ptr, w2_ptr, y1_ptr, y2_ptr, z_ptr, PV, CIV, C1V, C2V, x_stride, y1_stride, y2_stride,
     x_batch, y1_batch, y2_batch, tiles, eps,
     BC: tl.constexpr, BO: tl.constexpr, BP: tl.constexpr, VI: tl.constexpr, V1: tl.constexpr, V2: tl.constexpr,
-    VC: tl.constexpr, VP: tl.constexpr, NORM_BIAS: tl.constexpr, KEEP: tl.constexpr, NCHW: tl.constexpr,
-    WIDE: tl.constexpr,
+    VC: tl.constexpr, VP: tl.constexpr, NORM_BIAS: tl.constexpr, KEEP: tl.constexpr, TILES: tl.constexpr,
+    NCHW: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """y1 = W1 z and y2 = W2 z with z = LN(x): x is read and normalized once, and both matrices are one, W1 above W2.
 
-    KEEP: z itself is written as well; it lies as x does.
+    KEEP: z itself is written as well; it lies as x does. TILES: how many tiles of BO outputs to form before they are
+    written, which is 1 or all.
     """
     pid = tl.program_id(0)
     n = (pid // tiles).to(tl.int64)
@@ -54,10 +77,17 @@ def norm_pointwise(
     zero = product_start(BO, BP, PIXELS_FIRST)
     C1 = C1V * V1
     CO = C1 + C2V * V2
-    for first in range(0, CO, BO):
-        o = first + tl.arange(0, BO)
-        w = stacked_tile(w1_ptr, w2_ptr, o, i, i_ok, C1V, C2V, CIV, PV, V1, V2, VI, False, PIXELS_FIRST)
-        y = product_end(product_of(w, z, zero, PIXELS_FIRST), PIXELS_FIRST).to(y1_ptr.dtype.element_ty)
+    LEVELS: tl.constexpr = rounded_log2(TILES)
+    BW: tl.constexpr = BO << LEVELS
+    for first in range(0, CO, BW):
+        y = ()
+        for t in tl.static_range(TILES):
+            o = first + t * BO + tl.arange(0, BO)
+            w = stacked_tile(w1_ptr, w2_ptr, o, i, i_ok, C1V, C2V, CIV, PV, V1, V2, VI, False, PIXELS_FIRST)
+            tile = product_end(product_of(w, z, zero, PIXELS_FIRST), PIXELS_FIRST).to(y1_ptr.dtype.element_ty)
+            y = y + (tile,)
+        y = stack(y, LEVELS)
+        o = first + tl.arange(0, BW)
         at1 = image_tile(o, p, PV, y1_stride, VC, VP, NCHW, WIDE)
         tl.store(y1_ptr + n * y1_batch + at1, y, (o < C1)[:, None] & p_ok[None, :])
         at2 = image_tile(o - C1, p, PV, y2_stride, VC, VP, NCHW, WIDE)
@@ -133,7 +163,8 @@ def _both_products(
            y2.shape[1] // v2,
            *(t.stride * t.VC // vc for t in lays), x.stride(0), y1.stride(0), y2.stride(0), tiles, eps,
            BC=s.BC, BO=s.BO, BP=s.BP, VI=vi, V1=v1, V2=v2, VC=vc, VP=vp, NORM_BIAS=norm_bias is not None,
-           KEEP=z is not None, NCHW=lays[0].NCHW, WIDE=wide_plane(x, y1, y2), num_warps=s.warps)  # fmt: skip
+           KEEP=z is not None, TILES=s.TILES, NCHW=lays[0].NCHW, WIDE=wide_plane(x, y1, y2),
+           num_warps=s.warps)  # fmt: skip
     return y1, y2
 
 
@@ -225,14 +256,16 @@ def backward(
         vi, v1, v2 = (divisor(v.shape[1]) for v in (x, gt, gb))
         s = heuristics.norm_pointwise(C, gt.shape[1], gb.shape[1], x.element_size(), True, lays[0].NCHW)
         tiles = ceil_div(H * W, s.BP)
-        programs = ceil_div(N * tiles, s.TILES)
-        partial = x.new_empty((programs, 2 * C), dtype=torch.float32)
+        depth = heuristics.in_a_row(N * tiles, s.TILES)
+        programs = ceil_div(N * tiles, depth)
+        sums = Sums.matrix(C)
+        partial = sums.empty(x, programs, C)
         launch(norm_pointwise_grad, (programs,), gt, gb, x, norm_weight.contiguous(), pw1_weight.contiguous(),
                pw2_weight.contiguous(), gx, partial, N, H * W // vp, C // vi, gt.shape[1] // v1, gb.shape[1] // v2,
                *(v.stride * v.VC // vc for v in lays), x.stride(0), gt.stride(0), gb.stride(0), tiles, eps,
-               BC=s.BC, BO=s.BO, BP=s.BP, VI=vi, V1=v1, V2=v2, VC=vc, VP=vp, TILES=s.TILES, NCHW=lays[0].NCHW,
+               BC=s.BC, BO=s.BO, BP=s.BP, VI=vi, V1=v1, V2=v2, VC=vc, VP=vp, TILES=depth, NCHW=lays[0].NCHW,
                WIDE=wide, num_warps=s.warps)  # fmt: skip
         if need_nw or need_nb:
-            finish(partial, gnw, gnb)
+            finish(partial, sums, gnw, gnb)
     grads = [gx, gnw, gnb, gw1, gdw, gdb, gw2]
     return [v for v, need in zip(grads, output_mask, strict=True) if need]

@@ -169,9 +169,9 @@ def test_every_kernel_that_heuristics_ask_for_has_choices():
             heuristics.norm_pointwise(56, 56, 28, itemsize, backward=True)
         heuristics.pointwise_wgrad_planes(56, 56)
         heuristics.conv_nhwc(11, 1, 320, 1, 28, 4, False, 2)
-        heuristics.wgrad_nhwc(11, 1, 320, 1, 28, 4)
-        heuristics.pixels(28, 4096)
-        heuristics.pixels(28, 2048, warps=8)
+        heuristics.wgrad_nhwc(11, 1, 320, 1, 28, 4, False)
+        heuristics.pixels(28)
+        heuristics.pixels(28, backward=True)
     assert {kernel for kernel, _ in asked} == set(device_settings.CHOICES)
     for (kernel, _), defaults in asked.items():
         for choice, value in defaults.items():

@@ -86,6 +86,14 @@ def test_chain_16_bit(dtype, fmt):
     check_op(strip_conv_chain, chain_reference, args, kwargs, backward=False)
 
 
+def test_chain_whose_channels_fill_no_power_of_two():
+    """Three vectors of a pixel, for which four threads are there, where the pixels of a row are shared out in turn."""
+    args, kwargs = chain_args(
+        (1, 12, 3, 20), [(7, 1), (3, 2)], [True] * 4, torch.bfloat16, torch.channels_last
+    )
+    check_op(strip_conv_chain, chain_reference, args, kwargs, needed=[True] + [False] * 8)
+
+
 @formats
 def test_chain_backward(fmt):
     args, kwargs = chain_args((1, 3, 8, 8), *CHAINS[1], torch.float32, fmt)
