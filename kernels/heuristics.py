@@ -114,7 +114,8 @@ def wgrad_nchw(kh: int, kw: int, width: int, itemsize: int, aligned: bool, dw: i
     else:
         r = 4 if kh * kw <= 9 and vector else 2 if kh * kw <= 49 else 1
     columns = power_of_two(th * kw + 1, 2, 128)
-    chunks = min(8, 128 // (r * m * v)) if itemsize == 4 else 8  # at most 128 roundings of float32 in a row
+    # 128 roundings of float32 in a row; less than twice that where whole columns are more chunks.
+    chunks = min(8, 128 // (r * m * v)) if itemsize == 4 else 8
     if kw == 1 < kh:
         bg, bq = (8, 8) if r == 8 else (16, 4)
     else:

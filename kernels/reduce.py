@@ -126,6 +126,8 @@ def finish(partial: Tensor, sums: Sums, first: Tensor, second: Tensor | None = N
     block = 16  # a sector of 16 bits
     # Many rows at once, since a program waits for memory at each step; two or three steps at SDAN's sizes.
     step = next((n for n in (16, 64, 256) if rows <= n), 512)
+    while step * columns >= 2**31:  # the kernel's way from one step to the next, in 32 bits
+        step //= 2
     blocks, after = ceil_div(first.numel(), block), 0 if second is None else second.numel()
     launch(reduce_rows, (blocks + ceil_div(after, block),), partial, first, first if second is None else second, rows,
            columns, first.numel(), after, blocks, sums.taps, sums.line, sums.run, sums.pad, sums.channel, sums.run,

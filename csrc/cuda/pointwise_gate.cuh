@@ -69,18 +69,18 @@ __global__ void __launch_bounds__(kGateThreads)
          i += int64_t{p.splits} * kGateThreads)
       gate_at<V>(a, t, b, y, h, plane * p.pixels + i * V, offset, sum);
     if (!partial) continue;
-    float total = 0;
+    CarefulSum total;
     SDAN_UNROLL
-    for (int e = 0; e < V; ++e) total += sum[e];
-    total = warp_sum(total);
+    for (int e = 0; e < V; ++e) total.add(sum[e]);
+    const float of_warp = warp_sum(total);
     __syncthreads();  // the sums of the round before have been read
-    if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = total;
+    if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = of_warp;
     __syncthreads();
     if (threadIdx.x > 0) continue;
-    total = 0;
+    CarefulSum all;
     SDAN_UNROLL
-    for (int i = 0; i < kGateThreads / 32; ++i) total += sums[i];
-    partial[plane * p.splits + split] = total;
+    for (int i = 0; i < kGateThreads / 32; ++i) all.add(sums[i]);
+    partial[plane * p.splits + split] = all.sum - all.lost;
   }
 }
 
@@ -111,9 +111,9 @@ __global__ void __launch_bounds__(kGateThreads)
   if (row > 0 || !live) return;
   SDAN_UNROLL
   for (int e = 0; e < V; ++e) {
-    float total = 0;
-    for (int i = 0; i < rows; ++i) total += sums[e][i * p.vectors + threadIdx.x];
-    partial[static_cast<int64_t>(blockIdx.x) * p.channels + c + e] = total;
+    CarefulSum total;
+    for (int i = 0; i < rows; ++i) total.add(sums[e][i * p.vectors + threadIdx.x]);
+    partial[static_cast<int64_t>(blockIdx.x) * p.channels + c + e] = total.sum - total.lost;
   }
 }
 

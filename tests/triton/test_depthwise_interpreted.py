@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from triton_harness import DTYPES, FORMATS, check_op
 
 from sdan_fast import reference
 from sdan_fast.kernels import depthwise_conv2d as op
+from sdan_fast.kernels.reduce import Sums, finish
 
 
 def inputs(shape, kernel, dtype, fmt=torch.contiguous_format, *, bias=True, seed=0):
@@ -139,6 +141,15 @@ def test_64_bit_addressing(fmt, monkeypatch):
     assert torch.equal(op.forward(*args), expected)
     again = op.backward(expected, *args, output_mask=[True, True, True])
     assert all(torch.equal(a, b) for a, b in zip(again, grads, strict=True))
+
+
+def test_partial_sums_over_2_31_floats():
+    """Of a matrix of 4M numbers, 512 rows are 2^31 floats. NumPy's zeros cost no memory until written."""
+    partial = torch.from_numpy(np.zeros((513, 2**22), np.float32))
+    partial[0, :8], partial[512, :8] = 1, 2
+    total = torch.empty(8)
+    finish(partial, Sums.matrix(2**22), total)
+    assert (total == 3).all()
 
 
 def test_empty():
