@@ -108,18 +108,44 @@ def passes_of(
             )  # fmt: skip
 
 
+_DECLARED = re.compile(r"\.param\s[^\n]*")
+_LOADED = re.compile(r"ld\.param\.(?:v(\d)\.)?[a-z]+(\d+)\s[^\n]*\[(\w+)(?:\+(\d+))?\]")
+
+
+def read_bytes(ptx: str, name: str, size: int) -> bytes:
+    """A mask of a parameter's bytes, 255 where the kernel may read one: what a structure has between its members, and
+    members that only the host reads, change nothing."""
+    body = _DECLARED.sub("", ptx)
+    loads = [load for load in _LOADED.finditer(body) if load[3] == name]
+    if len(loads) < len(re.findall(rf"\b{name}\b", body)):  # its address is taken: anything may be read
+        return b"\xff" * size
+    mask = bytearray(size)
+    for load in loads:
+        width, at = int(load[1] or 1) * int(load[2]) // 8, int(load[4] or 0)
+        mask[at : at + width] = b"\xff" * width
+    return bytes(mask)
+
+
 class Executor:
     """Turns recorded launches into what the PTX interpreter takes."""
 
     def __init__(self, recording: recorder.Recorder, ptx: dict[str, str]) -> None:
         self.recording, self.ptx = recording, ptx
         self._parameters: dict[str, list[tuple[str, int, int, str]]] = {}
+        self._read: dict[str, list[bytes]] = {}
 
     def parameters(self, kernel: str) -> list[tuple[str, int, int, str]]:
         """(name, offset, size, type) of a kernel's parameters."""
         if kernel not in self._parameters:
             self._parameters[kernel] = interpreter().Parser(self.ptx[kernel]).kernel(kernel).params
         return self._parameters[kernel]
+
+    def read(self, kernel: str) -> list[bytes]:
+        """Of each parameter of a kernel, the bytes that it may read."""
+        if kernel not in self._read:
+            ptx = self.ptx[kernel]
+            self._read[kernel] = [read_bytes(ptx, name, size) for name, _, size, _ in self.parameters(kernel)]
+        return self._read[kernel]
 
     def memory(self, pointer: int) -> Any:
         """The memory from a pointer to the end of its tensor as NumPy bytes; None if it points to none."""
@@ -170,17 +196,16 @@ class Executor:
             launch.shared,
             interpreter_hash(),
         ]
-        for value in self.values(launch)[0]:
+        for value, mask in zip(self.values(launch)[0], self.read(launch.kernel), strict=True):
             if hasattr(value, "size"):
                 parts.append((value.size, value.ctypes.data % 64))
-            elif hasattr(value, "pointers"):
-                masked = bytearray(value.raw)
-                for at, array in value.pointers.items():
+                continue
+            masked = bytearray(a & b for a, b in zip(getattr(value, "raw", value), mask, strict=True))
+            for at, array in getattr(value, "pointers", {}).items():
+                if any(mask[at : at + 8]):
                     masked[at : at + 8] = bytes(8)
                     parts.append((array.size, array.ctypes.data % 64))
-                parts.append(bytes(masked))
-            else:
-                parts.append(value)
+            parts.append(bytes(masked))
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
     def execute(self, launch: recorder.CudaLaunch, *, whole: bool = False) -> Counts:
@@ -219,7 +244,7 @@ def _count_all(committed: dict[str, str], only: str, rank: int, of: int) -> dict
     """Rows of counts by pass; `committed`: keys by identity, whose rows need no execution.
 
     Every `of`-th pass is executed if it needs to be, from the one of number `rank`; the others' are left out. All
-    passes have a number, needed or not: keys may differ from process to process with where tensors lie.
+    passes have a number, needed or not: the processes need not agree on which are.
     """
     library, _ = recorder.libraries()
     executor = Executor(

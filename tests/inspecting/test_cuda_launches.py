@@ -17,6 +17,24 @@ def module():
         pytest.skip(str(reason))
 
 
+def test_the_bytes_of_a_parameter_that_a_kernel_reads():
+    ptx = """.visible .entry k(
+	.param .align 8 .b8 k_param_0[32],
+	.param .u64 k_param_1
+)
+{
+	ld.param.u64 %rd1, [k_param_0+8];
+	ld.param.v2.u32 {%r1, %r2}, [k_param_0+16];
+	ld.param.s32 %r3, [k_param_0];
+}
+"""
+    read = cuda_counts.read_bytes(ptx, "k_param_0", 32)
+    assert [i for i, byte in enumerate(read) if byte] == [*range(4), *range(8, 24)]
+    assert not any(cuda_counts.read_bytes(ptx, "k_param_1", 8))
+    indexed = ptx.replace("ld.param.s32 %r3, [k_param_0];", "mov.b64 %rd2, k_param_0;")
+    assert all(cuda_counts.read_bytes(indexed, "k_param_0", 32)), "whatever lies there may be read"
+
+
 def check(only: str) -> list[dict]:
     """What runs on a GPU, from the op's entry to its results: within the error bound of float64."""
     verified = cuda_counts.verify(only)
