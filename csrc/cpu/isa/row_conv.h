@@ -28,8 +28,8 @@ SDAN_INLINE void shifted_tap(Vec (&acc)[V], const Vec (&line)[V + 1], const floa
   }
 }
 
-// acc[v] += sum over j < taps of weights[j] * x[v * kLanes + j * distance ...]. Reads whole lines:
-// from the one that x[0] lies in to the one after the last input.
+// acc[v] += sum over j < taps of weights[j] * x[v * kLanes + j * distance], lane by lane. May read
+// whole lines, from the one that x[0] lies in to the one after the last input's.
 template <int V>
 SDAN_INLINE void row_sums(Vec (&acc)[V], const float* x, const float* weights, int taps,
                           ptrdiff_t distance) {
@@ -74,7 +74,7 @@ SDAN_INLINE void row_sums(Vec (&acc)[V], const float* x, const float* weights, i
 
 #else
 
-// Half-sized vectors straddle lines less than half as often: there loads do not bind.
+// Shorter vectors lie across two lines less than half as often: loads do not bind there.
 template <int V>
 SDAN_INLINE void row_sums(Vec (&acc)[V], const float* x, const float* weights, int taps,
                           ptrdiff_t distance) {

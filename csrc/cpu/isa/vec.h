@@ -231,7 +231,7 @@ SDAN_INLINE Vec from_bf16_bits(__m256i b) {
 }
 
 // Where the processor has the instructions (AVX512-BF16) they round, a vector at once instead of in
-// seven steps; they take denormal numbers for zero. Written as assembly, so that these units need
+// eight steps; they take denormal numbers for zero. Written as assembly, so that these units need
 // no flag of their own for them.
 
 // The even ones in the lower halves of the lanes, the odd ones above.
