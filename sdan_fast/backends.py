@@ -172,10 +172,11 @@ def choose(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     name = _named()
     if name == "auto":
         for candidate in ORDER[:-1]:
-            if BACKENDS[candidate].refuses(op, args, kwargs) is None:
-                slower = op.slower.get(candidate)
-                if slower is None or slower(*args, **kwargs) is None:
-                    return _first_of_two(op, args, kwargs) if candidate == "triton" else candidate
+            if (
+                BACKENDS[candidate].refuses(op, args, kwargs) is None
+                and _slower(op, candidate, args, kwargs) is None
+            ):
+                return _first_of_two(op, args, kwargs) if candidate == "triton" else candidate
         return "reference"
     if name == "reference":
         return name
@@ -187,6 +188,17 @@ def choose(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     if reason is not None:
         raise RuntimeError(f"{op.name} cannot run on the backend {name!r}: {reason}")
     return name
+
+
+def _slower(op: Op, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """Why plain PyTorch is preferred to a backend that can run this call, if it is.
+
+    That was measured for the forward alone. A backend with kernels for the backward is the faster one where gradients
+    are needed, whatever the forward takes.
+    """
+    slower = op.slower.get(name)
+    reason = slower(*args, **kwargs) if slower is not None else None
+    return None if reason is None or name in op.backward_kernels and op.requires_grad(args) else reason
 
 
 def _first_of_two(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
@@ -275,8 +287,8 @@ def explain(fn_name: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Exp
         reason = None if name == "reference" else BACKENDS[name].refuses(op, op_args, op_kwargs)
         if reason is None and named not in ("auto", name):
             reason = f"use_backend names {named!r}"
-        elif reason is None and named == "auto" and name in op.slower:
-            reason = op.slower[name](*op_args, **op_kwargs)
+        elif reason is None and named == "auto":
+            reason = _slower(op, name, op_args, op_kwargs)
         if reason is None and chosen is not None:
             reason = f"{chosen!r} comes first"
             if why and {chosen, name} == {"triton", "cuda"}:

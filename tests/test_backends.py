@@ -261,3 +261,8 @@ def test_auto_prefers_pytorch_where_it_is_faster(name: str, call, where: tuple[i
             with sdan_fast.use_backend("cpu"):  # a named backend is taken at its word
                 assert sdan_fast.explain(name, *args, **kwargs).backend == "cpu"
                 getattr(F, name)(*args, **kwargs)
+            # That PyTorch's forward is faster says nothing of its gradients, for which there is a kernel.
+            args[0].requires_grad_()
+            assert sdan_fast.explain(name, *args, **kwargs).backend == "cpu"
+            with torch.no_grad():
+                assert sdan_fast.explain(name, *args, **kwargs).backend == "reference"

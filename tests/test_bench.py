@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 from sdan_fast import functional
 from sdan_fast.bench import cases, engines, measuring, memory, model, peers, plain, report, roofline
 from sdan_fast.cli import app
+from sdan_fast.models import SDAN
 from sdan_fast.models.fitted import seeded_sdan
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -372,6 +373,33 @@ def test_bench_model(tmp_path: Path, quick_limits: None, monkeypatch: pytest.Mon
     assert "best peer" in result.stdout
 
 
+def test_bench_training(tmp_path: Path, quick_limits: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(model.CONFIGURATIONS, "batch-8", TINY)
+    out = tmp_path / "training.json"
+    result = run("training", "--seconds", 0, "--dtype", "float32", "--dtype", "bfloat16", "--json", out)
+    assert result.exit_code == 0, result.output
+    (found,) = json.loads(out.read_text())["reports"]
+    for entry in found["runs"]:
+        if "refused" not in entry:
+            assert entry["times_the_floor"] > 0 and entry["best_peer_over_this"] > 0
+            assert entry["share_of_error_bound"] <= (1 if entry["ours"] else 10)
+    refused = {(r["contender"], r["layout"], r["dtype"]) for r in found["runs"] if "refused" in r}
+    assert {("eager", "channels_last", "bfloat16")} == {r for r in refused if r[0] == "eager"}
+    assert "A training step of SDAN" in result.stdout and "a step." in result.stdout
+
+
+def test_bench_training_fails_for_a_wrong_gradient(
+    monkeypatch: pytest.MonkeyPatch, quick_limits: None
+) -> None:
+    right = SDAN.forward
+    monkeypatch.setattr(SDAN, "forward", lambda model, x: 1.01 * right(model, x))
+    result = run("training", "--quick", "--seconds", 0)
+    if "not run" in result.output:
+        pytest.skip("no kernel here")
+    assert result.exit_code == 1
+    assert "not within the bound of float64: cpu, NCHW float32" in result.stderr
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -385,6 +413,8 @@ def test_bench_model(tmp_path: Path, quick_limits: None, monkeypatch: pytest.Mon
         ("model", "--config", "8k"),
         ("model", "--peer", "TensorRT"),
         ("model", "--dtype", "fp8"),
+        ("training", "--config", "8k"),
+        ("training", "--dtype", "int8"),
         ("ops", "--json", "/proc/nowhere/x.json"),
     ],
 )

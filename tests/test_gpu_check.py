@@ -67,7 +67,7 @@ def test_a_rehearsal_of_the_benchmarks(
     monkeypatch.setitem(model.CONFIGURATIONS, "tiny", tiny)
     chosen = [cases.Case(subject, subject.variants[0], (7, 9)) for subject in cases.SUBJECTS.values()]
     found = gpu_check.run_benchmarks(
-        "cpu", rounds=3, chosen=chosen, configuration="tiny", training="tiny", competing=["eager"]
+        "cpu", rounds=3, chosen=chosen, configuration="tiny", step="tiny", competing=["eager"]
     )
     report.write(tmp_path / "out.json", found)
     found = json.loads((tmp_path / "out.json").read_text())
@@ -94,7 +94,11 @@ def test_a_rehearsal_of_the_benchmarks(
         for layout in cases.LAYOUTS
         for dtype in ("float32", "bfloat16")
     }
-    assert all(step["share_of_error_bound"] <= 1 and step["seconds"]["p50"] > 0 for step in steps)
+    for step in steps:
+        if "refused" in step:
+            assert step["contender"] == "eager" and step["layout"] == "channels_last", step
+        else:
+            assert step["share_of_error_bound"] <= 1 and step["seconds"]["p50"] > 0
 
 
 def test_results_are_named_after_the_gpu() -> None:
@@ -128,7 +132,7 @@ def test_time_that_is_up_leaves_cases_out_and_says_so(monkeypatch: pytest.Monkey
     monkeypatch.setitem(model.CONFIGURATIONS, "tiny", tiny)
     case = cases.Case(cases.SUBJECTS["star"], cases.SUBJECTS["star"].variants[0], (3, 4))
     found = gpu_check.run_benchmarks(
-        "cpu", rounds=1, chosen=[case], configuration="tiny", training="tiny", competing=["eager"], seconds=-1
+        "cpu", rounds=1, chosen=[case], configuration="tiny", step="tiny", competing=["eager"], seconds=-1
     )
     assert found["rows"] == []
     assert found["left_out"] == [f"{case.name}, {passes}" for passes in cases.PASSES]

@@ -18,6 +18,8 @@ from sdan_fast.ops._op import OPS
 
 from .cases import LAYOUTS, Arguments, Case, tensors
 
+WRONG_16_BIT_GRADIENTS = "PyTorch's 16-bit weight gradients in channels_last are wrong on some CPUs, or crash"
+
 
 @dataclass
 class Contender:
@@ -96,7 +98,7 @@ def _contender(
     context = functools.partial(_cudnn) if name == "cuDNN" else contextlib.nullcontext
     refused = None
     if training and device == "cpu" and case.dtype != "float32" and layout == "channels_last":
-        refused = "PyTorch's 16-bit weight gradients in channels_last are wrong on some CPUs, or crash"
+        refused = WRONG_16_BIT_GRADIENTS
     return Contender(name, layout, False, calling(case.subject.plain, arguments, training), context, refused)
 
 

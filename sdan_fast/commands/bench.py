@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from sdan_fast.bench import cases, measuring, model, peers, report, roofline
+from sdan_fast.bench import cases, measuring, model, peers, report, roofline, training
 
 from . import terminal
 
@@ -328,6 +328,79 @@ def network(
             )  # fmt: skip
             reports.append(found)
             _print_model(out, found)
+    _finish(json_file, place, reports)
+
+
+@app.command("training", short_help="One training step of the network, against PyTorch.")
+def step(
+    config: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--config",
+            metavar="NAME",
+            help=f"Which network and input: {', '.join(model.CONFIGURATIONS)}; batch-8, 8 x 64 x 64, if none is given.",
+        ),
+    ] = None,
+    dtype: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--dtype",
+            metavar="DTYPE",
+            help="Of parameters and images: float32 by default; may be given several times.",
+        ),
+    ] = None,
+    inductor: Annotated[
+        bool, typer.Option("--inductor/--no-inductor", help="Let Inductor compete; it compiles for minutes.")
+    ] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="One block on 1 x 32 x 32: does it all work?")
+    ] = False,
+    seconds: Annotated[
+        float,
+        typer.Option(
+            "--seconds",
+            metavar="SECONDS",
+            min=0,
+            help="About how long the timing of a network in a dtype may take.",
+        ),
+    ] = 60.0,
+    device: DeviceOption = "auto",
+    json_file: JsonOption = None,
+) -> None:
+    """Time a forward and the gradients of all parameters against eager PyTorch in both layouts.
+
+    The gradients of each are held against float64 first, as one vector. Medians of rounds taken in turn; the floor is
+    three times the forward's multiply-adds, since each product has two gradients, at the FMA rate of the same run.
+    Exit code 1 if a backend is wrong.
+    """
+    place = _device(device)
+    for name in config or ():
+        if name not in model.CONFIGURATIONS:
+            raise typer.BadParameter(
+                f"must be one of {', '.join(model.CONFIGURATIONS)}, and it is {name!r}", param_hint="--config"
+            )
+    dtypes = _dtypes(dtype or ["float32"])
+    chosen = [model.CONFIGURATIONS[name] for name in config or ["batch-8"]]
+    if quick:
+        chosen, seconds = [model.Configuration("quick", 32, 32, blocks=1)], _QUICK_SECONDS
+    _prepare(json_file, place)
+
+    reports = []
+    out = terminal.console()
+    with terminal.progress() as bar:
+        steps = _Steps(bar, len(chosen))
+        for configuration in chosen:
+            steps.begin(configuration.name)
+            found = training.measure(
+                configuration, dtypes=dtypes, device=place, peers=training.PEERS if inductor else ["eager"],
+                budget=seconds, on_step=steps.slow_step,
+            )  # fmt: skip
+            reports.append(found)
+            _print_model(out, found, training=True)
+    _finish(json_file, place, reports)
+
+
+def _finish(json_file: Path | None, place: str, reports: Sequence[model.Report]) -> None:
     _save(json_file, report.header(place, _command()) | {"reports": [found.record() for found in reports]})
     wrong = [run for found in reports for run in found.runs if run.ours and run.wrong]
     if wrong:
@@ -337,13 +410,14 @@ def network(
         )
 
 
-def _print_model(out: Any, found: model.Report) -> None:
+def _print_model(out: Any, found: model.Report, *, training: bool = False) -> None:
     c = found.configuration
     rounds = [len(run.seconds) for run in found.runs if run.seconds]
     grid = terminal.table(
         *report.MODEL_COLUMNS,
         compact=True,
         title=(
+            f"{'A training step of ' if training else ''}"
             f"SDAN x{c.scale}, {c.channels} channels, {c.blocks} blocks, groups={c.groups}, "
             f"on {c.batch} x {c.height} x {c.width}: medians of {min(rounds, default=0)} rounds or more, in turn"
         ),
@@ -354,6 +428,8 @@ def _print_model(out: Any, found: model.Report) -> None:
     out.print(grid)
     for dtype, limits in found.limits.items():
         out.print(_sentence(dtype, limits))
-    out.print(
-        f"{found.multiply_adds / 1e9:.1f} G multiply-adds a forward. PSNR: bfloat16 against float32, peak 1.\n"
-    )
+    work = f"{found.multiply_adds / 1e9:.1f} G multiply-adds"
+    if training:
+        out.print(f"{work} a step.\n")
+    else:
+        out.print(f"{work} a forward. PSNR: bfloat16 against float32, peak 1.\n")
