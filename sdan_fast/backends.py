@@ -183,8 +183,10 @@ def choose(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     if name == _EXPLAIN:
         raise _Explained(op, args, kwargs)
     reason = BACKENDS[name].refuses(op, args, kwargs)
-    if reason is not None and op.composed:
-        return "reference"  # its parts, each of which runs on the named backend or raises
+    if reason is not None and (op.composed or op.plain_elsewhere and name not in op.kernels):
+        return (
+            "reference"  # its parts, each of which runs on the named backend or raises; or PyTorch's own op
+        )
     if reason is not None:
         raise RuntimeError(f"{op.name} cannot run on the backend {name!r}: {reason}")
     return name

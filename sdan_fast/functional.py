@@ -26,6 +26,7 @@ __all__ = [
     "gated_strip_conv_chain",
     "layer_norm2d",
     "mm_lka",
+    "pointwise_conv2d",
     "pointwise_gate",
     "rsdam",
     "sdm",
@@ -205,6 +206,26 @@ def layer_norm2d(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e
         TypeError, ValueError: see the module's documentation.
     """
     return ops.layer_norm2d(x, weight, bias, eps)
+
+
+def pointwise_conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str = "none"
+) -> Tensor:
+    """activation(1x1 convolution of x), with kernels for CPUs; on GPUs it is PyTorch's own, whatever backend is named.
+
+    Args:
+        x: (N, Ci, H, W).
+        weight: (Co, Ci, 1, 1).
+        bias: (Co,) or None.
+        activation: "none", "gelu" (the exact, erf one), "relu6", "relu" or "silu".
+
+    Returns:
+        (N, Co, H, W), the dtype and memory format of `x`.
+
+    Raises:
+        TypeError, ValueError: see the module's documentation.
+    """
+    return ops.pointwise_conv2d(x, weight, bias, activation=activation)
 
 
 def pointwise_gate(u: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

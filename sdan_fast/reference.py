@@ -106,6 +106,13 @@ def layer_norm2d(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e
     return y.contiguous(memory_format=output_format(x))
 
 
+def pointwise_conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str = "none"
+) -> Tensor:
+    """activation(1x1 convolution of x); see `sdan_fast.functional.pointwise_conv2d`."""
+    return ACTIVATIONS[activation](F.conv2d(x, weight, bias))
+
+
 def pointwise_gate(u: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """u * (1x1 convolution of x); see `sdan_fast.functional.pointwise_gate`."""
     return u * F.conv2d(x, weight, bias)

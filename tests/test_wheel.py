@@ -56,6 +56,7 @@ CALLS: dict[str, Callable[[Callable[..., Tensor]], tuple[Any, ...]]] = {
     "separable_conv2d": lambda t: (t(*IMAGE), *_stage(t, 1)[:4]),
     "strip_conv_chain": lambda t: (t(*IMAGE), [_stage(t, 1), _stage(t, 3)]),
     "layer_norm2d": lambda t: (t(*IMAGE), t(C), t(C)),
+    "pointwise_conv2d": lambda t: (t(*IMAGE), t(7, C, 1, 1), t(7)),
     "pointwise_gate": lambda t: (t(*IMAGE), t(2, 4, 9, 13), t(C, 4, 1, 1), t(C)),
     "star_conv": lambda t: (
         t(*IMAGE), t(C), t(C), t(8, C, 1, 1), t(8, 1, 3, 3), t(8), t(8, C, 1, 1),

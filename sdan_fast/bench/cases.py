@@ -170,6 +170,11 @@ def _norm(draw: Draw, shape: Sequence[int]) -> Arguments:
     return (draw(*shape), draw(shape[1]), draw(shape[1])), {}
 
 
+def _pointwise(draw: Draw, shape: Sequence[int], activation: str = "none") -> Arguments:
+    c = shape[1]
+    return (draw(*shape), draw(c, c, 1, 1) / math.sqrt(c), draw(c)), {"activation": activation}
+
+
 def _gate(draw: Draw, shape: Sequence[int]) -> Arguments:
     c = shape[1]
     return (draw(*shape), draw(*shape), draw(c, c, 1, 1) / math.sqrt(c), draw(c)), {}
@@ -255,6 +260,12 @@ SUBJECTS: dict[str, Subject] = {
             (Variant("gelu"), Variant("relu6, outer gelu", {"activation": "relu6", "outer": "gelu"}, False)),
         ),
         Subject("layer_norm2d", CHANNELS, _norm),
+        Subject(
+            "pointwise_conv2d",
+            CHANNELS,
+            _pointwise,
+            (Variant(""), Variant("gelu", {"activation": "gelu"}, False)),
+        ),
         Subject("pointwise_gate", CHANNELS, _gate),
         Subject(
             "star_conv",

@@ -92,6 +92,12 @@ def _norm(r: Make, n: int, h: int, w: int) -> Iterator[Arguments]:
     yield (r(n, _CHANNELS, h, w), r(_CHANNELS), None), {"eps": 1e-3}
 
 
+def _pointwise(r: Make, n: int, h: int, w: int) -> Iterator[Arguments]:
+    for co, bias, activation in ((_CHANNELS, True, "gelu"), (7, False, "none")):
+        weight = r(co, _CHANNELS, 1, 1) / math.sqrt(_CHANNELS)
+        yield (r(n, _CHANNELS, h, w), weight, r(co) if bias else None), {"activation": activation}
+
+
 def _gate(r: Make, n: int, h: int, w: int) -> Iterator[Arguments]:
     for ci in (_CHANNELS, 7):
         weight = r(_CHANNELS, ci, 1, 1) / math.sqrt(ci)
@@ -138,6 +144,7 @@ CASES: dict[str, Callable[[Make, int, int, int], Iterator[Arguments]]] = {
     "gated_strip_conv_chain": _gated_chain,
     "layer_norm2d": _norm,
     "mm_lka": _mm_lka,
+    "pointwise_conv2d": _pointwise,
     "pointwise_gate": _gate,
     "rsdam": _rsdam,
     "sdm": _sdm,

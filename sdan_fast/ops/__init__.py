@@ -8,6 +8,7 @@ from .depthwise_conv2d import depthwise_conv2d
 from .gated_strip_conv_chain import gated_strip_conv_chain
 from .layer_norm2d import layer_norm2d
 from .mm_lka import mm_lka
+from .pointwise_conv2d import pointwise_conv2d
 from .pointwise_gate import pointwise_gate
 from .rsdam import rsdam
 from .sdan import sdan
@@ -25,6 +26,7 @@ __all__ = [
     "gated_strip_conv_chain",
     "layer_norm2d",
     "mm_lka",
+    "pointwise_conv2d",
     "pointwise_gate",
     "rsdam",
     "sdan",

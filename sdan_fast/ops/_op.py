@@ -56,6 +56,7 @@ class Op:
         autocast: takes (the tensors, lower precision dtype, device type) and returns (the dtype to compute in,
             the dtype that the reference sequence returns).
         output_shape: takes the op's arguments; the output's shape where it is not the first tensor's.
+        plain_elsewhere: whether a named backend without a kernel for it leaves it to plain PyTorch.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Op:
     backward_flops: Callable[..., int] = _no_backward
     autocast: Callable[[Sequence[Tensor], torch.dtype, str], tuple[torch.dtype, torch.dtype]] | None = None
     output_shape: Callable[..., list[Any]] | None = None
+    plain_elsewhere: bool = False
 
     composed: ClassVar[bool] = False  # see ComposedOp
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import _check
@@ -16,6 +15,7 @@ from .mm_lka import check as check_mm_lka
 from .mm_lka import cpu_supports as cpu_branches_support
 from .mm_lka import flops as mm_lka_flops
 from .mm_lka import mm_lka
+from .pointwise_conv2d import pointwise_conv2d
 from .sdm import check as check_sdm
 from .sdm import cpu_supports as cpu_levels_support
 from .sdm import flops as sdm_flops
@@ -44,7 +44,7 @@ def compose(
     """The block as its parts, each on a backend of its own."""
     t = sdm(x, distill, star, fuse, eps=eps)
     t = mm_lka(t, weights, biases, *attn_proj, bias_mask=bias_mask, dilations=dilations, lengths=lengths)
-    return x + layer_norm2d(F.conv2d(t, proj[0], proj[1]), *norm, eps)
+    return x + layer_norm2d(pointwise_conv2d(t, proj[0], proj[1]), *norm, eps)
 
 
 def flops(

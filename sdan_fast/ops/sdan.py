@@ -14,6 +14,7 @@ from ._conv import Shape, conv_flops
 from ._op import ComposedOp
 from .depthwise_conv2d import depthwise_conv2d
 from .mm_lka import cpu_supports as cpu_branches_support
+from .pointwise_conv2d import pointwise_conv2d
 from .rsdam import check as check_rsdam
 from .rsdam import flops as rsdam_flops
 from .rsdam import rsdam
@@ -82,12 +83,12 @@ def compose(
 ) -> Tensor:  # fmt: skip
     """The network as its parts, each on a backend of its own."""
     repeated = x.repeat(1, head[0].shape[1] // x.shape[1], 1, 1)
-    shallow = depthwise_conv2d(F.conv2d(repeated, head[0]), head[1], head[2], dilation=[1, 1])
+    shallow = depthwise_conv2d(pointwise_conv2d(repeated, head[0]), head[1], head[2], dilation=[1, 1])
     deep = [shallow]
     for block in blocks_of(blocks, block_count, sum(lengths)):
         deep.append(rsdam(deep[-1], *block, **_layout(dilations, lengths), eps=eps))
-    f = F.conv2d(F.gelu(F.conv2d(torch.cat(deep[1:], dim=1), fuse[0], fuse[1])), tail[0])
-    f = depthwise_conv2d(f, tail[1], tail[2], dilation=[1, 1]) + shallow
+    f = pointwise_conv2d(torch.cat(deep[1:], dim=1), fuse[0], fuse[1], activation="gelu")
+    f = depthwise_conv2d(pointwise_conv2d(f, tail[0]), tail[1], tail[2], dilation=[1, 1]) + shallow
     return F.pixel_shuffle(F.conv2d(f, up[0], up[1], padding=1), scale)
 
 

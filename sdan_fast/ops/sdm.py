@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import _check
 from ._conv import Shape, conv_flops
 from ._op import ComposedOp
+from .pointwise_conv2d import pointwise_conv2d
 from .star_conv import check as check_star_conv
 from .star_conv import cpu_taps_support, star_conv
 from .star_conv import flops as star_conv_flops
@@ -55,9 +55,9 @@ def compose(
     parts = []
     for i, level in enumerate(levels_of(star)):
         if 2 * i < len(distill):
-            parts.append(F.gelu(F.conv2d(x, distill[2 * i], distill[2 * i + 1])))
+            parts.append(pointwise_conv2d(x, distill[2 * i], distill[2 * i + 1], activation="gelu"))
         x = star_conv(x, *level, outer="gelu", eps=eps)
-    return F.conv2d(torch.cat([*parts, x], dim=1), fuse[0], fuse[1])
+    return pointwise_conv2d(torch.cat([*parts, x], dim=1), fuse[0], fuse[1])
 
 
 def flops(x: Shape, distill: Sequence[Shape], star: Sequence[Shape], fuse: Sequence[Shape], **_: Any) -> int:

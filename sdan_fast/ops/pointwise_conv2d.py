@@ -1,0 +1,68 @@
+"""`pointwise_conv2d`: activation(1x1 convolution of x), what lies between the other ops of the network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import reference
+from . import _check
+from ._conv import Shape, conv_backward, conv_backward_flops, conv_flops
+from ._op import Op
+from .depthwise_conv2d import convolution_autocast
+from .star import ACTIVATIONS, activation_backward
+
+
+def check(x: Any, weight: Any, bias: Any = None, *, activation: Any = "none") -> None:
+    _check.image("x", x)
+    _check.tensor("weight", weight, like=x)
+    out = weight.shape[0] if weight.dim() else 0
+    if list(weight.shape) != [out, x.shape[1], 1, 1]:
+        raise ValueError(
+            f"weight must have the shape [Co, {x.shape[1]}, 1, 1], and its shape is {_check.shape(weight)}"
+        )
+    if bias is not None:
+        _check.parameter("bias", bias, (out,), like=x)
+    _check.choice("activation", activation, ACTIVATIONS)
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str = "none",
+    output_mask: Sequence[bool],
+) -> list[Tensor | None]:
+    if activation != "none":
+        grad = activation_backward(activation, grad, F.conv2d(x, weight, bias))
+    need_x, need_weight, need_bias = output_mask
+    return list(conv_backward(grad, x, weight, (need_x, need_weight, need_bias)))
+
+
+def flops(x: Shape, weight: Shape, bias: Shape | None = None, **_: Any) -> int:
+    return conv_flops(x, weight)
+
+
+def backward_flops(
+    x: Shape, weight: Shape, bias: Shape | None = None, *, output_mask: Sequence[bool], **_: Any
+) -> int:
+    return conv_backward_flops(x, weight, (output_mask[0], output_mask[1], output_mask[2]))
+
+
+pointwise_conv2d = Op(
+    name="pointwise_conv2d",
+    arguments='Tensor x, Tensor weight, Tensor? bias=None, *, str activation="none"',
+    check=check,
+    reference=reference.pointwise_conv2d,
+    reference_backward=backward,
+    autocast=convolution_autocast,
+    flops=flops,
+    backward_flops=backward_flops,
+    output_shape=lambda x, weight, *_, **__: [x.shape[0], weight.shape[0], *x.shape[2:]],
+    plain_elsewhere=True,
+)
