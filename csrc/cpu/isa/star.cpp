@@ -1,51 +1,12 @@
 // The star, outer(activation(a) * b), vectorized over dense memory.
 #include "star.h"
 
+#include "activate.h"
 #include "by_dtype.h"
-#include "gelu_short.h"
-#include "vec.h"
 
 namespace sdan_fast {
 namespace SDAN_ISA {
 namespace {
-
-// GELU in place, V vectors step by step together.
-template <int V>
-SDAN_INLINE void gelu_all(Vec (&x)[V]) {
-  Vec low[V];
-#pragma GCC unroll 4
-  for (int v = 0; v < V; ++v) low[v] = min(x[v], zero());
-  gelu_short<5>(x);
-  // Of minus infinity it is NaN in PyTorch.
-#pragma GCC unroll 4
-  for (int v = 0; v < V; ++v) x[v] = fma(low[v], zero(), x[v]);
-}
-
-template <Activation A, int V>
-SDAN_INLINE void activate_all(Vec (&x)[V]) {
-  if constexpr (A == Activation::kGelu) {
-    gelu_all(x);
-  } else {
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) x[v] = activate<A>(x[v]);
-  }
-}
-
-template <int V>
-SDAN_INLINE void activate_switch(Activation a, Vec (&x)[V]) {
-  switch (a) {
-    case Activation::kGelu:
-      return activate_all<Activation::kGelu>(x);
-    case Activation::kRelu6:
-      return activate_all<Activation::kRelu6>(x);
-    case Activation::kRelu:
-      return activate_all<Activation::kRelu>(x);
-    case Activation::kSilu:
-      return activate_all<Activation::kSilu>(x);
-    default:
-      return;
-  }
-}
 
 // outer(activation(v) * b) in place. The activation is a template parameter; the outer one, rare,
 // is a well-predicted branch.
