@@ -14,13 +14,13 @@ struct BranchesBackward {
   const char* op;  // for messages
   Tensor x;        // N x C x H x W, any strides
   Tensor grad;     // of the branches' concatenated output: x's shape, x's dtype or float32
-  const std::vector<Tensor>& weights;  // (channels of its branch, 1, kh, kw), kh and kw odd
-  const std::vector<Tensor>& biases;   // those that bias_mask announces
-  const std::vector<bool>& bias_mask;
-  const std::vector<int64_t>& dilations;  // two for each weight
-  const std::vector<int64_t>& lengths;    // convolutions of each branch, any number
-  std::vector<bool> output_mask;          // x, every weight, every bias there is
-  Format format;                          // of x's gradient: the op's rule for x
+  std::vector<Tensor> weights;  // (channels of its branch, 1, kh, kw), kh and kw odd
+  std::vector<Tensor> biases;   // those that bias_mask announces
+  std::vector<bool> bias_mask;
+  std::vector<int64_t> dilations;  // two for each weight
+  std::vector<int64_t> lengths;    // convolutions of each branch, any number
+  std::vector<bool> output_mask;   // x, every weight, every bias there is
+  Format format;                   // of x's gradient: the op's rule for x
   // Added to x's gradient before that is rounded: what else x is for. x's shape, x's dtype or
   // float32.
   std::optional<Tensor> addend;

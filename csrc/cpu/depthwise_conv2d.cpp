@@ -1,6 +1,8 @@
-// sdan_fast::depthwise_conv2d.cpu: checks, memory format, tiling and threads.
+// sdan_fast::depthwise_conv2d.cpu: checks, memory format, tiling and threads; its backward is that
+// of a branch of one convolution.
 #include "isa/depthwise_conv2d.h"
 
+#include "branches_backward.h"
 #include "tensor_util.h"
 #include "tiling.h"
 
@@ -124,9 +126,33 @@ Tensor depthwise_conv2d(const Tensor& x, const Tensor& weight, std::optional<Ten
   return y;
 }
 
+std::vector<Tensor> depthwise_conv2d_backward(const Tensor& grad_output, const Tensor& x,
+                                              const Tensor& weight, std::optional<Tensor> bias,
+                                              std::vector<int64_t> dilation,
+                                              std::vector<bool> output_mask) {
+  constexpr const char* op = "depthwise_conv2d_backward";
+  STD_TORCH_CHECK(output_mask.size() == 3, op, ": output_mask must have 3 entries, got ",
+                  output_mask.size());
+  if (!bias.has_value()) output_mask.pop_back();
+  std::vector<Tensor> biases;
+  if (bias.has_value()) biases.push_back(*bias);
+  return branches_backward({.op = op,
+                            .x = x,
+                            .grad = grad_output,
+                            .weights = {weight},
+                            .biases = biases,
+                            .bias_mask = {bias.has_value()},
+                            .dilations = dilation,
+                            .lengths = {1},
+                            .output_mask = output_mask,
+                            .format = output_format(x),
+                            .addend = std::nullopt});
+}
+
 }  // namespace
 }  // namespace sdan_fast
 
 STABLE_TORCH_LIBRARY_IMPL(sdan_fast, CPU, m) {
   m.impl("depthwise_conv2d.cpu", TORCH_BOX(&sdan_fast::depthwise_conv2d));
+  m.impl("depthwise_conv2d_backward.cpu", TORCH_BOX(&sdan_fast::depthwise_conv2d_backward));
 }

@@ -1,9 +1,10 @@
 // sdan_fast::strip_conv_chain.cpu and gated_strip_conv_chain.cpu: checks, memory format, tiling and
-// threads.
+// threads; the chain's backward is that of one branch.
 #include "isa/strip_conv_chain.h"
 
 #include <vector>
 
+#include "branches_backward.h"
 #include "tensor_util.h"
 #include "tiling.h"
 
@@ -50,6 +51,37 @@ void choose_tiles(StripChainArgs* args, const std::vector<StripArgs>& vertical) 
   grid.tiles_h = (args->h + grid.tile_h - 1) / grid.tile_h;
 }
 
+// The lists hold a horizontal and a vertical strip for every stage, and their biases.
+void check_strips(const char* op, const Tensor& x, const std::vector<Tensor>& weights,
+                  const std::vector<Tensor>& biases, const std::vector<bool>& bias_mask,
+                  const std::vector<int64_t>& dilations) {
+  const size_t strips = weights.size();
+  STD_TORCH_CHECK(strips >= 2 && strips % 2 == 0, op,
+                  ": weights must hold a horizontal and a vertical strip per stage, got ", strips,
+                  " tensors");
+  STD_TORCH_CHECK(bias_mask.size() == strips && dilations.size() == strips, op,
+                  ": bias_mask and dilations", " must have one entry per weight, ", strips,
+                  ", got ", bias_mask.size(), " and ", dilations.size());
+  size_t present = 0;
+  for (const bool b : bias_mask) present += b ? 1 : 0;
+  STD_TORCH_CHECK(biases.size() == present, op, ": bias_mask announces ", present, " biases, got ",
+                  biases.size());
+  for (size_t i = 0, b = 0; i < strips; ++i) {
+    const bool horizontal = i % 2 == 0;
+    const Tensor& weight = weights[i];
+    check_like(weight, x, 4, op, "a weight");
+    const int64_t k = weight.size(horizontal ? 3 : 2);
+    STD_TORCH_CHECK(weight.size(0) == x.size(1) && weight.size(1) == 1 &&
+                        weight.size(horizontal ? 2 : 3) == 1 && k % 2 == 1,
+                    op, ": weight ", i, " must have shape (", x.size(1),
+                    horizontal ? ", 1, 1, k)" : ", 1, k, 1)", " with odd k, got ",
+                    shape_of(weight));
+    STD_TORCH_CHECK(dilations[i] >= 1 && dilations[i] < (1 << 30) && k < (1 << 20), op,
+                    ": dilation ", i, " must be a positive integer, got ", dilations[i]);
+    if (bias_mask[i]) check_vector(biases[b++], x, x.size(1), op, "a bias");
+  }
+}
+
 // The chain of x, times `gate` unless that is null.
 Tensor run_chain(const char* op, const Tensor* gate, const Tensor& x,
                  const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
@@ -62,17 +94,8 @@ Tensor run_chain(const char* op, const Tensor* gate, const Tensor& x,
   args.c = x.size(1);
   args.h = x.size(2);
   args.w = x.size(3);
+  check_strips(op, x, weights, biases, bias_mask, dilations);
   const size_t strips = weights.size();
-  STD_TORCH_CHECK(strips >= 2 && strips % 2 == 0, op,
-                  ": weights must hold a horizontal and a vertical strip per stage, got ", strips,
-                  " tensors");
-  STD_TORCH_CHECK(bias_mask.size() == strips && dilations.size() == strips, op,
-                  ": bias_mask and dilations", " must have one entry per weight, ", strips,
-                  ", got ", bias_mask.size(), " and ", dilations.size());
-  size_t present = 0;
-  for (const bool b : bias_mask) present += b ? 1 : 0;
-  STD_TORCH_CHECK(biases.size() == present, op, ": bias_mask announces ", present, " biases, got ",
-                  biases.size());
 
   args.stages = static_cast<int64_t>(strips / 2);
   std::vector<StripArgs> axes[2];
@@ -83,20 +106,11 @@ Tensor run_chain(const char* op, const Tensor* gate, const Tensor& x,
   for (size_t i = 0, b = 0; i < strips; ++i) {
     const bool horizontal = i % 2 == 0;
     const Tensor& weight = weights[i];
-    check_like(weight, x, 4, op, "a weight");
     const int64_t k = weight.size(horizontal ? 3 : 2);
-    STD_TORCH_CHECK(weight.size(0) == args.c && weight.size(1) == 1 &&
-                        weight.size(horizontal ? 2 : 3) == 1 && k % 2 == 1,
-                    op, ": weight ", i, " must have shape (", args.c,
-                    horizontal ? ", 1, 1, k)" : ", 1, k, 1)", " with odd k, got ",
-                    shape_of(weight));
-    STD_TORCH_CHECK(dilations[i] >= 1 && dilations[i] < (1 << 30) && k < (1 << 20), op,
-                    ": dilation ", i, " must be a positive integer, got ", dilations[i]);
     kept.push_back(in_format(weight, Format::kContiguous));
     StripArgs strip{};
     strip.weight = kept.back().const_data_ptr();
     if (bias_mask[i]) {
-      check_vector(biases[b], x, args.c, op, "a bias");
       kept.push_back(in_format(biases[b], Format::kContiguous));
       strip.bias = kept.back().const_data_ptr();
       ++b;
@@ -121,7 +135,7 @@ Tensor run_chain(const char* op, const Tensor* gate, const Tensor& x,
     args.gate = kept.back().const_data_ptr();
   }
   args.y = y.mutable_data_ptr();
-  args.any_bias = present != 0;
+  args.any_bias = !biases.empty();
   args.horizontal = axes[0].data();
   args.vertical = axes[1].data();
   args.halo_w = halo[0];
@@ -158,10 +172,38 @@ Tensor gated_strip_conv_chain(const Tensor& u, const Tensor& x, std::vector<Tens
   return run_chain(op, &u, x, weights, biases, bias_mask, dilations);
 }
 
+std::vector<Tensor> strip_conv_chain_backward(const Tensor& grad_output, const Tensor& x,
+                                              std::vector<Tensor> weights,
+                                              std::vector<Tensor> biases,
+                                              std::vector<bool> bias_mask,
+                                              std::vector<int64_t> dilations,
+                                              std::vector<bool> output_mask) {
+  constexpr const char* op = "strip_conv_chain_backward";
+  check_like(x, x, 4, op, "x");
+  check_strips(op, x, weights, biases, bias_mask, dilations);
+  std::vector<int64_t> pairs;
+  for (size_t i = 0; i < dilations.size(); ++i) {
+    pairs.push_back(i % 2 == 0 ? 1 : dilations[i]);
+    pairs.push_back(i % 2 == 0 ? dilations[i] : 1);
+  }
+  return branches_backward({.op = op,
+                            .x = x,
+                            .grad = grad_output,
+                            .weights = weights,
+                            .biases = biases,
+                            .bias_mask = bias_mask,
+                            .dilations = pairs,
+                            .lengths = {static_cast<int64_t>(weights.size())},
+                            .output_mask = output_mask,
+                            .format = output_format(x),
+                            .addend = std::nullopt});
+}
+
 }  // namespace
 }  // namespace sdan_fast
 
 STABLE_TORCH_LIBRARY_IMPL(sdan_fast, CPU, m) {
   m.impl("strip_conv_chain.cpu", TORCH_BOX(&sdan_fast::strip_conv_chain));
+  m.impl("strip_conv_chain_backward.cpu", TORCH_BOX(&sdan_fast::strip_conv_chain_backward));
   m.impl("gated_strip_conv_chain.cpu", TORCH_BOX(&sdan_fast::gated_strip_conv_chain));
 }
