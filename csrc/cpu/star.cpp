@@ -8,21 +8,11 @@ namespace {
 
 const auto kernel = SDAN_PICK_KERNEL(star_run);
 
-bool same_shape(const Tensor& a, const Tensor& b) {
-  if (a.dim() != b.dim()) return false;
-  for (int64_t d = 0; d < a.dim(); ++d) {
-    if (a.size(d) != b.size(d)) return false;
-  }
-  return true;
-}
-
 Tensor star(const Tensor& a, const Tensor& b, std::string activation, std::string outer) {
   check_cpu(a, "star", "a");
   StarArgs args{};
   args.dtype = kernel_dtype(a, "star", "a");
-  check_like(b, a, a.dim(), "star", "b");
-  STD_TORCH_CHECK(same_shape(a, b), "star: b must have the shape of a, ", shape_of(a), ", got ",
-                  shape_of(b));
+  check_same(b, a, "star", "b");
   args.activation = parse_activation(activation, "star", "activation");
   args.outer = parse_activation(outer, "star", "outer");
 

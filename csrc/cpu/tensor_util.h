@@ -114,12 +114,27 @@ inline void check_like(const Tensor& t, const Tensor& x, int64_t dim, const char
                   shape_of(t));
 }
 
+// Checks that t lies on the CPU and has x's dtype and shape.
+inline void check_same(const Tensor& t, const Tensor& x, const char* op, const char* name) {
+  check_like(t, x, x.dim(), op, name);
+  for (int64_t d = 0; d < x.dim(); ++d) {
+    STD_TORCH_CHECK(t.size(d) == x.size(d), op, ": ", name,
+                    " must have the shape of the first tensor, ", shape_of(x), ", got ",
+                    shape_of(t));
+  }
+}
+
 // Checks a per-channel vector (a bias, a norm's weight): shape (channels,), dtype of x.
 inline void check_vector(const Tensor& t, const Tensor& x, int64_t channels, const char* op,
                          const char* name) {
   check_like(t, x, 1, op, name);
   STD_TORCH_CHECK(t.size(0) == channels, op, ": ", name, " must have shape (", channels,
                   ",), got shape ", shape_of(t));
+}
+
+inline void check_mask(const std::vector<bool>& mask, size_t slots, const char* op) {
+  STD_TORCH_CHECK(mask.size() == slots, op, ": output_mask must have ", slots, " entries, got ",
+                  mask.size());
 }
 
 inline Activation parse_activation(const std::string& s, const char* op, const char* name) {

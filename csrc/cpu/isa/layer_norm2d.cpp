@@ -1,11 +1,8 @@
 // LayerNorm over the channels at each pixel, in both memory formats.
-//
-// Two passes for the statistics, the second one also summing the deviations: what the first mean
-// lost to rounding is then known and put back, so a large common offset of the channels costs no
-// accuracy.
 #include "layer_norm2d.h"
 
 #include "by_dtype.h"
+#include "layer_norm_statistics.h"
 #include "planes.h"
 #include "prefetch.h"
 #include "vec.h"
@@ -25,66 +22,24 @@ void to_floats(float* out, const T* p, int64_t n, float missing) {
 template <int V, typename T>
 SDAN_INLINE void pixels_nchw(const LayerNormArgs& a, float* x, int64_t stride, const float* weight,
                              const float* bias, const T* y, const T* next) {
-  const Vec scale = set1(1.0f / static_cast<float>(a.c));
-  // Partial sums of kChunk channels: one long chain of additions would lose the square root of its
-  // length.
-  constexpr int64_t kChunk = 32;
-  Vec mean[V], square[V], rest[V];
+  Statistics<V> s;
+  statistics_of_planes(
+      s, x, stride, a.c, a.eps,
+      [&](int64_t c) __attribute__((always_inline)) {
 #pragma GCC unroll 4
-  for (int v = 0; v < V; ++v) mean[v] = square[v] = rest[v] = zero();
-  const float* p = x;
-  for (int64_t c = 0; c < a.c;) {
-    const int64_t end = c + kChunk < a.c ? c + kChunk : a.c;
-    Vec part[V];
+        for (int v = 0; v < V; ++v) prefetch_write(y + c * a.pixels + v * kLanes);
+      },
+      [&](int64_t c) __attribute__((always_inline)) {
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) part[v] = zero();
-    for (; c < end; ++c, p += stride, y += a.pixels) {
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) {
-        prefetch_write(y + v * kLanes);
-        part[v] = part[v] + load(p + v * kLanes);
-      }
-    }
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) mean[v] = mean[v] + part[v];
-  }
-#pragma GCC unroll 4
-  for (int v = 0; v < V; ++v) mean[v] = mean[v] * scale;
-  p = x;
-  for (int64_t c = 0; c < a.c;) {
-    const int64_t end = c + kChunk < a.c ? c + kChunk : a.c;
-    Vec part[V], part_square[V];
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) part[v] = part_square[v] = zero();
-    for (; c < end; ++c, p += stride, next += a.pixels) {
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) {
-        __builtin_prefetch(next + v * kLanes, 0, 2);
-        const Vec d = load(p + v * kLanes) - mean[v];
-        part[v] = part[v] + d;
-        part_square[v] = fma(d, d, part_square[v]);
-      }
-    }
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) {
-      rest[v] = rest[v] + part[v];
-      square[v] = square[v] + part_square[v];
-    }
-  }
-  Vec rstd[V];
-#pragma GCC unroll 4
-  for (int v = 0; v < V; ++v) {
-    rest[v] = rest[v] * scale;
-    const Vec variance = max(zero(), fnma(rest[v], rest[v], square[v] * scale));
-    rstd[v] = set1(1.0f) / sqrt(variance + set1(a.eps));
-  }
+        for (int v = 0; v < V; ++v) __builtin_prefetch(next + c * a.pixels + v * kLanes, 0, 2);
+      });
   for (int64_t c = 0; c < a.c; ++c, x += stride) {
     const Vec w = set1(weight[c]);
     const Vec b = set1(bias[c]);
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
-      const Vec d = (load(x + v * kLanes) - mean[v]) - rest[v];
-      store(x + v * kLanes, fma(d * rstd[v], w, b));
+      const Vec d = (load(x + v * kLanes) - s.mean[v]) - s.rest[v];
+      store(x + v * kLanes, fma(d * s.rstd[v], w, b));
     }
   }
 }
@@ -110,60 +65,29 @@ void tile_nchw(const LayerNormArgs& a, int64_t image, int64_t first, int64_t las
   });
 }
 
-// G neighbouring pixels, whose sums are independent chains. `valid` is one in the lanes of the
-// last, partial vector that hold a channel, else zero: the others must not count as deviations.
+// G neighbouring pixels.
 template <typename T, int G>
 SDAN_INLINE void pixels_channels_last(const LayerNormArgs& a, const T* x, T* y, const float* weight,
-                                      const float* bias, Vec valid, int tail) {
-  const float scale = 1.0f / static_cast<float>(a.c);
-  const int64_t whole = a.c - tail;
-  Vec mean[G], square[G], rest[G];
-#pragma GCC unroll 4
-  for (int g = 0; g < G; ++g) mean[g] = square[g] = rest[g] = zero();
-  for (int64_t c = 0; c < whole; c += kLanes) {
-#pragma GCC unroll 4
-    for (int g = 0; g < G; ++g) mean[g] = mean[g] + load(x + g * a.c + c);
-  }
-#pragma GCC unroll 4
-  for (int g = 0; g < G; ++g) {
-    if (tail != 0) mean[g] = mean[g] + load_n(x + g * a.c + whole, tail);
-    mean[g] = set1(hsum(mean[g]) * scale);
-  }
-  for (int64_t c = 0; c < whole; c += kLanes) {
-#pragma GCC unroll 4
-    for (int g = 0; g < G; ++g) {
-      const Vec d = load(x + g * a.c + c) - mean[g];
-      rest[g] = rest[g] + d;
-      square[g] = fma(d, d, square[g]);
-    }
-  }
-#pragma GCC unroll 4
-  for (int g = 0; g < G; ++g) {
-    if (tail != 0) {
-      const Vec d = (load_n(x + g * a.c + whole, tail) - mean[g]) * valid;
-      rest[g] = rest[g] + d;
-      square[g] = fma(d, d, square[g]);
-    }
-    rest[g] = set1(hsum(rest[g]) * scale);
-    const Vec variance = max(zero(), fnma(rest[g], rest[g], set1(hsum(square[g]) * scale)));
-    square[g] = set1(1.0f) / sqrt(variance + set1(a.eps));  // from here on 1 / std
-  }
+                                      const float* bias, ChannelTail tail) {
+  const int64_t whole = a.c - tail.lanes;
+  Statistics<G> s;
+  statistics_of_pixels(s, x, a.c, a.eps, tail);
   for (int64_t c = 0; c < whole; c += kLanes) {
     const Vec w = load(weight + c);
     const Vec b = load(bias + c);
 #pragma GCC unroll 4
     for (int g = 0; g < G; ++g) {
-      const Vec d = (load(x + g * a.c + c) - mean[g]) - rest[g];
-      store(y + g * a.c + c, fma(d * square[g], w, b));
+      const Vec d = (load(x + g * a.c + c) - s.mean[g]) - s.rest[g];
+      store(y + g * a.c + c, fma(d * s.rstd[g], w, b));
     }
   }
-  if (tail != 0) {
-    const Vec w = load_n(weight + whole, tail);
-    const Vec b = load_n(bias + whole, tail);
+  if (tail.lanes != 0) {
+    const Vec w = load_n(weight + whole, tail.lanes);
+    const Vec b = load_n(bias + whole, tail.lanes);
 #pragma GCC unroll 4
     for (int g = 0; g < G; ++g) {
-      const Vec d = (load_n(x + g * a.c + whole, tail) - mean[g]) - rest[g];
-      store_n(y + g * a.c + whole, fma(d * square[g], w, b), tail);
+      const Vec d = (load_n(x + g * a.c + whole, tail.lanes) - s.mean[g]) - s.rest[g];
+      store_n(y + g * a.c + whole, fma(d * s.rstd[g], w, b), tail.lanes);
     }
   }
 }
@@ -171,18 +95,15 @@ SDAN_INLINE void pixels_channels_last(const LayerNormArgs& a, const T* x, T* y, 
 template <typename T>
 void tile_channels_last(const LayerNormArgs& a, int64_t first, int64_t last, const float* weight,
                         const float* bias) {
-  const int tail = static_cast<int>(a.c % kLanes);
-  float lanes[kLanes];
-  for (int l = 0; l < kLanes; ++l) lanes[l] = l < tail ? 1.0f : 0.0f;
-  const Vec valid = load(lanes);
+  const ChannelTail tail = channel_tail(a.c);
   const T* x = static_cast<const T*>(a.x);
   T* y = static_cast<T*>(a.y);
   int64_t i = first;
   for (; i + 4 <= last; i += 4) {
-    pixels_channels_last<T, 4>(a, x + i * a.c, y + i * a.c, weight, bias, valid, tail);
+    pixels_channels_last<T, 4>(a, x + i * a.c, y + i * a.c, weight, bias, tail);
   }
   for (; i < last; ++i) {
-    pixels_channels_last<T, 1>(a, x + i * a.c, y + i * a.c, weight, bias, valid, tail);
+    pixels_channels_last<T, 1>(a, x + i * a.c, y + i * a.c, weight, bias, tail);
   }
 }
 

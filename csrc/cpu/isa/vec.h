@@ -216,6 +216,10 @@ SDAN_INLINE Vec lanes_left(Vec a, Vec after) {
 SDAN_INLINE Vec select_lt(Vec a, Vec b, Vec x, Vec y) {
   return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), y.v, x.v)};
 }
+// a <= b ? x : y
+SDAN_INLINE Vec select_le(Vec a, Vec b, Vec x, Vec y) {
+  return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LE_OQ), y.v, x.v)};
+}
 
 // p * 2^n for integral n; exact to the denormals, overflows to inf.
 SDAN_INLINE Vec scale_by_pow2(Vec p, Vec n) {
@@ -399,6 +403,9 @@ SDAN_INLINE Vec lanes_left(Vec a, Vec after) {
 SDAN_INLINE Vec select_lt(Vec a, Vec b, Vec x, Vec y) {
   return {_mm256_blendv_ps(y.v, x.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ))};
 }
+SDAN_INLINE Vec select_le(Vec a, Vec b, Vec x, Vec y) {
+  return {_mm256_blendv_ps(y.v, x.v, _mm256_cmp_ps(a.v, b.v, _CMP_LE_OQ))};
+}
 
 SDAN_INLINE Vec scale_by_pow2(Vec p, Vec n) {
   // Two factors, since 2^n itself may lie outside the normal range. The clamp keeps both inside it.
@@ -519,6 +526,9 @@ SDAN_INLINE Vec fnma(Vec a, Vec b, Vec c) {
 }
 SDAN_INLINE Vec select_lt(Vec a, Vec b, Vec x, Vec y) {
   return {a.lo < b.lo ? x.lo : y.lo, a.hi < b.hi ? x.hi : y.hi};
+}
+SDAN_INLINE Vec select_le(Vec a, Vec b, Vec x, Vec y) {
+  return {a.lo <= b.lo ? x.lo : y.lo, a.hi <= b.hi ? x.hi : y.hi};
 }
 SDAN_INLINE Vec min(Vec a, Vec b) {
   return select_lt(a, b, a, b);
@@ -725,17 +735,16 @@ SDAN_INLINE void fill(Vec (&p)[V], float value) {
   for (int v = 0; v < V; ++v) p[v] = set1(value);
 }
 
-// P(X > u) of the standard normal for u >= 0, in place: exp(-u^2/2) times a rational form of the
-// scaled complementary error function (relative error 5e-9 on [0, 13]). Exactly zero from 8.25 on,
-// about where the definition's own 1 + erf(-u / sqrt 2) becomes zero in float64: 2^n underflows at
-// the stand-in 20. V vectors step by step together: one alone is a chain of some forty dependent
+// The parts of P(X > u) = (e num rden) 2^n of the standard normal, 0 <= u <= 30: e 2^n is
+// exp(-u^2/2), num rden a rational form of the scaled complementary error function (relative error
+// 5e-9 on [0, 13]). V vectors step by step together: one alone is a chain of some forty dependent
 // instructions, longer than a processor's scheduler overlaps.
 template <int V>
-SDAN_INLINE void normal_tail(Vec (&u)[V]) {
-  Vec n[V], f[V], e[V], num[V], den[V];
+SDAN_INLINE void normal_tail_parts(const Vec (&u)[V], Vec (&e)[V], Vec (&n)[V], Vec (&num)[V],
+                                   Vec (&rden)[V]) {
+  Vec f[V];
 #pragma GCC unroll 8
   for (int v = 0; v < V; ++v) {
-    u[v] = select_lt(u[v], set1(8.25f), u[v], set1(20.0f));
     const Vec w = u[v] * u[v];
     const Vec scale = set1(-0.72134752044448170f);  // -log2(e) / 2
     n[v] = round_to_int(w * scale);
@@ -753,14 +762,26 @@ SDAN_INLINE void normal_tail(Vec (&u)[V]) {
   horner(num, u, 1.8078389763832092e-1f);
   horner(num, u, 4.3497607111930847e-1f);
   horner(num, u, 0.5f);
-  fill(den, 1.0012194514274597e-2f);
-  horner(den, u, 9.9793381989002228e-2f);
-  horner(den, u, 4.6300050616264343e-1f);
-  horner(den, u, 1.1923052072525024f);
-  horner(den, u, 1.6678370237350464f);
-  horner(den, u, 1.0f);
+  fill(rden, 1.0012194514274597e-2f);
+  horner(rden, u, 9.9793381989002228e-2f);
+  horner(rden, u, 4.6300050616264343e-1f);
+  horner(rden, u, 1.1923052072525024f);
+  horner(rden, u, 1.6678370237350464f);
+  horner(rden, u, 1.0f);
 #pragma GCC unroll 8
-  for (int v = 0; v < V; ++v) u[v] = scale_by_pow2((e[v] * num[v]) * reciprocal(den[v]), n[v]);
+  for (int v = 0; v < V; ++v) rden[v] = reciprocal(rden[v]);
+}
+
+// P(X > u) of the standard normal for u >= 0, in place. Exactly zero from 8.25 on, about where the
+// definition's own 1 + erf(-u / sqrt 2) becomes zero in float64: 2^n underflows at the stand-in 20.
+template <int V>
+SDAN_INLINE void normal_tail(Vec (&u)[V]) {
+  Vec e[V], n[V], num[V], rden[V];
+#pragma GCC unroll 8
+  for (int v = 0; v < V; ++v) u[v] = select_lt(u[v], set1(8.25f), u[v], set1(20.0f));
+  normal_tail_parts(u, e, n, num, rden);
+#pragma GCC unroll 8
+  for (int v = 0; v < V; ++v) u[v] = scale_by_pow2((e[v] * num[v]) * rden[v], n[v]);
 }
 
 // x * Phi(x), the exact (erf) GELU, in place. Working from the tail keeps the relative error of

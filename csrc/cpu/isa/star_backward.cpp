@@ -1,0 +1,117 @@
+// The gradients of the star in one pass over dense memory.
+#include "star_backward.h"
+
+#include "activation_backward.h"
+#include "by_dtype.h"
+#include "vec.h"
+
+namespace sdan_fast {
+namespace SDAN_ISA {
+namespace {
+
+// g = g A'(x).
+template <Activation A, int V>
+SDAN_INLINE void chain(Vec (&g)[V], Vec (&x)[V]) {
+  Vec d[V];
+  activate_with_derivative<A>(x, d);
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v) g[v] = times_derivative<A>(g[v], d[v]);
+}
+
+template <int V>
+SDAN_INLINE void chain_switch(Activation a, Vec (&g)[V], Vec (&x)[V]) {
+  switch (a) {
+    case Activation::kGelu:
+      return chain<Activation::kGelu>(g, x);
+    case Activation::kRelu6:
+      return chain<Activation::kRelu6>(g, x);
+    case Activation::kRelu:
+      return chain<Activation::kRelu>(g, x);
+    case Activation::kSilu:
+      return chain<Activation::kSilu>(g, x);
+    default:
+      return;
+  }
+}
+
+// From a, b and grad to grad_a in `a` and grad_b in `g`. The activation is a template parameter;
+// the outer one, rare, is a well-predicted branch.
+template <Activation A, bool kOuter, int V>
+SDAN_INLINE void gradients(Vec (&a)[V], const Vec (&b)[V], Vec (&g)[V], Activation outer) {
+  Vec d[V];
+  activate_with_derivative<A>(a, d);
+  if constexpr (kOuter) {
+    Vec product[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) product[v] = a[v] * b[v];
+    chain_switch(outer, g, product);
+  }
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v) {
+    const Vec s = a[v];
+    a[v] = times_derivative<A>(g[v] * b[v], d[v]);
+    g[v] = g[v] * s;
+  }
+}
+
+template <typename T, Activation A, bool kOuter>
+void run(const StarBackwardArgs& args, int64_t begin, int64_t end) {
+  const T* grad = static_cast<const T*>(args.grad);
+  const T* a = static_cast<const T*>(args.a);
+  const T* b = static_cast<const T*>(args.b);
+  T* grad_a = static_cast<T*>(args.grad_a);
+  T* grad_b = static_cast<T*>(args.grad_b);
+  int64_t i = begin;
+  for (; i + 2 * kLanes <= end; i += 2 * kLanes) {
+    Vec x[2], y[2], g[2];
+    load_two(a + i, x[0], x[1]);
+    load_two(b + i, y[0], y[1]);
+    load_two(grad + i, g[0], g[1]);
+    gradients<A, kOuter>(x, y, g, args.outer);
+    if (grad_a != nullptr) store_two(grad_a + i, x[0], x[1]);
+    if (grad_b != nullptr) store_two(grad_b + i, g[0], g[1]);
+  }
+  for (; i < end; i += kLanes) {
+    const int n = end - i < kLanes ? static_cast<int>(end - i) : kLanes;
+    Vec x[1] = {load_n(a + i, n)};
+    const Vec y[1] = {load_n(b + i, n)};
+    Vec g[1] = {load_n(grad + i, n)};
+    gradients<A, kOuter>(x, y, g, args.outer);
+    if (grad_a != nullptr) store_n(grad_a + i, x[0], n);
+    if (grad_b != nullptr) store_n(grad_b + i, g[0], n);
+  }
+}
+
+template <typename T, Activation A>
+void run_outer(const StarBackwardArgs& args, int64_t begin, int64_t end) {
+  if (args.outer == Activation::kNone) {
+    run<T, A, false>(args, begin, end);
+  } else {
+    run<T, A, true>(args, begin, end);
+  }
+}
+
+template <typename T>
+void run_activation(const StarBackwardArgs& args, int64_t begin, int64_t end) {
+  switch (args.activation) {
+    case Activation::kGelu:
+      return run_outer<T, Activation::kGelu>(args, begin, end);
+    case Activation::kRelu6:
+      return run_outer<T, Activation::kRelu6>(args, begin, end);
+    case Activation::kRelu:
+      return run_outer<T, Activation::kRelu>(args, begin, end);
+    case Activation::kSilu:
+      return run_outer<T, Activation::kSilu>(args, begin, end);
+    default:
+      return run_outer<T, Activation::kNone>(args, begin, end);
+  }
+}
+
+}  // namespace
+
+void star_backward_run(const StarBackwardArgs& args, int64_t begin, int64_t end) {
+  by_dtype(args.dtype, [&](auto t) { run_activation<decltype(t)>(args, begin, end); });
+}
+
+}  // namespace SDAN_ISA
+}  // namespace sdan_fast
