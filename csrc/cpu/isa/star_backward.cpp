@@ -1,58 +1,12 @@
 // The gradients of the star in one pass over dense memory.
 #include "star_backward.h"
 
-#include "activation_backward.h"
 #include "by_dtype.h"
-#include "vec.h"
+#include "star_gradients.h"
 
 namespace sdan_fast {
 namespace SDAN_ISA {
 namespace {
-
-// g = g A'(x).
-template <Activation A, int V>
-SDAN_INLINE void chain(Vec (&g)[V], Vec (&x)[V]) {
-  Vec d[V];
-  activate_with_derivative<A>(x, d);
-#pragma GCC unroll 4
-  for (int v = 0; v < V; ++v) g[v] = times_derivative<A>(g[v], d[v]);
-}
-
-template <int V>
-SDAN_INLINE void chain_switch(Activation a, Vec (&g)[V], Vec (&x)[V]) {
-  switch (a) {
-    case Activation::kGelu:
-      return chain<Activation::kGelu>(g, x);
-    case Activation::kRelu6:
-      return chain<Activation::kRelu6>(g, x);
-    case Activation::kRelu:
-      return chain<Activation::kRelu>(g, x);
-    case Activation::kSilu:
-      return chain<Activation::kSilu>(g, x);
-    default:
-      return;
-  }
-}
-
-// From a, b and grad to grad_a in `a` and grad_b in `g`. The activation is a template parameter;
-// the outer one, rare, is a well-predicted branch.
-template <Activation A, bool kOuter, int V>
-SDAN_INLINE void gradients(Vec (&a)[V], const Vec (&b)[V], Vec (&g)[V], Activation outer) {
-  Vec d[V];
-  activate_with_derivative<A>(a, d);
-  if constexpr (kOuter) {
-    Vec product[V];
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) product[v] = a[v] * b[v];
-    chain_switch(outer, g, product);
-  }
-#pragma GCC unroll 4
-  for (int v = 0; v < V; ++v) {
-    const Vec s = a[v];
-    a[v] = times_derivative<A>(g[v] * b[v], d[v]);
-    g[v] = g[v] * s;
-  }
-}
 
 template <typename T, Activation A, bool kOuter>
 void run(const StarBackwardArgs& args, int64_t begin, int64_t end) {
@@ -67,7 +21,7 @@ void run(const StarBackwardArgs& args, int64_t begin, int64_t end) {
     load_two(a + i, x[0], x[1]);
     load_two(b + i, y[0], y[1]);
     load_two(grad + i, g[0], g[1]);
-    gradients<A, kOuter>(x, y, g, args.outer);
+    star_gradients<A, kOuter>(x, y, g, args.outer);
     if (grad_a != nullptr) store_two(grad_a + i, x[0], x[1]);
     if (grad_b != nullptr) store_two(grad_b + i, g[0], g[1]);
   }
@@ -76,7 +30,7 @@ void run(const StarBackwardArgs& args, int64_t begin, int64_t end) {
     Vec x[1] = {load_n(a + i, n)};
     const Vec y[1] = {load_n(b + i, n)};
     Vec g[1] = {load_n(grad + i, n)};
-    gradients<A, kOuter>(x, y, g, args.outer);
+    star_gradients<A, kOuter>(x, y, g, args.outer);
     if (grad_a != nullptr) store_n(grad_a + i, x[0], n);
     if (grad_b != nullptr) store_n(grad_b + i, g[0], n);
   }
