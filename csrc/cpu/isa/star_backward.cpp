@@ -1,6 +1,8 @@
 // The gradients of the star in one pass over dense memory.
 #include "star_backward.h"
 
+#include <type_traits>
+
 #include "activation_backward.h"
 #include "by_dtype.h"
 #include "vec.h"
@@ -10,25 +12,25 @@ namespace SDAN_ISA {
 namespace {
 
 // g = g A'(x).
-template <Activation A, int V>
+template <Activation A, bool kShort, int V>
 SDAN_INLINE void chain(Vec (&g)[V], Vec (&x)[V]) {
   Vec d[V];
-  activate_with_derivative<A>(x, d);
+  activate_with_derivative<A, kShort>(x, d);
 #pragma GCC unroll 4
   for (int v = 0; v < V; ++v) g[v] = times_derivative<A>(g[v], d[v]);
 }
 
-template <int V>
+template <bool kShort, int V>
 SDAN_INLINE void chain_switch(Activation a, Vec (&g)[V], Vec (&x)[V]) {
   switch (a) {
     case Activation::kGelu:
-      return chain<Activation::kGelu>(g, x);
+      return chain<Activation::kGelu, kShort>(g, x);
     case Activation::kRelu6:
-      return chain<Activation::kRelu6>(g, x);
+      return chain<Activation::kRelu6, kShort>(g, x);
     case Activation::kRelu:
-      return chain<Activation::kRelu>(g, x);
+      return chain<Activation::kRelu, kShort>(g, x);
     case Activation::kSilu:
-      return chain<Activation::kSilu>(g, x);
+      return chain<Activation::kSilu, kShort>(g, x);
     default:
       return;
   }
@@ -36,15 +38,15 @@ SDAN_INLINE void chain_switch(Activation a, Vec (&g)[V], Vec (&x)[V]) {
 
 // From a, b and grad to grad_a in `a` and grad_b in `g`. The activation is a template parameter;
 // the outer one, rare, is a well-predicted branch.
-template <Activation A, bool kOuter, int V>
+template <Activation A, bool kOuter, bool kShort, int V>
 SDAN_INLINE void gradients(Vec (&a)[V], const Vec (&b)[V], Vec (&g)[V], Activation outer) {
   Vec d[V];
-  activate_with_derivative<A>(a, d);
+  activate_with_derivative<A, kShort>(a, d);
   if constexpr (kOuter) {
     Vec product[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) product[v] = a[v] * b[v];
-    chain_switch(outer, g, product);
+    chain_switch<kShort>(outer, g, product);
   }
 #pragma GCC unroll 4
   for (int v = 0; v < V; ++v) {
@@ -61,13 +63,14 @@ void run(const StarBackwardArgs& args, int64_t begin, int64_t end) {
   const T* b = static_cast<const T*>(args.b);
   T* grad_a = static_cast<T*>(args.grad_a);
   T* grad_b = static_cast<T*>(args.grad_b);
+  constexpr bool kShort = !std::is_same_v<T, float>;
   int64_t i = begin;
   for (; i + 2 * kLanes <= end; i += 2 * kLanes) {
     Vec x[2], y[2], g[2];
     load_two(a + i, x[0], x[1]);
     load_two(b + i, y[0], y[1]);
     load_two(grad + i, g[0], g[1]);
-    gradients<A, kOuter>(x, y, g, args.outer);
+    gradients<A, kOuter, kShort>(x, y, g, args.outer);
     if (grad_a != nullptr) store_two(grad_a + i, x[0], x[1]);
     if (grad_b != nullptr) store_two(grad_b + i, g[0], g[1]);
   }
@@ -76,7 +79,7 @@ void run(const StarBackwardArgs& args, int64_t begin, int64_t end) {
     Vec x[1] = {load_n(a + i, n)};
     const Vec y[1] = {load_n(b + i, n)};
     Vec g[1] = {load_n(grad + i, n)};
-    gradients<A, kOuter>(x, y, g, args.outer);
+    gradients<A, kOuter, kShort>(x, y, g, args.outer);
     if (grad_a != nullptr) store_n(grad_a + i, x[0], n);
     if (grad_b != nullptr) store_n(grad_b + i, g[0], n);
   }
