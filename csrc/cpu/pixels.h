@@ -29,11 +29,21 @@ struct PartSums {
   int64_t rows_at;  // of the sums of rows among them
 };
 
+// activation(1x1 convolution of x) into y.
+struct PointwiseConvPlan {
+  PixelTiling tiling;
+  Pointwise conv;
+  Activation activation;
+  PixelView x, y;
+};
+
 // Gradients of u * (W x + b): gu = grad (W x + b); with m = grad u: gx = W^T m, and the sums over
-// the pixels of m x^T and of m.
+// the pixels of m x^T and of m. Where there is no u, those of activation(W x + b): m = grad
+// activation'(W x + b).
 struct GateBackwardPlan {
   PixelTiling tiling;
   int co, ci;
+  Activation activation;
   PixelView grad, u, x, gu, gx;
   Pointwise forward, transposed;  // W with b, and W^T
   bool weight, bias;              // whether these sums are wanted
@@ -85,6 +95,10 @@ SDAN_DECLARE_KERNEL(outer_totals, const PartSums* sums, int64_t parts, int co, i
                     double* totals)
 // out = totals in the type that `dtype` names.
 SDAN_DECLARE_KERNEL(round_totals, const double* totals, int64_t count, DType dtype, void* out)
+
+SDAN_DECLARE_KERNEL(pointwise_conv2d_scratch, const PointwiseConvPlan* plan, int64_t* bytes)
+SDAN_DECLARE_KERNEL(pointwise_conv2d_run, const PointwiseConvPlan* plan, int64_t part,
+                    void* scratch)
 
 SDAN_DECLARE_KERNEL(gate_backward_scratch, const GateBackwardPlan* plan, int64_t* bytes)
 SDAN_DECLARE_KERNEL(gate_backward_run, const GateBackwardPlan* plan, int64_t part, void* scratch)

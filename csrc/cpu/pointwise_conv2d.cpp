@@ -1,5 +1,7 @@
-// sdan_fast::pointwise_conv2d.cpu: checks, packed weights and threads of activation(1x1 convolution of x).
-#include "pixels_host.h"
+// sdan_fast::pointwise_conv2d.cpu and its backward: checks, packed weights and threads of
+// activation(1x1 convolution of x).
+#include "gate_backward.h"
+#include "star_chain.h"
 
 namespace sdan_fast {
 namespace {
@@ -12,7 +14,7 @@ Tensor pointwise_conv2d(const Tensor& x, const Tensor& weight, std::optional<Ten
   check_cpu(x, op, "x");
   const DType dtype = kernel_dtype(x, op, "x");
   check_like(x, x, 4, op, "x");
-  check_pointwise(weight, x, weight.size(0), x.size(1), op, "weight");
+  check_pointwise(weight, x, -1, x.size(1), op, "weight");
   const int64_t co = weight.size(0), ci = x.size(1);
   check_optional_vector(bias, x, co, op, "bias");
 
@@ -35,9 +37,46 @@ Tensor pointwise_conv2d(const Tensor& x, const Tensor& weight, std::optional<Ten
   return y;
 }
 
+std::vector<Tensor> pointwise_conv2d_backward(const Tensor& grad_output, const Tensor& x,
+                                              const Tensor& weight, std::optional<Tensor> bias,
+                                              std::string activation,
+                                              std::vector<bool> output_mask) {
+  constexpr const char* op = "pointwise_conv2d_backward";
+  check_cpu(x, op, "x");
+  check_like(x, x, 4, op, "x");
+  check_pointwise(weight, x, -1, x.size(1), op, "weight");
+  check_optional_vector(bias, x, weight.size(0), op, "bias");
+  check_like(grad_output, x, 4, op, "grad_output");
+  STD_TORCH_CHECK(grad_output.size(0) == x.size(0) && grad_output.size(1) == weight.size(0) &&
+                      grad_output.size(2) == x.size(2) && grad_output.size(3) == x.size(3),
+                  op, ": grad_output must have the output's shape, got ", shape_of(grad_output));
+  check_mask(output_mask, 3, op);
+  STD_TORCH_CHECK(bias.has_value() || !output_mask[2], op,
+                  ": output_mask asks for the gradient of a bias that is not there");
+
+  GateBackward call{grad_output,
+                    std::nullopt,
+                    x,
+                    weight,
+                    bias,
+                    std::nullopt,
+                    std::nullopt,
+                    output_mask[1],
+                    output_mask[2],
+                    parse_activation(activation, op, "activation")};
+  if (output_mask[0]) call.gx = empty_in_format(x.sizes(), x, output_format(x));
+  const GateParameters found = run_gate_backward(call, op);
+  std::vector<Tensor> grads;
+  for (const auto& g : {call.gx, found.weight, found.bias}) {
+    if (g.has_value()) grads.push_back(*g);
+  }
+  return grads;
+}
+
 }  // namespace
 }  // namespace sdan_fast
 
 STABLE_TORCH_LIBRARY_IMPL(sdan_fast, CPU, m) {
   m.impl("pointwise_conv2d.cpu", TORCH_BOX(&sdan_fast::pointwise_conv2d));
+  m.impl("pointwise_conv2d_backward.cpu", TORCH_BOX(&sdan_fast::pointwise_conv2d_backward));
 }

@@ -95,7 +95,7 @@ SDAN_INLINE int lines_a_step(int rows, int steps) {
 static inline void pointwise_pixels(const float* x, ptrdiff_t x_stride, const Pointwise& pw,
                                     float* out, ptrdiff_t out_stride, int64_t n,
                                     PrefetchQueue* queue, int lines) {
-  const PointwiseInput in{x, x_stride, pw.ci};
+  const PointwiseInput in{x, x_stride, tile_rows(pw.ci, pw.pairs)};
   for (int64_t i = 0; i < n; i += kBlock) {
     const int64_t left = round_up(n - i, kLanes) / kLanes;
     pointwise_block(&in, 1, i, pw, out + i, out_stride,

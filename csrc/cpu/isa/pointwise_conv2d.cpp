@@ -44,8 +44,8 @@ void pointwise_conv2d_run(const PointwiseConvPlan* plan, int64_t part, void* scr
   const Pointwise& conv = plan->conv;
   Scratch s;
   place(*plan, static_cast<char*>(scratch), &s);
-  const int lines = lines_a_step(
-      conv.co + conv.ci, prefetch_steps(conv.co, tile_rows(conv.ci, conv.pairs), 1));
+  const int lines =
+      lines_a_step(conv.co + conv.ci, prefetch_steps(conv.co, tile_rows(conv.ci, conv.pairs), 1));
   PrefetchQueue queue;
   for_chunks(
       plan->tiling, part,
