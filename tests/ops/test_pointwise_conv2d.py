@@ -82,9 +82,9 @@ X, W = torch.ones(1, 3, 5, 5), torch.ones(4, 3, 1, 1)
         (
             (X, W[:, :2]),
             ValueError,
-            r"weight must have the shape \[4, 3, 1, 1\], and its shape is \[4, 2, 1, 1\]",
+            r"weight must have the shape \[Co, 3, 1, 1\], and its shape is \[4, 2, 1, 1\]",
         ),
-        ((X, W.flatten(1)), ValueError, r"weight must have the shape \[4, 3, 1, 1\]"),
+        ((X, W.flatten(1)), ValueError, r"weight must have the shape \[Co, 3, 1, 1\]"),
         ((X, W, torch.ones(3)), ValueError, r"bias must have the shape \[4\], and its shape is \[3\]"),
         ((X, W.half()), TypeError, "weight must be float16 like x|weight must be float32 like x"),
         ((X[0], W), ValueError, "x must"),
