@@ -5,6 +5,7 @@
 #include <cstring>
 #include <memory>
 
+#include "image_memory.h"
 #include "isa/branches_backward.h"
 #include "lka.h"
 #include "tiling.h"
@@ -72,6 +73,60 @@ void check_call(const BranchesBackward& call) {
   STD_TORCH_CHECK(channels == x.size(1), op, ": the branches' channels must add up to x's ",
                   x.size(1), ", got ", channels);
 }
+
+// Images as the kernels read and write them: as they are where their rows are neighbouring pixels,
+// else as planes in memory that is kept from call to call.
+class PlaneCopies {
+ public:
+  // Its number in the other calls.
+  size_t add(const Tensor& t, const char* op, const char* name) {
+    const DType dtype = kernel_dtype(t, op, name);
+    const bool readable = planar(t) || t.stride(1) == 1;
+    images_.push_back({readable ? t : in_format(t, Format::kContiguous), {}, {}});
+    Image& image = images_.back();
+    image.own = image.planes = view_of(image.tensor, dtype);
+    if (!planar(image.tensor)) bytes_ += bytes_of(image);
+    return images_.size() - 1;
+  }
+
+  void allocate() {
+    if (bytes_ == 0) return;
+    memory_.emplace(bytes_);
+    for (Image& image : images_) {
+      const Tensor& t = image.tensor;
+      if (planar(t)) continue;
+      image.planes = memory_->take(t.size(0), t.size(1), t.size(2), t.size(3), image.own.dtype);
+    }
+  }
+
+  const ImageView& view(size_t i) const { return images_[i].planes; }
+
+  const ImageView& copied(size_t i) const {
+    const Image& image = images_[i];
+    if (!planar(image.tensor)) copy_format(image.own, image.planes, image.tensor);
+    return image.planes;
+  }
+
+  void copy_back(size_t i) const {
+    const Image& image = images_[i];
+    if (!planar(image.tensor)) copy_format(image.planes, image.own, image.tensor);
+  }
+
+ private:
+  struct Image {
+    Tensor tensor;
+    ImageView own, planes;
+  };
+
+  static size_t bytes_of(const Image& image) {
+    const Tensor& t = image.tensor;
+    return ImageMemory::bytes_of(t.size(0), t.size(1), t.size(2), t.size(3), image.own.dtype);
+  }
+
+  std::vector<Image> images_;
+  size_t bytes_ = 0;
+  std::optional<ImageMemory> memory_;
+};
 
 // The taps of one convolution that can touch the image, as the kernels take them, and where their
 // sums and gradients go.
@@ -171,7 +226,6 @@ std::vector<Tensor> branches_backward(const BranchesBackward& call) {
   check_call(call);
   const Tensor& x = call.x;
   const DType dtype = kernel_dtype(x, call.op, "x");
-  const DType grad_dtype = kernel_dtype(call.grad, call.op, "grad_output");
   const size_t count = call.weights.size();
   const bool need_x = call.output_mask[0];
   const int64_t images = x.size(0);
@@ -201,28 +255,24 @@ std::vector<Tensor> branches_backward(const BranchesBackward& call) {
     convs.push_back(prepare(arena, filter, weight, bias, &call.dilations[2 * i], x));
   }
 
-  Tensor grad_x, x_planes, grad_planes, addend_planes, grad_x_planes;
-  std::vector<BackwardPlan> plans;
+  Tensor grad_x;
   if (need_x) grad_x = empty_in_format(x.sizes(), x, call.format);
   if (any && !empty) {
+    const bool add = need_x && call.addend.has_value();
+    PlaneCopies planes;
+    const size_t grad = planes.add(call.grad, call.op, "grad_output");
+    const size_t input = any_weight ? planes.add(x, call.op, "x") : 0;
+    const size_t addend = add ? planes.add(*call.addend, call.op, "addend") : 0;
+    const size_t result = need_x ? planes.add(grad_x, call.op, "x") : 0;
+    planes.allocate();
     BackwardPlan plan{};
     plan.height = x.size(2);
     plan.width = x.size(3);
-    grad_planes = in_planes(call.grad, grad_dtype);
-    plan.grad = view_of(grad_planes, grad_dtype);
-    if (any_weight) {
-      x_planes = in_planes(x, dtype);
-      plan.x = view_of(x_planes, dtype);
-    }
-    if (need_x) {
-      grad_x_planes = planar(grad_x) ? grad_x : empty_in_format(x.sizes(), x, Format::kContiguous);
-      plan.grad_x = view_of(grad_x_planes, dtype);
-      if (call.addend.has_value()) {
-        const DType addend_dtype = kernel_dtype(*call.addend, call.op, "addend");
-        addend_planes = in_planes(*call.addend, addend_dtype);
-        plan.addend = view_of(addend_planes, addend_dtype);
-      }
-    }
+    plan.grad = planes.copied(grad);
+    if (any_weight) plan.x = planes.copied(input);
+    if (add) plan.addend = planes.copied(addend);
+    if (need_x) plan.grad_x = planes.view(result);
+    std::vector<BackwardPlan> plans;
     const BackwardConv* conv = convs.data();
     for (const int64_t length : call.lengths) {
       plan.convs = conv;
@@ -241,7 +291,7 @@ std::vector<Tensor> branches_backward(const BranchesBackward& call) {
       conv += length;
     }
     run_planes(plans, images);
-    if (need_x && !planar(grad_x)) copy_format(grad_x_planes, grad_x, dtype);
+    if (need_x) planes.copy_back(result);
   }
 
   std::vector<Tensor> gradients, biases;

@@ -175,15 +175,14 @@ inline bool planar(const Tensor& t) {
   return t.stride(3) == 1 || t.size(3) == 1;
 }
 
-// One image's values into another's memory format, both of that dtype.
-inline void copy_format(const Tensor& from, const Tensor& to, DType dtype) {
+// An image's values into another's memory format, both of shape `like` and of one dtype.
+inline void copy_format(const ImageView& from, const ImageView& to, const Tensor& like) {
   static const auto copy_kernel = SDAN_PICK_KERNEL(copy_image);
-  const ImageView from_view = view_of(from, dtype), to_view = view_of(to, dtype);
   constexpr int64_t kWork = 8;  // multiply-adds that take as long as moving an element
-  run_rows(threads_for(kWork * from.numel()), from.size(0), from.size(2), 4,
+  run_rows(threads_for(kWork * like.numel()), like.size(0), like.size(2), 4,
            [&](int64_t n, int64_t y0, int64_t y1) {
-             const Region region{n, y0, y1, 0, from.size(3)};
-             copy_kernel(&from_view, &to_view, static_cast<int>(from.size(1)), &region);
+             const Region region{n, y0, y1, 0, like.size(3)};
+             copy_kernel(&from, &to, static_cast<int>(like.size(1)), &region);
            });
 }
 
@@ -193,7 +192,7 @@ inline Tensor in_planes(const Tensor& x, DType dtype) {
   if (x.stride(1) != 1) return in_format(x, Format::kContiguous);
   Tensor planes = empty_in_format(x.sizes(), x, Format::kContiguous);
   prefer_huge_pages(planes.data_ptr(), static_cast<size_t>(planes.numel()) * planes.element_size());
-  copy_format(x, planes, dtype);
+  copy_format(view_of(x, dtype), view_of(planes, dtype), x);
   return planes;
 }
 
