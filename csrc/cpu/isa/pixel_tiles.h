@@ -10,7 +10,7 @@ namespace SDAN_ISA {
 
 // Pixels that pass through all steps of a kernel together: runs of several cache lines, few enough
 // that what is no longer needed leaves the second-level cache soon.
-constexpr int64_t kChunk = 128;
+constexpr int64_t kChunk = 256;
 
 // Of a tile of so many pixels. Pixels of the next image are loaded where those of one end, a whole
 // vector at a time, so that a row may need as many floats more.
