@@ -24,7 +24,7 @@ void check_call(const BranchesBackward& call) {
     STD_TORCH_CHECK(t.scalar_type() == x.scalar_type() ||
                         t.scalar_type() == torch::headeronly::ScalarType::Float,
                     op, ": ", name, " must have the dtype of x, ",
-                    torch::headeronly::toString(x.scalar_type()), ", got ",
+                    torch::headeronly::toString(x.scalar_type()), ", or float32, got ",
                     torch::headeronly::toString(t.scalar_type()));
   };
   check_image_like_x(call.grad, "grad_output");

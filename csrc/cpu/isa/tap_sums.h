@@ -42,57 +42,79 @@ struct TapBlock {
   int64_t rows, width;
 };
 
-// Rows that are summed in float32 before their sums are added up in double: some hundred vectors.
-SDAN_INLINE int64_t rows_in_float(int64_t width) {
-  const int64_t rows = 512 * kLanes / (width + kLanes);
-  return rows > 1 ? rows : 1;
+// The lanes, in double: their sums are as large as the result, and added in float32 would leave it
+// a good part of its error.
+static inline double lanes_sum(Vec a) {
+  float lanes[kLanes];
+  store(lanes, a);
+  double even = 0.0, odd = 0.0;
+  for (int i = 0; i < kLanes; i += 2) {
+    even += static_cast<double>(lanes[i]);
+    odd += static_cast<double>(lanes[i + 1]);
+  }
+  return even + odd;
 }
 
-// sums[a * B + b]
+// sums[a * B + b]. In float32 at most some 64 terms are added one after the other, fewer where that
+// costs little, then at most as many such sums: a sum's error grows with the length of its chain.
 template <int A, int B>
 static void block_sums(const TapBlock& block, double* sums) {
+  constexpr int kChain = A * B < 8 ? 8 * A * B : 64;
+  const int64_t vecs = (block.width + kLanes - 1) / kLanes;
+  const int64_t part = vecs < kChain ? kChain / vecs : 1;
   for (int k = 0; k < A * B; ++k) sums[k] = 0.0;
-  const int64_t part = rows_in_float(block.width);
-  for (int64_t y0 = 0; y0 < block.rows; y0 += part) {
-    const int64_t y1 = y0 + part < block.rows ? y0 + part : block.rows;
-    Vec acc[A][B];
+  for (int64_t first = 0; first < block.rows; first += 64 * part) {
+    const int64_t end = first + 64 * part < block.rows ? first + 64 * part : block.rows;
+    Vec total[A][B];
 #pragma GCC unroll 16
     for (int a = 0; a < A; ++a) {
 #pragma GCC unroll 4
-      for (int b = 0; b < B; ++b) acc[a][b] = zero();
+      for (int b = 0; b < B; ++b) total[a][b] = zero();
     }
-    for (int64_t y = y0; y < y1; ++y) {
-      const float* grad = block.grad + y * block.grad_row;
-      const float* in = block.in + y * block.in_row;
-      for (int64_t x = 0; x < block.width; x += kLanes) {
-        if constexpr (B == 1) {
-          Vec v = load(in + x);
-          pin(v);
+    for (int64_t y0 = first; y0 < end; y0 += part) {
+      const int64_t y1 = y0 + part < end ? y0 + part : end;
+      Vec acc[A][B];
 #pragma GCC unroll 16
-          for (int a = 0; a < A; ++a) {
-            acc[a][0] = fma(v, load(grad + a * block.grad_step + x), acc[a][0]);
-          }
-        } else {
-          Vec g[A];
-#pragma GCC unroll 16
-          for (int a = 0; a < A; ++a) {
-            g[a] = load(grad + a * block.grad_step + x);
-            pin(g[a]);
-          }
+      for (int a = 0; a < A; ++a) {
 #pragma GCC unroll 4
-          for (int b = 0; b < B; ++b) {
-            Vec v = load(in + b * block.in_step + x);
+        for (int b = 0; b < B; ++b) acc[a][b] = zero();
+      }
+      for (int64_t y = y0; y < y1; ++y) {
+        const float* grad = block.grad + y * block.grad_row;
+        const float* in = block.in + y * block.in_row;
+        for (int64_t x = 0; x < block.width; x += kLanes) {
+          if constexpr (B == 1) {
+            Vec v = load(in + x);
             pin(v);
 #pragma GCC unroll 16
-            for (int a = 0; a < A; ++a) acc[a][b] = fma(v, g[a], acc[a][b]);
+            for (int a = 0; a < A; ++a) {
+              acc[a][0] = fma(v, load(grad + a * block.grad_step + x), acc[a][0]);
+            }
+          } else {
+            Vec g[A];
+#pragma GCC unroll 16
+            for (int a = 0; a < A; ++a) {
+              g[a] = load(grad + a * block.grad_step + x);
+              pin(g[a]);
+            }
+#pragma GCC unroll 4
+            for (int b = 0; b < B; ++b) {
+              Vec v = load(in + b * block.in_step + x);
+              pin(v);
+#pragma GCC unroll 16
+              for (int a = 0; a < A; ++a) acc[a][b] = fma(v, g[a], acc[a][b]);
+            }
           }
         }
       }
-    }
 #pragma GCC unroll 16
-    for (int a = 0; a < A; ++a) {
+      for (int a = 0; a < A; ++a) {
 #pragma GCC unroll 4
-      for (int b = 0; b < B; ++b) sums[a * B + b] += static_cast<double>(hsum(acc[a][b]));
+        for (int b = 0; b < B; ++b) total[a][b] = total[a][b] + acc[a][b];
+      }
+    }
+    for (int a = 0; a < A; ++a) {
+      for (int b = 0; b < B; ++b) sums[a * B + b] += lanes_sum(total[a][b]);
     }
   }
 }
@@ -168,7 +190,7 @@ static inline void rows_sums(const BranchConv& conv, const TapPlanes& planes, do
     if (y1 > planes.height) y1 = planes.height;
     // The gradient's rows that one row of the input meets stay in a first-level cache.
     const int64_t floats = 4096 / ((i1 - i0 - 1) * int64_t{conv.dh} + 1);
-    const int64_t tile = floats > 64 ? floats / 16 * 16 : 64;
+    const int64_t tile = floats > 64 * kLanes ? 64 * kLanes : floats > 64 ? floats / 16 * 16 : 64;
     for (int q = 0; q < column_parts; ++q) {
       const int j0 = part_begin(conv.kw, column_parts, q),
                 j1 = part_begin(conv.kw, column_parts, q + 1);
@@ -243,26 +265,32 @@ static inline void filter_sums(const BranchConv& conv, const TapPlanes& planes, 
   }
 }
 
-// The sum of a plane whose rows are zero up to whole vectors.
+// The sum of a plane whose rows are zero up to whole vectors. Eight vectors are added as a tree,
+// and what the rounding of their sums takes is carried along: PyTorch's own sum of a bias is as
+// good.
 static inline double plane_sum(const float* plane, ptrdiff_t stride, int64_t height,
                                int64_t width) {
-  const int64_t part = rows_in_float(width);
-  double sum = 0.0;
-  for (int64_t y0 = 0; y0 < height; y0 += part) {
-    const int64_t y1 = y0 + part < height ? y0 + part : height;
-    Vec even = zero(), odd = zero();
-    for (int64_t y = y0; y < y1; ++y) {
-      const float* row = plane + y * stride;
-      int64_t x = 0;
-      for (; x + kLanes < width; x += 2 * kLanes) {
-        even = even + load(row + x);
-        odd = odd + load(row + x + kLanes);
+  Vec sum = zero(), rest = zero();
+  const auto add = [&](Vec term) __attribute__((always_inline)) {
+    const Vec next = sum + term;
+    const Vec added = next - sum;
+    rest = rest + ((sum - (next - added)) + (term - added));
+    sum = next;
+  };
+  for (int64_t y = 0; y < height; ++y) {
+    const float* row = plane + y * stride;
+    int64_t x = 0;
+    for (; x + 7 * kLanes < width; x += 8 * kLanes) {
+      Vec t[4];
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k) {
+        t[k] = load(row + x + 2 * k * kLanes) + load(row + x + (2 * k + 1) * kLanes);
       }
-      if (x < width) even = even + load(row + x);
+      add((t[0] + t[1]) + (t[2] + t[3]));
     }
-    sum += static_cast<double>(hsum(even + odd));
+    for (; x < width; x += kLanes) add(load(row + x));
   }
-  return sum;
+  return lanes_sum(sum) + lanes_sum(rest);
 }
 
 }  // namespace SDAN_ISA
