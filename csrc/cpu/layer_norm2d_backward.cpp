@@ -2,6 +2,8 @@
 // gradients.
 #include "isa/layer_norm2d_backward.h"
 
+#include <cstring>
+
 #include "gradients.h"
 #include "tensor_util.h"
 
@@ -13,14 +15,18 @@ const auto sum_kernel = SDAN_PICK_KERNEL(layer_norm2d_backward_sum);
 
 // Fixed by the shape alone, so that results are the same for any number of threads.
 void partition(LayerNormBackwardArgs& args, int64_t images) {
-  // Tiles in whole cache lines of pixels, two of them staged in NCHW. A part's sums are kept in
-  // vectors there and added up at its end, so it takes several tiles.
+  // Tiles in whole cache lines of pixels, two of them staged in NCHW. A part's sums are chains of
+  // at most 64 additions of four pixels, there of four vectors, of which a vector is kept for each
+  // channel and added up at the end: so it takes several tiles.
+  const int64_t most = args.channels_last ? 256 : 2048;
   args.tile = (args.channels_last ? 16384 : 8192) / args.c / 64 * 64;
   if (args.tile < 64) args.tile = 64;
+  if (args.tile > most) args.tile = most;
   args.tiles = (args.pixels + args.tile - 1) / args.tile;
   args.all_tiles = args.tiles * (args.channels_last ? 1 : images);
   const int64_t pixels = args.tile < args.pixels ? args.tile : args.pixels;
   args.part = args.channels_last ? 1 : 65536 / (pixels * args.c);
+  if (args.part > most / pixels) args.part = most / pixels;
   if (args.part < 1) args.part = 1;
   args.parts = (args.all_tiles + args.part - 1) / args.part;
 }
@@ -52,7 +58,14 @@ std::vector<Tensor> layer_norm2d_backward(const Tensor& grad, const Tensor& x, c
                            : empty_in_format(weight.sizes(), x, Format::kContiguous));
     target[i] = grads.back().mutable_data_ptr();
   }
-  if (grads.empty() || args.c == 0) return grads;
+  if (grads.empty()) return grads;
+  if (x.numel() == 0) {
+    const size_t bytes = static_cast<size_t>(args.c) * (args.dtype == DType::kFloat32 ? 4 : 2);
+    for (size_t i = 1; i < 3; ++i) {
+      if (target[i] != nullptr && bytes > 0) std::memset(target[i], 0, bytes);
+    }
+    return grads;
+  }
   const Tensor x_dense = in_format(x, format);
   const Tensor grad_dense = in_format(grad, format);
   const Tensor weight_dense = in_format(weight, Format::kContiguous);

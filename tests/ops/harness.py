@@ -6,6 +6,7 @@ the largest value, both against float64 on the same (already rounded) input.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -106,6 +107,22 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
     if layout == "repeated":
         return x[:1].expand(x.shape[0] + 1, -1, -1, -1)
     raise AssertionError(layout)
+
+
+def same_bits(backward: Callable[[list[bool]], list[Tensor]], slots: int) -> None:
+    """One thread and two, and any subset of the gradients, give the same bits."""
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        everything = backward([True] * slots)
+        for n in (1, 2):
+            torch.set_num_threads(n)
+            for mask in itertools.product((False, True), repeat=slots):
+                wanted = [g for g, asked in zip(everything, mask, strict=True) if asked]
+                for one, other in zip(backward(list(mask)), wanted, strict=True):
+                    assert torch.equal(one, other), f"{n} threads, {mask}"
+    finally:
+        torch.set_num_threads(threads)
 
 
 def captured(

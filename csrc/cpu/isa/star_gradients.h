@@ -7,25 +7,25 @@ namespace sdan_fast {
 namespace SDAN_ISA {
 
 // g = g A'(x).
-template <Activation A, int V>
+template <Activation A, bool kShort, int V>
 SDAN_INLINE void chain(Vec (&g)[V], Vec (&x)[V]) {
   Vec d[V];
-  activate_with_derivative<A>(x, d);
+  activate_with_derivative<A, kShort>(x, d);
 #pragma GCC unroll 4
   for (int v = 0; v < V; ++v) g[v] = times_derivative<A>(g[v], d[v]);
 }
 
-template <int V>
+template <bool kShort, int V>
 SDAN_INLINE void chain_switch(Activation a, Vec (&g)[V], Vec (&x)[V]) {
   switch (a) {
     case Activation::kGelu:
-      return chain<Activation::kGelu>(g, x);
+      return chain<Activation::kGelu, kShort>(g, x);
     case Activation::kRelu6:
-      return chain<Activation::kRelu6>(g, x);
+      return chain<Activation::kRelu6, kShort>(g, x);
     case Activation::kRelu:
-      return chain<Activation::kRelu>(g, x);
+      return chain<Activation::kRelu, kShort>(g, x);
     case Activation::kSilu:
-      return chain<Activation::kSilu>(g, x);
+      return chain<Activation::kSilu, kShort>(g, x);
     default:
       return;
   }
@@ -33,15 +33,15 @@ SDAN_INLINE void chain_switch(Activation a, Vec (&g)[V], Vec (&x)[V]) {
 
 // From a, b and grad to grad_a in `a` and grad_b in `g`. The activation is a template parameter;
 // the outer one, rare, is a well-predicted branch.
-template <Activation A, bool kOuter, int V>
+template <Activation A, bool kOuter, bool kShort, int V>
 SDAN_INLINE void star_gradients(Vec (&a)[V], const Vec (&b)[V], Vec (&g)[V], Activation outer) {
   Vec d[V];
-  activate_with_derivative<A>(a, d);
+  activate_with_derivative<A, kShort>(a, d);
   if constexpr (kOuter) {
     Vec product[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) product[v] = a[v] * b[v];
-    chain_switch(outer, g, product);
+    chain_switch<kShort>(outer, g, product);
   }
 #pragma GCC unroll 4
   for (int v = 0; v < V; ++v) {
