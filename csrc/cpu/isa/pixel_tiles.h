@@ -91,14 +91,23 @@ SDAN_INLINE int lines_a_step(int rows, int steps) {
 }
 
 // out = the 1x1 convolution of the first `n` pixels of a tile; blocks of pixels that stay in the
-// first-level cache while all outputs are computed.
+// first-level cache while all outputs are computed. Many channels are summed some hundred at a
+// time, since longer sums would round more than PyTorch's blocked ones.
 static inline void pointwise_pixels(const float* x, ptrdiff_t x_stride, const Pointwise& pw,
                                     float* out, ptrdiff_t out_stride, int64_t n,
                                     PrefetchQueue* queue, int lines) {
-  const PointwiseInput in{x, x_stride, pw.ci};
+  constexpr int kSummed = 128, kMost = 32;
+  const int wanted = (pw.ci + kSummed - 1) / kSummed;
+  const int count = wanted < kMost ? wanted : kMost;
+  PointwiseInput in[kMost];
+  for (int k = 0; k < count; ++k) {
+    const int begin = static_cast<int>(int64_t{pw.ci} * k / count);
+    const int end = static_cast<int>(int64_t{pw.ci} * (k + 1) / count);
+    in[k] = {x + begin * x_stride, x_stride, end - begin};
+  }
   for (int64_t i = 0; i < n; i += kBlock) {
     const int64_t left = round_up(n - i, kLanes) / kLanes;
-    pointwise_block(&in, 1, i, pw, out + i, out_stride,
+    pointwise_block(in, count, i, pw, out + i, out_stride,
                     static_cast<int>(left < kBlockVecs ? left : kBlockVecs), queue, lines);
   }
 }
