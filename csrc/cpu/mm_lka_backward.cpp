@@ -49,7 +49,7 @@ std::vector<Tensor> mm_lka_backward(const Tensor& grad_output, const Tensor& x,
   GateBackward gate{grad_output,  x,           t,        proj_weight, proj_bias, std::nullopt,
                     std::nullopt, need_weight, need_bias};
   if (need_x) gate.gu = planes();
-  if (need_t) gate.gx = planes();
+  if (need_t) gate.gx = need_x || need_weight ? t : planes();  // in place of t, tile by tile
   const GateParameters found = run_gate_backward(gate, op);
 
   std::vector<Tensor> grads;

@@ -8,12 +8,18 @@
 
 namespace sdan_fast {
 
+// Of images whose rows follow each other.
+inline PixelView pixels_of(const ImageView& v, int64_t images, int64_t plane) {
+  // Images of one pixel are one run, which is more to work on.
+  if (plane == 1) return {v.data, v.dtype, images, 0, v.stride_c, v.stride_n};
+  return {v.data, v.dtype, plane, v.stride_n, v.stride_c, v.stride_w};
+}
+
 // t must be dense in one of the two formats.
 inline PixelView pixels_of(const Tensor& t, DType dtype) {
   const int64_t n = t.size(0), c = t.size(1), plane = t.size(2) * t.size(3);
-  // Planes of one pixel are laid out the same in both formats; one run is more to work on.
-  if (!t.is_contiguous() || plane == 1) return {t.data_ptr(), dtype, n * plane, 0, 1, c};
-  return {t.data_ptr(), dtype, plane, c * plane, plane, 1};
+  if (!t.is_contiguous()) return {t.data_ptr(), dtype, n * plane, 0, 1, c};
+  return pixels_of(ImageView{t.data_ptr(), dtype, c * plane, plane, t.size(3), 1}, n, plane);
 }
 
 // t itself where it is dense, else a copy in its own format.

@@ -6,13 +6,12 @@
 // pixels D = g z^T and s = g 1 make up every parameter's gradient but the depth-wise filter's: of a
 // weight W of the products D w + s b^T (w, b the norm's weight and bias, along its columns), of
 // these the sums over the rows of W D and W s, element by element.
+#include "image_memory.h"
 #include "lka.h"
 #include "pixels_host.h"
 
 namespace sdan_fast {
 namespace {
-
-using torch::headeronly::ScalarType;
 
 enum Slot { kX, kNormWeight, kNormBias, kPw1, kDw, kDwBias, kPw2, kSlots };
 
@@ -64,7 +63,7 @@ std::vector<Tensor> star_conv_backward(const Tensor& grad_output, const Tensor& 
   if (output_mask[kX]) grads[kX] = empty_in_format(x.sizes(), x, output_format(x));
   const Tensor dense_x = dense(x);
   const Tensor grad_planes = in_planes(grad_output, dtype);
-  const int64_t pixels = images * height * width;
+  const int64_t plane = height * width, pixels = images * plane;
 
   // Both products' weights below each other, as they are and for z alone.
   const float* norm = arena.values(norm_weight);
@@ -75,12 +74,16 @@ std::vector<Tensor> star_conv_backward(const Tensor& grad_output, const Tensor& 
   std::copy_n(arena.values(pw2_weight), co * ci, weights + co * ci);
   std::copy_n(weights, 2 * co * ci, folded);
 
-  const Tensor both =
-      empty_planes(x, std::vector<int64_t>{images, 2 * co, height, width}, DType::kFloat32);
+  // Both products, then their gradients; an odd number of cache lines from one plane to the next,
+  // so that the same pixel of all channels is not in the same set.
+  const int64_t stride = plane == 1 ? 1 : ((plane + 15) / 16 | 1) * 16;
+  ImageMemory memory(ImageMemory::bytes_of(images, 2 * co, 1, stride, DType::kFloat32));
+  ImageView both = memory.take(images, 2 * co, 1, stride, DType::kFloat32);
+  both.stride_h = width;
   StarProductsPlan products{};
   products.tiling = pixel_tiling(pixels, 2 * co + ci, 2 * co * ci);
   products.x = pixels_of(dense_x, dtype);
-  products.out = pixels_of(both, DType::kFloat32);
+  products.out = pixels_of(both, images, plane);
   products.products = pack_after_norm(arena, folded, 2 * co, ci, norm, shift);
   products.eps = level.eps;
   const int64_t threads = threads_for(pixels * 2 * co * ci);
@@ -102,8 +105,8 @@ std::vector<Tensor> star_conv_backward(const Tensor& grad_output, const Tensor& 
   planes.width = width;
   planes.channels = static_cast<int>(co);
   planes.grad = view_of(grad_planes, dtype);
-  planes.p = planes.q = view_of(both, DType::kFloat32);
-  planes.q.data = static_cast<float*>(both.data_ptr()) + co * height * width;
+  planes.p = planes.q = both;
+  planes.q.data = static_cast<float*>(both.data) + co * stride;
   planes.dw = {level.dw, level.dw_bias, level.kh, level.kw, 1, 1};
   planes.flipped = flipped;
   planes.outer = level.outer;

@@ -44,12 +44,26 @@ def test_gradients_are_the_same_bits_for_any_threads_and_mask(layout: str) -> No
 
 
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="the cpu backend is not built")
+def test_gradients_of_one_channel_are_zero() -> None:
+    """Exactly: a rounding error would come out multiplied by 1 / sqrt(eps)."""
+    grad, x = torch.randn(2, 1, 1, 9, 37)
+    weight = torch.full((1,), 1.1)
+    for layout in ("contiguous", "sliced"):
+        gx, gw = torch.ops.sdan_fast.layer_norm2d_backward.cpu(
+            laid_out(grad, layout), laid_out(x, layout), weight, None, 1e-6, output_mask=[True, True, False]
+        )
+        assert not gx.any() and not gw.any()
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="the cpu backend is not built")
 def test_parameter_gradients_of_no_pixels_are_zero() -> None:
-    x, weight = torch.empty(0, 5, 3, 4), torch.ones(5)
-    gx, gw, gb = torch.ops.sdan_fast.layer_norm2d_backward.cpu(
-        x, x, weight, weight, 1e-5, output_mask=[True, True, True]
-    )
-    assert gx.shape == x.shape and not gw.any() and not gb.any()
+    weight = torch.ones(5)
+    for shape in ((0, 5, 3, 4), (2, 5, 0, 4)):
+        x = torch.empty(shape)
+        gx, gw, gb = torch.ops.sdan_fast.layer_norm2d_backward.cpu(
+            x, x, weight, weight, 1e-5, output_mask=[True, True, True]
+        )
+        assert gx.shape == x.shape and not gw.any() and not gb.any()
 
 
 X = torch.ones(1, 4, 5, 5)

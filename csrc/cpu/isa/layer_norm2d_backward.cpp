@@ -2,9 +2,7 @@
 // statistics are computed again from x, as the forward does.
 //
 // A tile of pixels of g and x stays in a cache between four passes over it: two for the
-// statistics, one for the sums of w g and w g z over the channels, one for grad_x. Sums and
-// differences are written as multiply-adds throughout, so that no compiler contracts them in one
-// combination of wanted gradients and not in another.
+// statistics, one for the sums of w g and w g z over the channels, one for grad_x.
 #include "layer_norm2d_backward.h"
 
 #include "by_dtype.h"
@@ -17,6 +15,12 @@
 namespace sdan_fast {
 namespace SDAN_ISA {
 namespace {
+
+// a b, rounded before it is added to anything: a compiler that contracts products and sums would do
+// so in one of w g and its mean, and their difference, which is zero for one channel, would not be.
+SDAN_INLINE Vec product(Vec a, Vec b) {
+  return fma(a, b, zero());
+}
 
 // V vectors of pixels of the staged tiles g and x, whose channels are `stride` floats apart: grad_x
 // in place of g, z in place of x. sum_gz and sum_g have a vector for each channel. While it
@@ -58,8 +62,9 @@ SDAN_INLINE void pixels_nchw(const LayerNormBackwardArgs& a, float* g, float* x,
         const Vec z = ((load(at) - s.mean[v]) - s.rest[v]) * s.rstd[v];
         if constexpr (kInput) {
           store(at, z);
-          part_wg[v] = fma(w, here, part_wg[v]);
-          part_wgz[v] = fma(w * here, z, part_wgz[v]);
+          const Vec wg = product(w, here);
+          part_wg[v] = part_wg[v] + wg;
+          part_wgz[v] = fma(wg, z, part_wgz[v]);
         }
         if constexpr (kSums) {
           gz = fma(here, z, gz);
@@ -81,14 +86,14 @@ SDAN_INLINE void pixels_nchw(const LayerNormBackwardArgs& a, float* g, float* x,
   const Vec scale = set1(1.0f / static_cast<float>(a.c));
 #pragma GCC unroll 4
   for (int v = 0; v < V; ++v) {
-    mean_wg[v] = zero() - mean_wg[v] * scale;
+    mean_wg[v] = mean_wg[v] * scale;
     mean_wgz[v] = mean_wgz[v] * scale;
   }
   for (int64_t c = 0; c < a.c; ++c, g += stride, x += stride) {
     const Vec w = set1(weight[c]);
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
-      const Vec d = fma(w, load(g + v * kLanes), mean_wg[v]);
+      const Vec d = product(w, load(g + v * kLanes)) - mean_wg[v];
       store(g + v * kLanes, fnma(load(x + v * kLanes), mean_wgz[v], d) * s.rstd[v]);
     }
   }
@@ -141,8 +146,9 @@ SDAN_INLINE void pixels_channels_last(const LayerNormBackwardArgs& a, const T* g
       const Vec here = read(g + k * a.c + c);
       const Vec z = ((read(x + k * a.c + c) - s.mean[k]) - s.rest[k]) * s.rstd[k];
       if constexpr (kInput) {
-        mean_wg[k] = fma(w, here, mean_wg[k]);
-        mean_wgz[k] = fma(w * here, z, mean_wgz[k]);
+        const Vec wg = product(w, here);
+        mean_wg[k] = mean_wg[k] + wg;
+        mean_wgz[k] = fma(wg, z, mean_wgz[k]);
       }
       if constexpr (kSums) {
         gz = fma(here, z, gz);
@@ -163,12 +169,12 @@ SDAN_INLINE void pixels_channels_last(const LayerNormBackwardArgs& a, const T* g
   const float scale = 1.0f / static_cast<float>(a.c);
 #pragma GCC unroll 4
   for (int k = 0; k < G; ++k) {
-    mean_wg[k] = set1(-hsum(mean_wg[k]) * scale);
+    mean_wg[k] = set1(hsum(mean_wg[k]) * scale);
     mean_wgz[k] = set1(hsum(mean_wgz[k]) * scale);
   }
   const auto value = [&](int64_t c, int k, const auto& read) __attribute__((always_inline)) {
     const Vec z = ((read(x + k * a.c + c) - s.mean[k]) - s.rest[k]) * s.rstd[k];
-    const Vec d = fma(load(weight + c), read(g + k * a.c + c), mean_wg[k]);
+    const Vec d = product(load(weight + c), read(g + k * a.c + c)) - mean_wg[k];
     return fnma(z, mean_wgz[k], d) * s.rstd[k];
   };
   for (int64_t c = 0; c < whole; c += kLanes) {

@@ -10,7 +10,7 @@ namespace SDAN_ISA {
 
 // Pixels that pass through all steps of a kernel together: runs of several cache lines, few enough
 // that what is no longer needed leaves the second-level cache soon.
-constexpr int64_t kChunk = 128;
+constexpr int64_t kChunk = 256;
 
 // Of a tile of so many pixels. Pixels of the next image are loaded where those of one end, a whole
 // vector at a time, so that a row may need as many floats more.
@@ -91,14 +91,24 @@ SDAN_INLINE int lines_a_step(int rows, int steps) {
 }
 
 // out = the 1x1 convolution of the first `n` pixels of a tile; blocks of pixels that stay in the
-// first-level cache while all outputs are computed.
+// first-level cache while all outputs are computed. Many channels are summed some hundred at a
+// time, since longer sums would round more than PyTorch's blocked ones.
 static inline void pointwise_pixels(const float* x, ptrdiff_t x_stride, const Pointwise& pw,
                                     float* out, ptrdiff_t out_stride, int64_t n,
                                     PrefetchQueue* queue, int lines) {
-  const PointwiseInput in{x, x_stride, tile_rows(pw.ci, pw.pairs)};
+  constexpr int kSummed = 128, kMost = 32;
+  const int rows = tile_rows(pw.ci, pw.pairs);
+  const int wanted = (rows + kSummed - 1) / kSummed;
+  const int count = wanted < kMost ? wanted : kMost;
+  PointwiseInput in[kMost];
+  for (int k = 0; k < count; ++k) {
+    const int begin = static_cast<int>(int64_t{rows} * k / count);
+    const int end = static_cast<int>(int64_t{rows} * (k + 1) / count);
+    in[k] = {x + begin * x_stride, x_stride, end - begin};
+  }
   for (int64_t i = 0; i < n; i += kBlock) {
     const int64_t left = round_up(n - i, kLanes) / kLanes;
-    pointwise_block(&in, 1, i, pw, out + i, out_stride,
+    pointwise_block(in, count, i, pw, out + i, out_stride,
                     static_cast<int>(left < kBlockVecs ? left : kBlockVecs), queue, lines);
   }
 }

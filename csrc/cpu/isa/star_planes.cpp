@@ -11,7 +11,7 @@ namespace SDAN_ISA {
 
 namespace {
 
-// ga in place of a, gb in place of grad: `vecs` vectors of a row.
+// ga in place of a, gb in place of grad, for a row.
 template <bool kOuter, bool kShort>
 void row_gradients(float* a, const float* b, float* grad, Activation outer, int64_t width) {
   int64_t x = 0;
@@ -69,14 +69,16 @@ void star_planes_run(const StarPlanesPlan* plan, int64_t n, int channel, void* s
   load_plane(plan->p, n, channel, height, width, p, buffer.stride);
   conv_region(plan->dw, plan->dw.weight + channel * taps, plan->dw.bias[channel],
               s.p + buffer.left - buffer.pad_x, buffer.stride, a, buffer.stride, height, width);
-  const bool outer = plan->outer != Activation::kNone, exact = plan->grad.dtype == DType::kFloat32;
-  const auto gradients = outer ? (exact ? row_gradients<true, false> : row_gradients<true, true>)
-                               : (exact ? row_gradients<false, false> : row_gradients<false, true>);
+  const bool outer = plan->outer != Activation::kNone;
+  const auto gradients = plan->grad.dtype == DType::kFloat32
+                             ? (outer ? row_gradients<true, false> : row_gradients<false, false>)
+                             : (outer ? row_gradients<true, true> : row_gradients<false, true>);
   for (int64_t y = 0; y < height; ++y) {
     load_tile(plan->q, n, y, 0, channel, 1, width, s.b, 0);
     load_tile(plan->grad, n, y, 0, channel, 1, width, s.grad, 0);
+    float* row = a + y * buffer.stride;
     // What completes the row's last vector is zero before and after: there grad is.
-    gradients(a + y * buffer.stride, s.b, s.grad, plan->outer, width);
+    gradients(row, s.b, s.grad, plan->outer, width);
     if (plan->need_products) store_tile(plan->q, n, y, 0, channel, 1, width, s.grad, 0);
   }
   const int64_t plane = n * plan->channels + channel;
