@@ -1,8 +1,9 @@
 """Write the tables of README.md's "How fast" from the committed results of `sdan-fast bench`.
 
-python scripts/readme_numbers.py             # from benchmarks/results/cpu-model.json and cpu-ops.json
+python scripts/readme_numbers.py             # from benchmarks/results/cpu-{model,ops,training}.json
 python scripts/readme_numbers.py --check     # exit status 1 if README.md says something else
-python scripts/readme_numbers.py --measure   # measure both first: about five minutes on two quiet cores
+python scripts/readme_numbers.py --measure   # measure them first: about eight minutes on two quiet cores
+python scripts/readme_numbers.py --measure cpu-training.json    # only that one
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ MEASURED: dict[str, tuple[str, ...]] = {
         "--seconds",
         "40",
     ),
+    "cpu-training.json": ("bench", "training", "--device", "cpu", "--seconds", "60"),
 }
 
 
@@ -61,7 +63,7 @@ def who(run: dict[str, Any]) -> str:
     return f"{name}, {run['layout']}" if run["layout"] else name
 
 
-def model_tables(result: dict[str, Any]) -> str:
+def model_tables(result: dict[str, Any], floor_of: str = "multiply-adds at the FMA rate") -> str:
     """One table for each network and dtype."""
     parts = [f"`{result['command']}` ({where(result)}):"]
     for report in result["reports"]:
@@ -80,7 +82,7 @@ def model_tables(result: dict[str, Any]) -> str:
                 if run["dtype"] == dtype:
                     lines.append(_model_line(run))
             lines.append(
-                f"| floor: multiply-adds at the FMA rate | {dtype} | {milliseconds(floor)} | | 1.00 | |"
+                f"| floor: {floor_of} | {dtype} | {milliseconds(floor)} | | 1.00 | |"
             )
         parts.append("\n".join(lines))
         parts += _psnr(report)
@@ -164,9 +166,11 @@ def load(name: str) -> dict[str, Any]:
     return found
 
 
-def page(text: str, model: dict[str, Any], ops: dict[str, Any]) -> str:
+def page(text: str, model: dict[str, Any], ops: dict[str, Any], training: dict[str, Any]) -> str:
     """README.md with its numbers."""
     text = generated.replace(text, "model numbers", model_tables(model), COMMAND)
+    steps = model_tables(training, "three times a forward's multiply-adds at the FMA rate")
+    text = generated.replace(text, "training numbers", steps, COMMAND)
     return generated.replace(text, "op numbers", ops_table(ops), COMMAND)
 
 
@@ -183,15 +187,17 @@ def main() -> int:
     parser.add_argument(
         "--check", action="store_true", help="change nothing; exit status 1 if README.md differs"
     )
-    parser.add_argument("--measure", action="store_true", help="measure again before writing")
+    parser.add_argument(
+        "--measure", nargs="*", metavar="FILE", choices=list(MEASURED), help="measure again before writing"
+    )
     options = parser.parse_args()
     status = 0
-    if options.measure:
+    if options.measure is not None:
         RESULTS.mkdir(parents=True, exist_ok=True)
-        for name, command in MEASURED.items():
-            status |= measure(command, RESULTS / name)
+        for name in options.measure or MEASURED:
+            status |= measure(MEASURED[name], RESULTS / name)
     try:
-        new = page(README.read_text(encoding="utf-8"), load("cpu-model.json"), load("cpu-ops.json"))
+        new = page(README.read_text(encoding="utf-8"), *map(load, MEASURED))
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
