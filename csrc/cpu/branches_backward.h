@@ -30,4 +30,15 @@ struct BranchesBackward {
 // biases in the formats of these, all in x's dtype. The same bits for any number of threads.
 std::vector<Tensor> branches_backward(const BranchesBackward& call);
 
+// Whether an op should have this as its backward. A product that is rounded before it is added
+// costs the portable kernels of x86-64 the error bound in long chains that end in few sums, against
+// a PyTorch that rounds once: there the formula on PyTorch's convolutions stays.
+inline bool rounds_products_once() {
+#if defined(__x86_64__)
+  return picked_isa() != Isa::kPortable;
+#else
+  return true;
+#endif
+}
+
 }  // namespace sdan_fast

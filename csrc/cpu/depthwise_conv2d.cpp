@@ -154,5 +154,7 @@ std::vector<Tensor> depthwise_conv2d_backward(const Tensor& grad_output, const T
 
 STABLE_TORCH_LIBRARY_IMPL(sdan_fast, CPU, m) {
   m.impl("depthwise_conv2d.cpu", TORCH_BOX(&sdan_fast::depthwise_conv2d));
-  m.impl("depthwise_conv2d_backward.cpu", TORCH_BOX(&sdan_fast::depthwise_conv2d_backward));
+  if (sdan_fast::rounds_products_once()) {
+    m.impl("depthwise_conv2d_backward.cpu", TORCH_BOX(&sdan_fast::depthwise_conv2d_backward));
+  }
 }

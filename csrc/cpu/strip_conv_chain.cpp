@@ -204,6 +204,8 @@ std::vector<Tensor> strip_conv_chain_backward(const Tensor& grad_output, const T
 
 STABLE_TORCH_LIBRARY_IMPL(sdan_fast, CPU, m) {
   m.impl("strip_conv_chain.cpu", TORCH_BOX(&sdan_fast::strip_conv_chain));
-  m.impl("strip_conv_chain_backward.cpu", TORCH_BOX(&sdan_fast::strip_conv_chain_backward));
+  if (sdan_fast::rounds_products_once()) {
+    m.impl("strip_conv_chain_backward.cpu", TORCH_BOX(&sdan_fast::strip_conv_chain_backward));
+  }
   m.impl("gated_strip_conv_chain.cpu", TORCH_BOX(&sdan_fast::gated_strip_conv_chain));
 }

@@ -55,6 +55,24 @@ static inline double lanes_sum(Vec a) {
   return even + odd;
 }
 
+// A single tap, in double: nothing else is summed over so many terms into so few results, nor adds
+// so little to the loads.
+static inline double tap_sum(const TapBlock& block) {
+  double lanes[kLanes] = {};
+  for (int64_t y = 0; y < block.rows; ++y) {
+    const float* grad = block.grad + y * block.grad_row;
+    const float* in = block.in + y * block.in_row;
+    for (int64_t x = 0; x < block.width; x += kLanes) {
+      for (int k = 0; k < kLanes; ++k) {
+        lanes[k] += static_cast<double>(grad[x + k]) * static_cast<double>(in[x + k]);
+      }
+    }
+  }
+  double sum = 0.0;
+  for (int k = 0; k < kLanes; ++k) sum += lanes[k];
+  return sum;
+}
+
 // sums[a * B + b]. In float32 at most some 64 terms are added one after the other, fewer where that
 // costs little, then at most as many such sums: a sum's error grows with the length of its chain.
 template <int A, int B>
@@ -121,6 +139,12 @@ static void block_sums(const TapBlock& block, double* sums) {
 
 template <int A>
 static void block_sums_of(int b, const TapBlock& block, double* sums) {
+  if constexpr (A == 1) {
+    if (b == 1) {
+      sums[0] = tap_sum(block);
+      return;
+    }
+  }
   if constexpr (A <= kTapsA) {
     if (b == 2) return block_sums<A, 2>(block, sums);
     if constexpr (kTapsB >= 3) {
@@ -130,7 +154,7 @@ static void block_sums_of(int b, const TapBlock& block, double* sums) {
       if (b == 4) return block_sums<A, 4>(block, sums);
     }
   }
-  block_sums<A, 1>(block, sums);
+  if constexpr (A > 1) block_sums<A, 1>(block, sums);
 }
 
 static inline void any_block_sums(int a, int b, const TapBlock& block, double* sums) {
