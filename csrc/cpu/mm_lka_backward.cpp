@@ -67,5 +67,7 @@ std::vector<Tensor> mm_lka_backward(const Tensor& grad_output, const Tensor& x,
 }  // namespace sdan_fast
 
 STABLE_TORCH_LIBRARY_IMPL(sdan_fast, CPU, m) {
-  m.impl("mm_lka_backward.cpu", TORCH_BOX(&sdan_fast::mm_lka_backward));
+  if (sdan_fast::rounds_products_once()) {
+    m.impl("mm_lka_backward.cpu", TORCH_BOX(&sdan_fast::mm_lka_backward));
+  }
 }
