@@ -81,9 +81,7 @@ def model_tables(result: dict[str, Any], floor_of: str = "multiply-adds at the F
             for run in report["runs"]:
                 if run["dtype"] == dtype:
                     lines.append(_model_line(run))
-            lines.append(
-                f"| floor: {floor_of} | {dtype} | {milliseconds(floor)} | | 1.00 | |"
-            )
+            lines.append(f"| floor: {floor_of} | {dtype} | {milliseconds(floor)} | | 1.00 | |")
         parts.append("\n".join(lines))
         parts += _psnr(report)
     return "\n\n".join(parts)
