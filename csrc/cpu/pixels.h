@@ -26,7 +26,7 @@ struct PixelTiling {
 struct PartSums {
   float* data;  // null: none
   int64_t stride;
-  int64_t rows_at;  // of the sums of rows among them
+  int64_t rows_at;  // of the sums of rows among them, two floats for each
 };
 
 // activation(1x1 convolution of x) into y.

@@ -45,7 +45,7 @@ class Sums {
       : parts_(tiling.parts), co_(static_cast<int>(co)), ci_(static_cast<int>(ci)) {
     static const auto floats_kernel = SDAN_PICK_KERNEL(outer_sums_floats);
     floats_kernel(co_, ci_, &sums_.rows_at);
-    sums_.stride = (sums_.rows_at + co + 15) / 16 * 16;
+    sums_.stride = (sums_.rows_at + 2 * co + 15) / 16 * 16;
     sums_.data = arena.zeros(parts_ * sums_.stride);
   }
 
@@ -63,7 +63,10 @@ class Sums {
     std::vector<double> totals(static_cast<size_t>(co_));
     for (int64_t k = 0; k < parts_; ++k) {
       const float* p = sums_.data + k * sums_.stride + sums_.rows_at;
-      for (double& total : totals) total += static_cast<double>(*p++);
+      for (double& total : totals) {
+        total += static_cast<double>(*p) + static_cast<double>(p[co_]);
+        ++p;
+      }
     }
     return totals;
   }

@@ -6,7 +6,7 @@
 // of the ones with each of the others; a tile's vectors of sums then shrink to their totals.
 #pragma once
 
-#include "vec.h"
+#include "careful_sum.h"
 
 namespace sdan_fast {
 namespace SDAN_ISA {
@@ -109,17 +109,16 @@ static inline void outer_product(const float* g, ptrdiff_t g_stride, int co, con
   }
 }
 
-// sums[c] += the sum of `vecs` vectors of row c: the gradient of a bias.
+// sums[c], with what it is off by in sums[rows + c], += the sum of `vecs` vectors of row c: the
+// gradient of a bias.
 static inline void row_totals(const float* g, ptrdiff_t stride, int rows, int vecs, float* sums) {
   for (int c = 0; c < rows; ++c, g += stride) {
-    Vec acc[4] = {zero(), zero(), zero(), zero()};
-    int v = 0;
-    for (; v + 4 <= vecs; v += 4) {
-#pragma GCC unroll 4
-      for (int k = 0; k < 4; ++k) acc[k] = acc[k] + load(g + (v + k) * kLanes);
-    }
-    for (; v < vecs; ++v) acc[0] = acc[0] + load(g + v * kLanes);
-    sums[c] += hsum((acc[0] + acc[1]) + (acc[2] + acc[3]));
+    CarefulSum row;
+    row.add_row(g, static_cast<int64_t>(vecs) * kLanes);
+    const double total =
+        static_cast<double>(sums[c]) + static_cast<double>(sums[rows + c]) + row.total();
+    sums[c] = static_cast<float>(total);
+    sums[rows + c] = static_cast<float>(total - static_cast<double>(sums[c]));
   }
 }
 

@@ -10,6 +10,7 @@
 #pragma once
 
 #include "branch_conv.h"
+#include "careful_sum.h"
 
 namespace sdan_fast {
 namespace SDAN_ISA {
@@ -41,19 +42,6 @@ struct TapBlock {
   ptrdiff_t grad_row, in_row;
   int64_t rows, width;
 };
-
-// The lanes, in double: their sums are as large as the result, and added in float32 would leave it
-// a good part of its error.
-static inline double lanes_sum(Vec a) {
-  float lanes[kLanes];
-  store(lanes, a);
-  double even = 0.0, odd = 0.0;
-  for (int i = 0; i < kLanes; i += 2) {
-    even += static_cast<double>(lanes[i]);
-    odd += static_cast<double>(lanes[i + 1]);
-  }
-  return even + odd;
-}
 
 // A single tap, in double: nothing else is summed over so many terms into so few results, nor adds
 // so little to the loads.
@@ -289,32 +277,12 @@ static inline void filter_sums(const BranchConv& conv, const TapPlanes& planes, 
   }
 }
 
-// The sum of a plane whose rows are zero up to whole vectors. Eight vectors are added as a tree,
-// and what the rounding of their sums takes is carried along: PyTorch's own sum of a bias is as
-// good.
+// The sum of a plane whose rows are zero up to whole vectors.
 static inline double plane_sum(const float* plane, ptrdiff_t stride, int64_t height,
                                int64_t width) {
-  Vec sum = zero(), rest = zero();
-  const auto add = [&](Vec term) __attribute__((always_inline)) {
-    const Vec next = sum + term;
-    const Vec added = next - sum;
-    rest = rest + ((sum - (next - added)) + (term - added));
-    sum = next;
-  };
-  for (int64_t y = 0; y < height; ++y) {
-    const float* row = plane + y * stride;
-    int64_t x = 0;
-    for (; x + 7 * kLanes < width; x += 8 * kLanes) {
-      Vec t[4];
-#pragma GCC unroll 4
-      for (int k = 0; k < 4; ++k) {
-        t[k] = load(row + x + 2 * k * kLanes) + load(row + x + (2 * k + 1) * kLanes);
-      }
-      add((t[0] + t[1]) + (t[2] + t[3]));
-    }
-    for (; x < width; x += kLanes) add(load(row + x));
-  }
-  return lanes_sum(sum) + lanes_sum(rest);
+  CarefulSum sum;
+  for (int64_t y = 0; y < height; ++y) sum.add_row(plane + y * stride, width);
+  return sum.total();
 }
 
 }  // namespace SDAN_ISA
