@@ -159,9 +159,12 @@ inline Pointwise pack(FloatArena& arena, const Tensor& weight, const std::option
 }
 
 // The 1x1 convolution of weight * z + bias, so that the affine part of a LayerNorm needs no pass of
-// its own; w becomes that of z alone.
-inline Pointwise pack_after_norm(FloatArena& arena, float* w, int64_t co, int64_t ci,
-                                 const float* norm_weight, const float* norm_bias) {
+// its own.
+inline Pointwise pack_after_norm(FloatArena& arena, const Tensor& weight, const float* norm_weight,
+                                 const float* norm_bias) {
+  const int64_t co = weight.size(0), ci = weight.size(1);
+  FloatArena rows(arena);
+  float* w = rows.values(weight);
   float* bias = arena.take(co);
   for (int64_t m = 0; m < co; ++m) {
     double sum = 0;
@@ -172,13 +175,6 @@ inline Pointwise pack_after_norm(FloatArena& arena, float* w, int64_t co, int64_
     bias[m] = static_cast<float>(sum);
   }
   return pack(arena, w, bias, co, ci);
-}
-
-inline Pointwise pack_after_norm(FloatArena& arena, const Tensor& weight, const float* norm_weight,
-                                 const float* norm_bias) {
-  FloatArena rows(arena);
-  return pack_after_norm(arena, rows.values(weight), weight.size(0), weight.size(1), norm_weight,
-                         norm_bias);
 }
 
 inline ImageView view_of(const Tensor& t, DType dtype) {

@@ -51,17 +51,18 @@ struct GateBackwardPlan {
 };
 
 // Star's way from x to the inputs of its depth-wise convolution and of its product, 1x1
-// convolutions of the normalized x that are one here: out = products(z), z = LN(x) without its
-// affine part, which the weights hold.
+// convolutions of the normalized x that are one here: out = products(LN(x)).
 struct StarProductsPlan {
   PixelTiling tiling;
   PixelView x, out;
+  const float* norm_weight;
+  const float* norm_bias;
   Pointwise products;
   float eps;
 };
 
-// And back, from the gradient of `out`: x's gradient, by the transposed weights, and the sums over
-// the pixels of grad z^T and of grad.
+// And back, from the gradient of `out`: x's gradient, by the transposed weights, which hold the
+// norm's, and the sums over the pixels of grad z^T and of grad; z is LN(x) without its affine part.
 struct StarProductsBackwardPlan {
   PixelTiling tiling;
   int co, ci;

@@ -65,14 +65,12 @@ std::vector<Tensor> star_conv_backward(const Tensor& grad_output, const Tensor& 
   const Tensor grad_planes = in_planes(grad_output, dtype);
   const int64_t plane = height * width, pixels = images * plane;
 
-  // Both products' weights below each other, as they are and for z alone.
+  // Both products' weights below each other.
   const float* norm = arena.values(norm_weight);
   const float* shift = arena.values_or(norm_bias, ci, 0.0f);
   float* weights = arena.take(2 * co * ci);
-  float* folded = arena.take(2 * co * ci);
   std::copy_n(arena.values(pw1_weight), co * ci, weights);
   std::copy_n(arena.values(pw2_weight), co * ci, weights + co * ci);
-  std::copy_n(weights, 2 * co * ci, folded);
 
   // Both products, then their gradients; an odd number of cache lines from one plane to the next,
   // so that the same pixel of all channels is not in the same set.
@@ -84,7 +82,9 @@ std::vector<Tensor> star_conv_backward(const Tensor& grad_output, const Tensor& 
   products.tiling = pixel_tiling(pixels, 2 * co + ci, 2 * co * ci);
   products.x = pixels_of(dense_x, dtype);
   products.out = pixels_of(both, images, plane);
-  products.products = pack_after_norm(arena, folded, 2 * co, ci, norm, shift);
+  products.norm_weight = norm;
+  products.norm_bias = shift;
+  products.products = pack(arena, weights, arena.zeros(2 * co), 2 * co, ci);
   products.eps = level.eps;
   const int64_t threads = threads_for(pixels * 2 * co * ci);
   int64_t bytes = 0;
@@ -134,6 +134,8 @@ std::vector<Tensor> star_conv_backward(const Tensor& grad_output, const Tensor& 
     back.grad = products.out;
     if (output_mask[kX]) {
       back.gx = pixels_of(*grads[kX], dtype);
+      float* folded = arena.take(2 * co * ci);
+      for (int64_t at = 0; at < 2 * co * ci; ++at) folded[at] = weights[at] * norm[at % ci];
       back.transposed = pack_transposed(arena, folded, 2 * co, ci);
     }
     back.eps = level.eps;

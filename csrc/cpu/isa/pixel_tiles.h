@@ -91,13 +91,12 @@ SDAN_INLINE int lines_a_step(int rows, int steps) {
 }
 
 // out = the 1x1 convolution of the first `n` pixels of a tile; blocks of pixels that stay in the
-// first-level cache while all outputs are computed. Some thirty channels are summed at a time, and
-// these sums added: one long chain rounds more, and where a star's outer activation bends, what its
-// product is off by is multiplied.
-static inline void pointwise_pixels(const float* x, ptrdiff_t x_stride, const Pointwise& pw,
-                                    float* out, ptrdiff_t out_stride, int64_t n,
-                                    PrefetchQueue* queue, int lines) {
-  constexpr int kSummed = 32, kMost = 64;
+// first-level cache while all outputs are computed. kSummed channels are summed at a time, and
+// these sums added: one long chain rounds more.
+template <int kSummed = 32>
+static void pointwise_pixels(const float* x, ptrdiff_t x_stride, const Pointwise& pw, float* out,
+                             ptrdiff_t out_stride, int64_t n, PrefetchQueue* queue, int lines) {
+  constexpr int kMost = 64;
   const int rows = tile_rows(pw.ci, pw.pairs);
   const int wanted = (rows + kSummed - 1) / kSummed;
   const int count = wanted < kMost ? wanted : kMost;

@@ -9,32 +9,39 @@ namespace SDAN_ISA {
 
 namespace {
 
+// The weight and bias of a LayerNorm, or null: without them.
+struct Affine {
+  const float *weight, *bias;
+};
+
 // z = (x - mean) / sqrt(var + eps) over the channels, for V vectors of pixels; their 1 / sqrt too.
 template <int V>
-void normalize_vecs(const float* x, ptrdiff_t x_stride, int channels, float eps, float* z,
-                    ptrdiff_t z_stride, float* rstd) {
+void normalize_vecs(const float* x, ptrdiff_t x_stride, int channels, float eps, Affine affine,
+                    float* z, ptrdiff_t z_stride, float* rstd) {
   const auto nothing = [](int64_t) {};
   Statistics<V> s;
   statistics_of_planes(s, x, x_stride, channels, eps, nothing, nothing);
   for (int c = 0; c < channels; ++c) {
+    const Vec w = set1(affine.weight != nullptr ? affine.weight[c] : 1.0f);
+    const Vec b = set1(affine.bias != nullptr ? affine.bias[c] : 0.0f);
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
       const Vec d = (load(x + c * x_stride + v * kLanes) - s.mean[v]) - s.rest[v];
-      store(z + c * z_stride + v * kLanes, d * s.rstd[v]);
+      store(z + c * z_stride + v * kLanes, fma(d * s.rstd[v], w, b));
     }
   }
 #pragma GCC unroll 4
   for (int v = 0; v < V; ++v) store(rstd + v * kLanes, s.rstd[v]);
 }
 
-void normalize_pixels(const float* x, ptrdiff_t x_stride, int channels, float eps, float* z,
-                      ptrdiff_t z_stride, float* rstd, int64_t n) {
+void normalize_pixels(const float* x, ptrdiff_t x_stride, int channels, float eps, Affine affine,
+                      float* z, ptrdiff_t z_stride, float* rstd, int64_t n) {
   int64_t i = 0;
   for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
-    normalize_vecs<4>(x + i, x_stride, channels, eps, z + i, z_stride, rstd + i);
+    normalize_vecs<4>(x + i, x_stride, channels, eps, affine, z + i, z_stride, rstd + i);
   }
   for (; i < n; i += kLanes) {
-    normalize_vecs<1>(x + i, x_stride, channels, eps, z + i, z_stride, rstd + i);
+    normalize_vecs<1>(x + i, x_stride, channels, eps, affine, z + i, z_stride, rstd + i);
   }
 }
 
@@ -145,8 +152,10 @@ void star_products_run(const StarProductsPlan* plan, int64_t part, void* scratch
         fetch_pixels(&queue, plan->x, chunk, products.ci, false);
         fetch_pixels(&queue, plan->out, chunk, products.co, true);
         load_pixels(plan->x, chunk.first, chunk.n, products.ci, s.x, s.stride);
-        normalize_pixels(s.x, s.stride, products.ci, plan->eps, s.x, s.stride, s.rstd, chunk.n);
-        pointwise_pixels(s.x, s.stride, products, s.out, s.stride, chunk.n, &queue, lines);
+        normalize_pixels(s.x, s.stride, products.ci, plan->eps,
+                         {plan->norm_weight, plan->norm_bias}, s.x, s.stride, s.rstd, chunk.n);
+        // Where the outer activation bends, what these are off by is multiplied: shorter sums.
+        pointwise_pixels<16>(s.x, s.stride, products, s.out, s.stride, chunk.n, &queue, lines);
         store_pixels(plan->out, chunk.first, chunk.n, products.co, s.out, s.stride);
       },
       [](int64_t) {});
@@ -169,7 +178,8 @@ void star_products_backward_run(const StarProductsBackwardPlan* plan, int64_t pa
         float *z = s.z + chunk.at, *grad = s.grad + chunk.at;
         load_pixels(plan->x, chunk.first, chunk.n, ci, s.gx, s.chunk_stride);
         load_pixels(plan->grad, chunk.first, chunk.n, co, grad, s.tile_stride);
-        normalize_pixels(s.gx, s.chunk_stride, ci, plan->eps, z, s.tile_stride, s.rstd, chunk.n);
+        normalize_pixels(s.gx, s.chunk_stride, ci, plan->eps, {nullptr, nullptr}, z, s.tile_stride,
+                         s.rstd, chunk.n);
         if (plan->gx.data == nullptr) return;
         queue.clear();
         fetch_pixels(&queue, plan->x, chunk, ci, false);
