@@ -19,7 +19,7 @@ static inline double lanes_sum(Vec a) {
   return even + odd;
 }
 
-// What the rounding of a sum takes is carried along: PyTorch's own sum of a bias is as good.
+// What the rounding of a sum takes is carried along.
 struct CarefulSum {
   Vec sum = zero(), rest = zero();
 
@@ -30,18 +30,9 @@ struct CarefulSum {
     sum = next;
   }
 
-  // A row that is zero up to a whole vector; eight vectors are added as a tree.
+  // A row that is zero up to a whole vector.
   SDAN_INLINE void add_row(const float* row, int64_t width) {
-    int64_t x = 0;
-    for (; x + 7 * kLanes < width; x += 8 * kLanes) {
-      Vec t[4];
-#pragma GCC unroll 4
-      for (int k = 0; k < 4; ++k) {
-        t[k] = load(row + x + 2 * k * kLanes) + load(row + x + (2 * k + 1) * kLanes);
-      }
-      add((t[0] + t[1]) + (t[2] + t[3]));
-    }
-    for (; x < width; x += kLanes) add(load(row + x));
+    for (int64_t x = 0; x < width; x += kLanes) add(load(row + x));
   }
 
   double total() const { return lanes_sum(sum) + lanes_sum(rest); }
