@@ -111,9 +111,14 @@ def _eager_backward(
     elements: of each gradient the less exact one."""
     formats = FORMATS if grad.dtype == torch.float32 and grad.dim() == 4 else ("as it is",)
     runs = []
+
+    def as_image(t: Any, name: str) -> Any:
+        image = isinstance(t, Tensor) and (t.shape[:1], t.shape[2:]) == (grad.shape[:1], grad.shape[2:])
+        return laid_out(t, name) if image and name != "as it is" else t
+
     for name in formats:
-        g, x = (t if name == "as it is" else laid_out(t, name) for t in (grad, args[0]))
-        runs.append(op.reference_backward(g, x, *args[1:], **kwargs, output_mask=mask))
+        images = [as_image(t, name) for t in (grad, *args)]
+        runs.append(op.reference_backward(*images, **kwargs, output_mask=mask))
 
     def error(candidate: tuple[Tensor | None, Tensor | None]) -> float:
         got, want = candidate
