@@ -1,15 +1,12 @@
 // sdan_fast::layer_norm2d.cpu: checks, memory format and threads of the LayerNorm over channels.
 #include "isa/layer_norm2d.h"
 
-#include "gradients.h"
 #include "tensor_util.h"
 
 namespace sdan_fast {
 namespace {
 
 const auto kernel = SDAN_PICK_KERNEL(layer_norm2d_run);
-
-}  // namespace
 
 Tensor layer_norm2d(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, double eps) {
   constexpr const char* op = "layer_norm2d";
@@ -48,6 +45,7 @@ Tensor layer_norm2d(const Tensor& x, const Tensor& weight, std::optional<Tensor>
   return y;
 }
 
+}  // namespace
 }  // namespace sdan_fast
 
 STABLE_TORCH_LIBRARY_IMPL(sdan_fast, CPU, m) {

@@ -4,7 +4,6 @@
 
 #include <cstring>
 
-#include "gradients.h"
 #include "tensor_util.h"
 
 namespace sdan_fast {
@@ -30,8 +29,6 @@ void partition(LayerNormBackwardArgs& args, int64_t images) {
   if (args.part < 1) args.part = 1;
   args.parts = (args.all_tiles + args.part - 1) / args.part;
 }
-
-}  // namespace
 
 std::vector<Tensor> layer_norm2d_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
                                           std::optional<Tensor> bias, double eps,
@@ -94,6 +91,7 @@ std::vector<Tensor> layer_norm2d_backward(const Tensor& grad, const Tensor& x, c
   return grads;
 }
 
+}  // namespace
 }  // namespace sdan_fast
 
 STABLE_TORCH_LIBRARY_IMPL(sdan_fast, CPU, m) {

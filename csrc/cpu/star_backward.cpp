@@ -1,15 +1,12 @@
 // sdan_fast::star_backward.cpu: checks, memory formats and threads of the star's gradients.
 #include "isa/star_backward.h"
 
-#include "gradients.h"
 #include "tensor_util.h"
 
 namespace sdan_fast {
 namespace {
 
 const auto kernel = SDAN_PICK_KERNEL(star_backward_run);
-
-}  // namespace
 
 std::vector<Tensor> star_backward(const Tensor& grad, const Tensor& a, const Tensor& b,
                                   std::string activation, std::string outer,
@@ -48,6 +45,7 @@ std::vector<Tensor> star_backward(const Tensor& grad, const Tensor& a, const Ten
   return grads;
 }
 
+}  // namespace
 }  // namespace sdan_fast
 
 STABLE_TORCH_LIBRARY_IMPL(sdan_fast, CPU, m) {

@@ -71,8 +71,17 @@ def _dtypes(chosen: Sequence[str], option: str = "--dtype") -> list[str]:
     return list(dict.fromkeys(chosen))
 
 
+def _configurations(chosen: Sequence[str]) -> list[model.Configuration]:
+    for name in chosen:
+        if name not in model.CONFIGURATIONS:
+            raise typer.BadParameter(
+                f"must be one of {', '.join(model.CONFIGURATIONS)}, and it is {name!r}", param_hint="--config"
+            )
+    return [model.CONFIGURATIONS[name] for name in chosen]
+
+
 def _prepare(json_file: Path | None, device: str) -> None:
-    """What both commands do first: full float32 everywhere, and a result file that can be written."""
+    """What all commands do first: full float32 everywhere, and a result file that can be written."""
     if device == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
@@ -297,11 +306,6 @@ def network(
     absent. Exit code 1 if a backend is wrong.
     """
     place = _device(device)
-    for name in config or ():
-        if name not in model.CONFIGURATIONS:
-            raise typer.BadParameter(
-                f"must be one of {', '.join(model.CONFIGURATIONS)}, and it is {name!r}", param_hint="--config"
-            )
     for name in peer or ():
         if name not in (*model.PEERS, "none"):
             raise typer.BadParameter(
@@ -309,7 +313,7 @@ def network(
             )
     dtypes = _dtypes(dtype or ["float32", "bfloat16"])
     competing = ["eager", *(name for name in model.PEERS[1:] if not peer or name in peer)]
-    chosen = [model.CONFIGURATIONS[name] for name in config or ["180x320"]]
+    chosen = _configurations(config or ["180x320"])
     if every:
         chosen = list(model.CONFIGURATIONS.values())
     if quick:
@@ -374,13 +378,8 @@ def step(
     Exit code 1 if a backend is wrong.
     """
     place = _device(device)
-    for name in config or ():
-        if name not in model.CONFIGURATIONS:
-            raise typer.BadParameter(
-                f"must be one of {', '.join(model.CONFIGURATIONS)}, and it is {name!r}", param_hint="--config"
-            )
     dtypes = _dtypes(dtype or ["float32"])
-    chosen = [model.CONFIGURATIONS[name] for name in config or ["batch-8"]]
+    chosen = _configurations(config or ["batch-8"])
     if quick:
         chosen, seconds = [model.Configuration("quick", 32, 32, blocks=1)], _QUICK_SECONDS
     _prepare(json_file, place)

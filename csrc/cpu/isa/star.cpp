@@ -2,7 +2,7 @@
 #include "star.h"
 
 #include "activate.h"
-#include "by_dtype.h"
+#include "star_types.h"
 
 namespace sdan_fast {
 namespace SDAN_ISA {
@@ -45,35 +45,12 @@ void run(const StarArgs& args, int64_t begin, int64_t end) {
   }
 }
 
-template <typename T, Activation A>
-void run_outer(const StarArgs& args, int64_t begin, int64_t end) {
-  if (args.outer == Activation::kNone) {
-    run<T, A, false>(args, begin, end);
-  } else {
-    run<T, A, true>(args, begin, end);
-  }
-}
-
-template <typename T>
-void run_activation(const StarArgs& args, int64_t begin, int64_t end) {
-  switch (args.activation) {
-    case Activation::kGelu:
-      return run_outer<T, Activation::kGelu>(args, begin, end);
-    case Activation::kRelu6:
-      return run_outer<T, Activation::kRelu6>(args, begin, end);
-    case Activation::kRelu:
-      return run_outer<T, Activation::kRelu>(args, begin, end);
-    case Activation::kSilu:
-      return run_outer<T, Activation::kSilu>(args, begin, end);
-    default:
-      return run_outer<T, Activation::kNone>(args, begin, end);
-  }
-}
-
 }  // namespace
 
 void star_run(const StarArgs& args, int64_t begin, int64_t end) {
-  by_dtype(args.dtype, [&](auto t) { run_activation<decltype(t)>(args, begin, end); });
+  by_star_types(args, [&](auto t, auto activation, auto outer) {
+    run<decltype(t), decltype(activation)::value, decltype(outer)::value>(args, begin, end);
+  });
 }
 
 }  // namespace SDAN_ISA
