@@ -198,6 +198,8 @@ def test_kernels_refuse_bad_arguments_without_the_python_checks() -> None:
         lambda: chain(x, [v, h], [], bias_mask=[False, False], dilations=[1, 1]),
         lambda: torch.ops.sdan_fast.layer_norm2d.cpu(x, torch.ones(3), None),
         lambda: torch.ops.sdan_fast.pointwise_gate.cpu(x, x, torch.ones(2, 3, 1, 1)),
+        lambda: torch.ops.sdan_fast.pointwise_gate.cpu(x, x[:, :0], torch.ones(2, 0, 1, 1)),
+        lambda: torch.ops.sdan_fast.pointwise_conv2d.cpu(x[:, :0], torch.ones(2, 0, 1, 1)),
         lambda: torch.ops.sdan_fast.mm_lka.cpu(
             x, [h], [], torch.ones(2, 2, 1, 1), bias_mask=[False], dilations=[1, 1], lengths=[2]
         ),

@@ -11,9 +11,7 @@ Tensor pointwise_conv2d(const Tensor& x, const Tensor& weight, std::optional<Ten
   static const auto scratch_kernel = SDAN_PICK_KERNEL(pointwise_conv2d_scratch);
   static const auto run_kernel = SDAN_PICK_KERNEL(pointwise_conv2d_run);
   constexpr const char* op = "pointwise_conv2d";
-  check_cpu(x, op, "x");
-  const DType dtype = kernel_dtype(x, op, "x");
-  check_like(x, x, 4, op, "x");
+  const DType dtype = check_image(x, op);
   check_pointwise(weight, x, -1, x.size(1), op, "weight");
   const int64_t co = weight.size(0), ci = x.size(1);
   check_optional_vector(bias, x, co, op, "bias");
@@ -42,8 +40,7 @@ std::vector<Tensor> pointwise_conv2d_backward(const Tensor& grad_output, const T
                                               std::string activation,
                                               std::vector<bool> output_mask) {
   constexpr const char* op = "pointwise_conv2d_backward";
-  check_cpu(x, op, "x");
-  check_like(x, x, 4, op, "x");
+  check_image(x, op);
   check_pointwise(weight, x, -1, x.size(1), op, "weight");
   check_optional_vector(bias, x, weight.size(0), op, "bias");
   check_like(grad_output, x, 4, op, "grad_output");

@@ -28,10 +28,12 @@ def tensor(name: str, value: Any, *, like: Tensor | None = None, like_name: str 
 
 
 def image(name: str, value: Any, *, like: Tensor | None = None, like_name: str = "x") -> None:
-    """Refuse what is no N x C x H x W tensor."""
+    """Refuse what is no N x C x H x W tensor, or has no channels: eager convolutions answer that wrongly."""
     tensor(name, value, like=like, like_name=like_name)
     if value.dim() != 4:
         raise ValueError(f"{name} must be N x C x H x W, and its shape is {shape(value)}")
+    if value.shape[1] == 0:
+        raise ValueError(f"{name} must have at least one channel, and its shape is {shape(value)}")
 
 
 def parameter(name: str, value: Any, expected: Sequence[int], *, like: Tensor, like_name: str = "x") -> None:
@@ -39,6 +41,16 @@ def parameter(name: str, value: Any, expected: Sequence[int], *, like: Tensor, l
     tensor(name, value, like=like, like_name=like_name)
     if tuple(value.shape) != tuple(expected):
         raise ValueError(f"{name} must have the shape {list(expected)}, and its shape is {shape(value)}")
+
+
+def pointwise(name: str, weight: Any, channels: int, *, like: Tensor) -> int:
+    """Refuse what is no weight of a 1x1 convolution of `channels`; the channels that it makes."""
+    tensor(name, weight, like=like)
+    if weight.dim() != 4 or list(weight.shape[1:]) != [channels, 1, 1] or weight.shape[0] == 0:
+        raise ValueError(
+            f"{name} must have the shape [Co, {channels}, 1, 1], and its shape is {shape(weight)}"
+        )
+    return weight.shape[0]
 
 
 def depthwise(

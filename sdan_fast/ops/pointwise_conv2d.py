@@ -18,12 +18,7 @@ from .star import ACTIVATIONS, activation_backward
 
 def check(x: Any, weight: Any, bias: Any = None, *, activation: Any = "none") -> None:
     _check.image("x", x)
-    _check.tensor("weight", weight, like=x)
-    out = weight.shape[0] if weight.dim() else 0
-    if list(weight.shape) != [out, x.shape[1], 1, 1]:
-        raise ValueError(
-            f"weight must have the shape [Co, {x.shape[1]}, 1, 1], and its shape is {_check.shape(weight)}"
-        )
+    out = _check.pointwise("weight", weight, x.shape[1], like=x)
     if bias is not None:
         _check.parameter("bias", bias, (out,), like=x)
     _check.choice("activation", activation, ACTIVATIONS)

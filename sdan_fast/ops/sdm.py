@@ -36,16 +36,13 @@ def check(x: Any, distill: Any, star: Any, fuse: Any, *, eps: Any = 1e-5) -> Non
         channels = level_input.shape[1]
         if 2 * i < len(distill):
             weight, bias = distill[2 * i : 2 * i + 2]
-            _check.tensor(f"distill[{i}] weight", weight, like=x)
-            _check.parameter(f"distill[{i}] weight", weight, (weight.shape[0], channels, 1, 1), like=x)
-            _check.parameter(f"distill[{i}] bias", bias, (weight.shape[0],), like=x)
-            gathered += weight.shape[0]
+            out = _check.pointwise(f"distill[{i}] weight", weight, channels, like=x)
+            _check.parameter(f"distill[{i}] bias", bias, (out,), like=x)
+            gathered += out
         check_star_conv(level_input, *level, eps=eps)
         level_input = x.new_empty((0, level[2].shape[0], 1, 1))
-    _check.parameter(
-        "fuse weight", fuse[0], (fuse[0].shape[0], gathered + level_input.shape[1], 1, 1), like=x
-    )
-    _check.parameter("fuse bias", fuse[1], (fuse[0].shape[0],), like=x)
+    out = _check.pointwise("fuse weight", fuse[0], gathered + level_input.shape[1], like=x)
+    _check.parameter("fuse bias", fuse[1], (out,), like=x)
 
 
 def compose(

@@ -35,12 +35,7 @@ def check(
     _check.parameter("norm_weight", norm_weight, (channels,), like=x)
     if norm_bias is not None:
         _check.parameter("norm_bias", norm_bias, (channels,), like=x)
-    _check.tensor("pw1_weight", pw1_weight, like=x)
-    out = pw1_weight.shape[0] if pw1_weight.dim() else 0
-    if list(pw1_weight.shape) != [out, channels, 1, 1]:
-        raise ValueError(
-            f"pw1_weight must have the shape [Co, {channels}, 1, 1], and its shape is {_check.shape(pw1_weight)}"
-        )
+    out = _check.pointwise("pw1_weight", pw1_weight, channels, like=x)
     _check.depthwise("dw_", dw_weight, dw_bias, out, like=x)
     _check.parameter("pw2_weight", pw2_weight, (out, channels, 1, 1), like=x)
     _check.choice("outer", outer, ACTIVATIONS)

@@ -81,6 +81,7 @@ X = torch.ones(1, 4, 5, 5)
         ((X, torch.ones(4), None, 0.0), ValueError, "eps must be a positive number, and it is 0.0"),
         ((X, torch.ones(4), None, "small"), TypeError, "eps must be a positive number, and it is a str"),
         ((X[0], torch.ones(4), None), ValueError, "x must be N x C x H x W"),
+        ((X[:, :0], torch.ones(0), None), ValueError, "x must have at least one channel"),
     ],
 )
 def test_refusals(args: tuple, error: type[Exception], words: str) -> None:

@@ -88,6 +88,12 @@ X, W = torch.ones(1, 3, 5, 5), torch.ones(4, 3, 1, 1)
         ((X, W, torch.ones(3)), ValueError, r"bias must have the shape \[4\], and its shape is \[3\]"),
         ((X, W.half()), TypeError, "weight must be float16 like x|weight must be float32 like x"),
         ((X[0], W), ValueError, "x must"),
+        ((X[:, :0], W[:, :0]), ValueError, r"x must have at least one channel, .* \[.*0, .*\]"),
+        (
+            (X, W[:0]),
+            ValueError,
+            r"weight must have the shape \[Co, 3, 1, 1\], and its shape is \[0, 3, 1, 1\]",
+        ),
     ],
 )
 def test_refusals(args: tuple, error: type[Exception], words: str) -> None:

@@ -52,6 +52,8 @@ U, X, W = torch.ones(1, 4, 5, 5), torch.ones(1, 3, 5, 5), torch.ones(4, 3, 1, 1)
         ((U, X, W.flatten(1)), ValueError, r"weight must have the shape \[4, 3, 1, 1\]"),
         ((U, X, W, torch.ones(3)), ValueError, r"bias must have the shape \[4\], and its shape is \[3\]"),
         ((U, X.half(), W), TypeError, "x must be float32 like u, and it is float16"),
+        ((U, X[:, :0], W[:, :0]), ValueError, r"x must have at least one channel, .* \[1, 0, 5, 5\]"),
+        ((U[:, :0], X, W[:0]), ValueError, "u must have at least one channel"),
     ],
 )
 def test_refusals(args: tuple, error: type[Exception], words: str) -> None:

@@ -70,7 +70,7 @@ def test_refusals() -> None:
         F.sdm(x, distill, star, fuse[:1])
     with pytest.raises(ValueError, match="star must hold 6 tensors for each of one or more levels"):
         F.sdm(x, distill, [], fuse)
-    with pytest.raises(ValueError, match=r"fuse weight must have the shape \[4, 4, 1, 1\]"):
+    with pytest.raises(ValueError, match=r"fuse weight must have the shape \[Co, 4, 1, 1\]"):
         F.sdm(x, distill, star, (fuse[0][:, :3], fuse[1]))
     with pytest.raises(TypeError, match=r"distill\[0\] bias must be a torch.Tensor, and it is a NoneType"):
         F.sdm(x, [(distill[0][0], None)], star, fuse)
