@@ -101,7 +101,8 @@ def triton(jobs: int, *, recompute: bool = False, say: Say = quiet) -> Iterator[
 
 def cuda_table_only(archs: list[str] | None = None, *, say: Say = quiet) -> Table:
     """The figures of the last build's machine code."""
-    return cuda_table.compute(archs, say)
+    taken = known(CUDA, cuda_table.IDENTITY, cuda_table.toolchain(), False)
+    return cuda_table.compute(archs, say, known=taken)
 
 
 def cuda_counts_only(*, recompute: bool = False, say: Say = quiet) -> Table:
@@ -109,9 +110,10 @@ def cuda_counts_only(*, recompute: bool = False, say: Say = quiet) -> Table:
     return cuda_counts.compute(load(CUDA_COUNTS, cuda_counts.IDENTITY), everything=recompute)[0]
 
 
-def cuda_figures(archs: list[str] | None = None, *, say: Say = quiet) -> Part:
+def cuda_figures(archs: list[str] | None = None, *, recompute: bool = False, say: Say = quiet) -> Part:
     """benchmarks/inspect/cuda.csv. Rows of architectures that this build has not are kept as they are committed."""
-    fresh, old = cuda_table.compute(archs, say), load(CUDA, cuda_table.IDENTITY)
+    taken = known(CUDA, cuda_table.IDENTITY, cuda_table.toolchain(), recompute)
+    fresh, old = cuda_table.compute(archs, say, known=taken), load(CUDA, cuda_table.IDENTITY)
     computed, broken = len(fresh.rows), _broken(fresh.rows.values(), cuda_table.within_limits)
     if not fresh.rows:
         raise Unavailable("the last build has no machine code for the architectures asked for")
@@ -133,7 +135,7 @@ def cuda(
     archs: list[str] | None = None, jobs: int = 1, *, recompute: bool = False, say: Say = quiet
 ) -> Iterator[Part]:
     """Both CUDA tables, each when it is ready."""
-    figures = cuda_figures(archs, say=say)
+    figures = cuda_figures(archs, recompute=recompute, say=say)
     yield figures
     table, executed = cuda_counts.compute(
         load(CUDA_COUNTS, cuda_counts.IDENTITY), everything=recompute, jobs=jobs

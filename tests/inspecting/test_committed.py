@@ -160,7 +160,10 @@ def test_every_row_of_the_cuda_table_is_clean(cuda_rows):
 
 
 def check_archs(cuda_rows, archs):
-    fresh = cuda_table.compute(archs, torch_too=False)
+    """Code that is the committed rows' keeps their figures, but for one kernel in 80, whose file is read anew."""
+    same_tools = cuda_table.toolchain() == cuda_rows.toolchain
+    known = {at: r for at, r in cuda_rows.rows.items() if same_tools and not chosen(f"{at[1]} {at[2]}", 80)}
+    fresh = cuda_table.compute(archs, torch_too=False, known=known)
     broken = [reason for r in fresh.rows.values() if (reason := cuda_table.within_limits(r))]
     assert not broken, broken
     ours = {at: r for at, r in cuda_rows.rows.items() if r["of"] == "sdan_fast" and r["arch"] in archs}

@@ -7,6 +7,8 @@ pytest and fails if anything in it fails, is skipped, or is not there.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
 import re
 import subprocess
@@ -21,29 +23,69 @@ sys.path.insert(0, str(HERE))
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+def patch_the_language_once() -> None:
+    """Where a kernel calls a function, the interpreter patches all of triton.language again: half of its time."""
+    from triton.runtime import interpreter
+
+    tl, patch, patched = interpreter.tl, interpreter._patch_lang, set()
+
+    @functools.cache
+    def languages(fn):
+        return frozenset(
+            v.__name__ for v in fn.__globals__.values() if inspect.ismodule(v) and v in (tl, tl.core)
+        )
+
+    def patch_lang(fn):
+        if languages(fn) in patched:
+            return interpreter._LangPatchScope()  # which has nothing to restore
+        patched.add(languages(fn))
+        scope = patch(fn)
+        restore = scope.restore
+
+        def restore_all():  # called where a launch ends
+            restore()
+            patched.clear()
+
+        scope.restore = restore_all
+        return scope
+
+    interpreter._patch_lang = patch_lang
+
+
+if INTERPRETED:
+    patch_the_language_once()
+
+
 class InterpretedFile(pytest.File):
-    """A test file that needs a process with the interpreter: one test for its fast tests, one for its slow ones."""
+    """A test file that needs a process with the interpreter: one test for its fast tests, one for each half of its slow
+    ones, which all are about both memory formats.
+    """
 
     def collect(self):
-        fast = ChildRun.from_parent(self, name="TRITON_INTERPRET=1")
-        fast.expression = "not slow"
-        yield fast
+        yield ChildRun.of(self, "", "not slow")
         if "pytest.mark.slow" in self.path.read_text(encoding="utf-8"):
-            slow = ChildRun.from_parent(self, name="TRITON_INTERPRET=1 slow")
-            slow.expression = "slow"
-            slow.add_marker(pytest.mark.slow)
-            yield slow
+            for half, names in (("nchw", "not channels_last"), ("channels_last", "channels_last")):
+                run = ChildRun.of(self, f" slow {half}", "slow", names)
+                run.add_marker(pytest.mark.slow)
+                yield run
 
 
 class ChildRun(pytest.Item):
-    """The child pytest over one file, with one marker expression."""
+    """The child pytest over one file, with one expression for marks and one for names."""
 
     expression: str
+    names: str
+
+    @classmethod
+    def of(cls, parent: pytest.File, name: str, expression: str, names: str = "") -> ChildRun:
+        run = cls.from_parent(parent, name=f"TRITON_INTERPRET=1{name}")
+        run.expression, run.names = expression, names
+        return run
 
     def runtest(self):
         pytest.importorskip("triton")
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--rootdir",
-                   str(self.config.rootpath), str(self.path), "-m", self.expression]  # fmt: skip
+                   str(self.config.rootpath), str(self.path), "-m", self.expression, "-k", self.names]  # fmt: skip
         environment = {**os.environ, "TRITON_INTERPRET": "1"}
         done = subprocess.run(
             command, env=environment, cwd=self.config.rootpath, capture_output=True, text=True

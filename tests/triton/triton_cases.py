@@ -14,9 +14,21 @@ from sdan_fast.inspecting.arguments import (
 )
 
 __all__ = [
-    "attention_args", "attention_reference", "chain_args", "chain_reference", "gate_args", "image", "norm_args",
+    "BRANCHES", "CHAINS", "STRIPS", "attention_args", "attention_reference", "chain_args", "chain_reference", "gate_args", "image", "norm_args",
     "normal", "star_conv_args",
 ]  # fmt: skip
+
+# stages of (k, dilation), biases present
+CHAINS = [
+    ([(3, 1)], [True, True]),
+    ([(3, 1), (3, 2)], [True, True, True, True]),
+    ([(5, 1), (3, 2)], [False, True, False, True]),
+    ([(3, 1), (3, 2)], [False, False, True, False]),
+    ([(3, 1), (3, 2), (3, 1)], [True, False, True, True, False, True]),
+]
+# convolutions of (kh, kw, dilation), branch by branch
+STRIPS = [(1, 3, 1), (3, 1, 1), (1, 3, 2), (3, 1, 2)]
+BRANCHES = [[(3, 3, 1), (3, 3, 2)], STRIPS]
 
 
 def chain_reference(x, weights, biases, *, bias_mask, dilations):
