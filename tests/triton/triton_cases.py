@@ -14,8 +14,8 @@ from sdan_fast.inspecting.arguments import (
 )
 
 __all__ = [
-    "BRANCHES", "CHAINS", "STRIPS", "attention_args", "attention_reference", "chain_args", "chain_reference", "gate_args", "image", "norm_args",
-    "normal", "star_conv_args",
+    "BRANCHES", "CHAINS", "STRIPS", "attention_args", "attention_reference", "chain_args", "chain_reference",
+    "gate_args", "image", "norm_args", "normal", "star_conv_args",
 ]  # fmt: skip
 
 # stages of (k, dilation), biases present
