@@ -125,6 +125,27 @@ def same_bits(backward: Callable[[list[bool]], list[Tensor]], slots: int) -> Non
         torch.set_num_threads(threads)
 
 
+Call = tuple[str, tuple[Any, ...], dict[str, Any]]  # the name of an op, its flat arguments and its options
+
+
+def full_mask(call: Call) -> list[bool]:
+    """Every gradient that the call has."""
+    return [slot is not None for slot in OPS[call[0]].slots(call[1])]
+
+
+def kernel(call: Call, grad: Tensor, mask: Sequence[bool]) -> list[Tensor]:
+    """The gradients in `mask`, by the CPU kernel alone."""
+    name, args, kwargs = call
+    return OPS[name].backward_overloads["cpu"](grad, *args, **kwargs, output_mask=list(mask))
+
+
+def formula(call: Call, grad: Tensor, mask: Sequence[bool]) -> list[Tensor]:
+    """The gradients in `mask`, by the definition."""
+    name, args, kwargs = call
+    found = OPS[name].reference_backward(grad, *args, **kwargs, output_mask=list(mask))
+    return [g for g, wanted in zip(found, mask, strict=True) if wanted and g is not None]
+
+
 def captured(
     fn_name: str, args: Sequence[Any], kwargs: dict[str, Any]
 ) -> tuple[Op, tuple[Any, ...], dict[str, Any]]:

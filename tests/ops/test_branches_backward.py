@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
 
 import pytest
 import torch
@@ -12,14 +11,12 @@ from torch import Tensor
 
 from sdan_fast.ops import OPS
 
-from .harness import DTYPES, assert_within_bound, cast, laid_out
+from .harness import DTYPES, Call, assert_within_bound, cast, formula, full_mask, kernel, laid_out
 
 pytestmark = pytest.mark.skipif(
     "cpu" not in OPS["strip_conv_chain"].backward_kernels,
     reason="the CPU kernels are not built, or leave gradients to the formula",
 )
-
-Call = tuple[str, tuple[Any, ...], dict[str, Any]]
 
 
 def conv(
@@ -44,21 +41,6 @@ def strips(shape: tuple[int, ...], taps: Sequence[int], dilations: Sequence[int]
 
 def gradient_of(call: Call) -> Tensor:
     return torch.randn(call[1][0].shape, generator=torch.Generator().manual_seed(8))
-
-
-def full_mask(call: Call) -> list[bool]:
-    return [slot is not None for slot in OPS[call[0]].slots(call[1])]
-
-
-def kernel(call: Call, grad: Tensor, mask: Sequence[bool]) -> list[Tensor]:
-    name, args, kwargs = call
-    return OPS[name].backward_overloads["cpu"](grad, *args, **kwargs, output_mask=list(mask))
-
-
-def formula(call: Call, grad: Tensor, mask: Sequence[bool]) -> list[Tensor]:
-    name, args, kwargs = call
-    found = OPS[name].reference_backward(grad, *args, **kwargs, output_mask=list(mask))
-    return [g for g, wanted in zip(found, mask, strict=True) if wanted and g is not None]
 
 
 CALLS = {

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from typing import Any
 
 import pytest
 import torch
@@ -12,11 +10,9 @@ from torch import Tensor
 
 from sdan_fast.ops import OPS
 
-from .harness import BACKENDS, DTYPES, assert_within_bound, cast, laid_out
+from .harness import BACKENDS, DTYPES, Call, assert_within_bound, cast, formula, full_mask, kernel, laid_out
 
 pytestmark = pytest.mark.skipif("cpu" not in BACKENDS, reason="the CPU kernels are not built")
-
-Call = tuple[str, tuple[Any, ...], dict[str, Any]]
 
 
 def gate(n: int, co: int, ci: int, h: int, w: int, bias: bool = True) -> tuple[Call, Tensor]:
@@ -51,21 +47,6 @@ def lka(n: int, h: int, w: int) -> tuple[Call, Tensor]:
         "lengths": [2, 2],
     }
     return ("mm_lka", (x, weights, biases, *proj), options), grad
-
-
-def full_mask(call: Call) -> list[bool]:
-    return [slot is not None for slot in OPS[call[0]].slots(call[1])]
-
-
-def kernel(call: Call, grad: Tensor, mask: Sequence[bool]) -> list[Tensor]:
-    name, args, kwargs = call
-    return OPS[name].backward_overloads["cpu"](grad, *args, **kwargs, output_mask=list(mask))
-
-
-def formula(call: Call, grad: Tensor, mask: Sequence[bool]) -> list[Tensor]:
-    name, args, kwargs = call
-    found = OPS[name].reference_backward(grad, *args, **kwargs, output_mask=list(mask))
-    return [g for g, wanted in zip(found, mask, strict=True) if wanted and g is not None]
 
 
 CALLS = {
