@@ -97,7 +97,7 @@ def key_of(code: bytes, used: dict[str, int], arch: str) -> str:
     return hashlib.sha256(code + repr((sorted(used.items()), arch, _reader())).encode()).hexdigest()[:16]
 
 
-def _figures_of(cubin: bytes, arch: str, known: Mapping[tuple[str, ...], Row]) -> list[tuple[str, str, Row]]:
+def figures_of(cubin: bytes, arch: str, known: Mapping[tuple[str, ...], Row]) -> list[tuple[str, str, Row]]:
     """(mangled name, short name, figures and key) of each kernel of a cubin: taken over from the known rows, or from
     the disassembly, which takes seconds a cubin, where one of them has another key.
     """
@@ -143,7 +143,7 @@ def compute(archs: Iterable[str] | None = None, on_step: Callable[[str], object]
         largest = launches[min(9, _capability(arch) // 10)]
         for name, cubin in extract("elf", arch, module).items():
             on_step(name)
-            for kernel, short, found in _figures_of(cubin, arch, known):
+            for kernel, short, found in figures_of(cubin, arch, known):
                 row: dict[str, object] = {**found, "of": "sdan_fast", "kernel": short, "arch": arch}
                 launched = {"threads": "", "dynamic_shared": "", "launched_by": "", "occupancy": ""}
                 if kernel in largest:

@@ -32,7 +32,7 @@ from sdan_fast.inspecting import (
     triton_table,
 )
 from sdan_fast.inspecting.table import Table, compare, differing_tools, read, verdict
-from sdan_fast.inspecting.tools import Unavailable
+from sdan_fast.inspecting.tools import Unavailable, extract
 
 TRITON_UPDATE, CUDA_UPDATE = "sdan-fast inspect triton --update", "sdan-fast inspect cuda --update"
 
@@ -173,6 +173,19 @@ def check_archs(cuda_rows, archs):
         CUDA_UPDATE,
         complete=True,
     )
+
+
+def test_known_machine_code_is_not_disassembled(module, monkeypatch):
+    arch = cuda_table.built_archs(module)[0]
+    cubin = min(extract("elf", arch, module).values(), key=len)
+    fresh = cuda_table.figures_of(cubin, arch, {})
+    known = {("sdan_fast", name, arch): row for _, name, row in fresh}
+    disassembled = []
+    monkeypatch.setattr(cuda_table, "kernels_of", lambda cubin: disassembled.append(cubin) or ())
+    assert cuda_table.figures_of(cubin, arch, known) == fresh and fresh and not disassembled
+    known[next(iter(known))] = {"key": "of other code"}
+    cuda_table.figures_of(cubin, arch, known)
+    assert disassembled == [cubin]
 
 
 def test_the_cuda_table_is_of_this_build(cuda_rows, module):
