@@ -17,7 +17,7 @@ if os.environ.get("TRITON_INTERPRET", "0") == "1":
     )
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "triton"))
-from triton_harness import DTYPES, check_op, ptx_interpreted
+from triton_harness import DTYPES, assert_gelu_at_every_magnitude, check_op, ptx_interpreted
 
 from sdan_fast.kernels import star
 
@@ -43,6 +43,12 @@ def test_values(dtype, activation, approx):
     for shape in ((2, 3, 8, 64), (1, 5, 7, 11), (3, 1, 1, 1)):
         with ptx_interpreted(approx=approx):
             check_op(star, reference, pair(shape, dtype), {"activation": activation})
+
+
+@pytest.mark.parametrize("approx", ["exact", "worst"])
+def test_gelu_at_every_magnitude(approx):
+    with ptx_interpreted(approx=approx):
+        assert_gelu_at_every_magnitude(star)
 
 
 @pytest.mark.parametrize("outer", star.ACTIVATIONS)
