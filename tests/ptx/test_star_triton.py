@@ -58,10 +58,11 @@ def test_outer(outer):
 
 
 def test_channels_last_and_offset_views():
-    a, b = (t.contiguous(memory_format=torch.channels_last) for t in pair((2, 6, 9, 8), torch.bfloat16))
-    with ptx_interpreted() as stats:
-        check_op(star, reference, [a, b])
-    assert len(stats) == 2  # forward and backward, nothing else: no copies
+    for shape in ((2, 6, 9, 8), (1, 5, 7, 11), (3, 2, 1, 1)):
+        args = [t.contiguous(memory_format=torch.channels_last) for t in pair(shape, torch.bfloat16)]
+        with ptx_interpreted() as stats:
+            check_op(star, reference, args)
+        assert len(stats) == 2  # forward and backward, nothing else: no copies
     base = pair((4001,), torch.float32)
     with ptx_interpreted():
         check_op(star, reference, [t[1:] for t in base])
