@@ -9,7 +9,7 @@ from . import heuristics
 from ._triton import INTERPRETED, jit, tl
 from .launch import ImageLayout, ceil_div, launch
 from .phases import put, split_phases
-from .reduce import Sums, finish, join_all, total
+from .reduce import Sums, finish, join_all, total, whole_sectors
 
 
 @jit
@@ -193,7 +193,7 @@ def pointwise_wgrad(
         at = image_tile(i, p, PV, x_stride, VC, VP, NCHW, WIDE)
         x = tl.load(x_ptr + n * x_batch + at, i_ok[:, None] & p_ok[None, :], other=0.0)
         acc = dot(g, tl.trans(x), acc)
-    row = partial_ptr + split.to(tl.int64) * (CO * CI + CO)
+    row = partial_ptr + split.to(tl.int64) * (CO * CI + tl.cdiv(CO, 8) * 8)
     tl.store(row + (o * CI)[:, None] + i[None, :], acc, o_ok[:, None] & i_ok[None, :])
     if pid // splits // out_tiles == 0:
         tl.store(row + CO * CI + o, bias, o_ok)
@@ -253,7 +253,7 @@ def pointwise_wgrad_planes(
             for j in tl.static_range(TO):
                 for v in tl.static_range(V):
                     acc = put(acc, j * TI + i, acc[j * TI + i] + g[j * V + v] * x[v])
-    row = partial_ptr + split.to(tl.int64) * (CO * CI + CO)
+    row = partial_ptr + split.to(tl.int64) * (CO * CI + tl.cdiv(CO, 8) * 8)
     column = tl.arange(0, TO * TI)
     o, i = o0 + column // TI, i0 + column % TI
     tl.store(row + o * CI + i, tl.sum(join_all(acc, TO * TI), 0), (o < CO) & (i < CI))
@@ -303,7 +303,7 @@ def weight_grad(
         chunks = ceil_div(H * W // vp, s.BLOCK)
         splits = ceil_div(N * chunks, s.CHUNKS)
         out_tiles, in_tiles = ceil_div(CO, s.TO), ceil_div(CI, s.TI)
-        partial = sums.empty(x, splits, CO)
+        partial = sums.empty(x, splits, whole_sectors(CO))
         launch(pointwise_wgrad_planes, (splits * out_tiles * in_tiles,), g, factors, x, partial, N, H * W // vp, CI,
                CO, g.stride(0), factors.stride(0), x.stride(0), chunks, out_tiles, in_tiles, TO=s.TO, TI=s.TI,
                V=vp, BLOCK=s.BLOCK, CHUNKS=s.CHUNKS, FACTOR=factor is not None, WIDE=wide,
@@ -313,7 +313,7 @@ def weight_grad(
         tiles = ceil_div(H * W, s.BP)
         splits = ceil_div(N * tiles, s.TILES)
         out_tiles, in_tiles = ceil_div(CO, s.BO), ceil_div(CI, s.BI)
-        partial = sums.empty(x, splits, CO)
+        partial = sums.empty(x, splits, whole_sectors(CO))
         launch(pointwise_wgrad, (splits * out_tiles * in_tiles,), g, factors, x, partial, N, H * W // vp, CI // vi,
                CO // vo, g_lay.stride * g_lay.VC // vc, x_lay.stride * x_lay.VC // vc, g.stride(0), factors.stride(0),
                x.stride(0), tiles, splits, out_tiles, BO=s.BO, BI=s.BI, BP=s.BP, VI=vi, VO=vo, VC=vc, VP=vp,

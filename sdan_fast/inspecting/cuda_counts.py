@@ -67,12 +67,18 @@ def ptx_of_kernels(module: Path) -> dict[str, str]:
 
 
 def calls() -> Iterator[tuple[workload.Case, bool]]:
-    """(call, backward too): as for the Triton kernels, and both ways for all that has weight gradients of its own."""
+    """(call, backward too): as for the Triton kernels, but of float32 NCHW forward, and of what has weight gradients of
+    its own both ways.
+    """
+    import torch
+
     from .triton_counts import calls
 
     for case, backward in calls():
-        picture = case.shape[0] == workload.PICTURE[0]
-        yield case, backward or (case.op == "depthwise_conv2d" and picture)
+        if case.dtype != torch.float32:
+            yield case, backward
+        elif case.layout == "nchw":
+            yield case, case.op == "depthwise_conv2d"
 
 
 def passes() -> Iterator[tuple[workload.Case, str, list[bool] | None, Callable[[], Any]]]:

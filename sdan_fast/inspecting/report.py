@@ -103,7 +103,7 @@ def _summary(tables: dict[str, Table]) -> str:
     ]
     passes = {name: _passes(table) for name, table in tables.items()}
     with arguments.blank():
-        for case, backward in cuda_counts.calls():
+        for case, backward in triton_counts.calls():  # among which are those of CUDA C++
             names = ["forward", *(["backward", "backward of x"] if backward else [])]
             for title, mask in zip(names, [None, *workload.masks(case.op, case.make()[0])]):
                 call = f"{case.name} {title}"

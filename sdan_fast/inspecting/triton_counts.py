@@ -28,13 +28,17 @@ HEAD = (
 
 
 def calls() -> Iterator[tuple[workload.Case, bool]]:
-    """(call, backward too): bfloat16 both ways in both layouts, the other dtype and size forward."""
+    """(call, backward too): bfloat16 and float32 both ways in both layouts, the other size forward.
+
+    float16 runs bfloat16's kernels and settings with other conversions.
+    """
     half, single = torch.bfloat16, torch.float32
     for dtype, layout, size, backward in (
         (half, "nchw", workload.PICTURE, True),
         (half, "nchw", workload.PATCHES, False),
-        (single, "nchw", workload.PICTURE, False),
+        (single, "nchw", workload.PICTURE, True),
         (half, "nhwc", workload.PICTURE, True),
+        (single, "nhwc", workload.PICTURE, True),
     ):
         for case in workload.own_cases(dtype, layout, size):
             yield case, backward

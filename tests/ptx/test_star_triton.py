@@ -17,7 +17,7 @@ if os.environ.get("TRITON_INTERPRET", "0") == "1":
     )
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "triton"))
-from triton_harness import DTYPES, check_op, ptx_interpreted
+from triton_harness import DTYPES, assert_gelu_at_every_magnitude, check_op, ptx_interpreted
 
 from sdan_fast.kernels import star
 
@@ -45,6 +45,12 @@ def test_values(dtype, activation, approx):
             check_op(star, reference, pair(shape, dtype), {"activation": activation})
 
 
+@pytest.mark.parametrize("approx", ["exact", "worst"])
+def test_gelu_at_every_magnitude(approx):
+    with ptx_interpreted(approx=approx):
+        assert_gelu_at_every_magnitude(star)
+
+
 @pytest.mark.parametrize("outer", star.ACTIVATIONS)
 def test_outer(outer):
     with ptx_interpreted():
@@ -52,10 +58,11 @@ def test_outer(outer):
 
 
 def test_channels_last_and_offset_views():
-    a, b = (t.contiguous(memory_format=torch.channels_last) for t in pair((2, 6, 9, 8), torch.bfloat16))
-    with ptx_interpreted() as stats:
-        check_op(star, reference, [a, b])
-    assert len(stats) == 2  # forward and backward, nothing else: no copies
+    for shape in ((2, 6, 9, 8), (1, 5, 7, 11), (3, 2, 1, 1)):
+        args = [t.contiguous(memory_format=torch.channels_last) for t in pair(shape, torch.bfloat16)]
+        with ptx_interpreted() as stats:
+            check_op(star, reference, args)
+        assert len(stats) == 2  # forward and backward, nothing else: no copies
     base = pair((4001,), torch.float32)
     with ptx_interpreted():
         check_op(star, reference, [t[1:] for t in base])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from triton_harness import DTYPES, check_op
+from triton_harness import DTYPES, assert_gelu_at_every_magnitude, check_op
 
 from sdan_fast.kernels import star
 
@@ -100,6 +100,10 @@ def test_extreme_values():
             )
     nan = star.forward(torch.full((4,), float("nan")), torch.ones(4), activation="relu6", outer="relu")
     assert nan.isnan().all()
+
+
+def test_gelu_at_every_magnitude():
+    assert_gelu_at_every_magnitude(star)
 
 
 def test_supports_says_why():

@@ -4,6 +4,8 @@ package's own, as `sdan-fast inspect triton` does it.
 
 from __future__ import annotations
 
+import functools
+import math
 import multiprocessing
 import os
 import sys
@@ -33,8 +35,9 @@ from sdan_fast.inspecting.triton_kernels import (
 from sdan_fast.kernels.launch import launched_by
 
 __all__ = [
-    "CUDA_TARGETS", "DTYPES", "FORMATS", "Built", "Compiled", "assert_bound", "build_all", "catching", "check_op",
-    "compile_ahead", "compiled_for", "fma_share", "poisoned", "ptx_interpreted", "wide",
+    "CUDA_TARGETS", "DTYPES", "FORMATS", "Built", "Compiled", "assert_bound", "assert_gelu_at_every_magnitude",
+    "build_all", "catching", "check_op", "compile_ahead", "compiled_for", "fma_share", "poisoned",
+    "ptx_interpreted", "wide",
 ]  # fmt: skip
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -56,6 +59,45 @@ def assert_bound(got: Tensor, eager: Tensor, exact: Tensor, dtype: torch.dtype, 
         + 2 * torch.finfo(dtype).eps * exact.abs().max().item()
     )
     assert error <= bound, f"{what}: error {error:.3g}, allowed {bound:.3g}"
+
+
+def short_intervals(most: float) -> tuple[Tensor, Tensor]:
+    """Edges of intervals from 1e-30 to `most` on either side, and 32 float32 values in each of them."""
+    magnitudes = torch.logspace(-30, math.log10(most), 150, dtype=torch.float64)
+    edges = torch.cat([-magnitudes.flip(0), magnitudes, torch.linspace(-7, 7, 141, dtype=torch.float64)])
+    low, high = edges[:-1, None], edges[1:, None]
+    return edges, (low + (high - low) * torch.linspace(0, 1, 32, dtype=torch.float64)).float()
+
+
+def assert_gelu_at_every_magnitude(star: Any) -> None:
+    """GELU and its derivative within the error bound in each of many short intervals, and at the ends of float32.
+
+    Exact from the logarithm of the normal distribution: float64's 1 + erf cancels as float32's does. The last interval
+    ends where the tail is denormal in float32.
+    """
+    edges, a = short_intervals(13)
+    ones, wide = torch.ones_like(a), a.double()
+    phi = torch.exp(torch.special.log_ndtr(wide))
+    with poisoned():
+        value = star.forward(a, ones)
+        slope, again = star.backward(ones, a, ones, output_mask=[True, True])
+    assert torch.equal(value, again)
+    leaf = a.clone().requires_grad_()
+    eager = torch.nn.functional.gelu(leaf)
+    (eager_slope,) = torch.autograd.grad(eager, leaf, ones)
+    exact_slope = phi + wide * torch.exp(-0.5 * wide * wide) / math.sqrt(2 * math.pi)
+    for got, plain, exact in ((value, eager.detach(), wide * phi), (slope, eager_slope, exact_slope)):
+        error, plain_error = ((t.double() - exact).abs().amax(1) for t in (got, plain))
+        bound = 2 * plain_error + 2 * torch.finfo(torch.float32).eps * exact.abs().amax(1)
+        over = (error > bound).nonzero().flatten()
+        assert not len(over), (edges[over[0]], error[over[0]], bound[over[0]])
+    inf, nan = math.inf, math.nan
+    ends = torch.tensor([inf, -inf, nan, 0.0, -0.0, 3e38, -3e38, 17.0, -17.0])
+    value = star.forward(ends, torch.ones_like(ends))
+    (slope,) = star.backward(torch.ones_like(ends), ends, torch.ones_like(ends), output_mask=[True, False])
+    same = functools.partial(torch.testing.assert_close, rtol=0, atol=1e-6, equal_nan=True)
+    same(value, torch.tensor([inf, 0.0, nan, 0.0, 0.0, 3e38, 0.0, 17.0, 0.0]))
+    same(slope, torch.tensor([1.0, 0.0, nan, 0.5, 0.5, 1.0, 0.0, 1.0, 0.0]))
 
 
 @contextmanager
