@@ -365,9 +365,9 @@ def cuda_archs(nvcc_lists: str, arch_list: str | None) -> list[str]:
     return list(dict.fromkeys(codes))
 
 
-# Architectures whose machine code is made from the PTX of another, older one, from which the kernels do not tell them
-# apart: three of seven runs of the compiler's front end less, which are two thirds of a build's time.
-SHARED_PTX = {"86": "80", "89": "80", "100": "90"}
+# Architectures whose machine code, bit for bit, comes from the PTX of an older one as well, as kernels do not tell them
+# apart: two of seven runs of the compiler's front end less, which are two thirds of a build's time.
+SHARED_PTX = {"86": "80", "89": "80"}
 
 
 def gencode_flags(codes: Sequence[str]) -> list[str]:
