@@ -95,7 +95,8 @@ def test_chain_of_views(fmt):
 
 @formats
 def test_attention(fmt):
-    args, kwargs = attention_args((2, 8, 9, 16), BRANCHES, torch.float32, fmt)
+    shape = (2, 4, 9, 16) if fmt == NCHW else (1, 8, 9, 16)
+    args, kwargs = attention_args(shape, BRANCHES, torch.float32, fmt)
     check_op(mm_lka, attention_reference, args, kwargs)
 
 
