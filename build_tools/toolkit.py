@@ -366,7 +366,7 @@ def cuda_archs(nvcc_lists: str, arch_list: str | None) -> list[str]:
 
 
 # Architectures whose machine code, bit for bit, comes from the PTX of an older one as well, as kernels do not tell them
-# apart: two of seven runs of the compiler's front end less, which are two thirds of a build's time.
+# apart: two of seven runs of nvcc's optimiser less, which are two thirds of a build's time.
 SHARED_PTX = {"86": "80", "89": "80"}
 
 

@@ -1,8 +1,8 @@
 """Runs `*_interpreted.py` in a process of its own with TRITON_INTERPRET=1, whatever process `pytest tests` is.
 
 Triton decides when a kernel is decorated whether it is interpreted, so one process cannot both interpret and compile.
-In an ordinary process each such file is one test, and a slow one if it has slow tests, which runs the file in a child
-pytest and fails if anything in it fails, is skipped, or is not there.
+In an ordinary process each such file is one test, and two slow ones if it has slow tests, which run the file in a child
+pytest and fail if anything in it fails, is skipped, or is not there.
 """
 
 from __future__ import annotations
