@@ -58,11 +58,11 @@ struct PointwiseInput {
   int count;
 };
 
-// One vector of pixels leaves registers free: even and odd inputs are summed apart. Shorter sums
-// round less, which tiny images, all of them in this case, need to be no worse than a blocked
-// matrix product.
-template <int V>
-constexpr int kPointwiseSums = V == 1 ? 2 : 1;
+// Where registers are free, inputs are summed in turn in two or four sums. Shorter sums round less,
+// which images of a few pixels (one vector) and products of one or two outputs need to be no worse
+// than a blocked matrix product; and one or two outputs alone would wait for their sums.
+template <int M, int V>
+constexpr int kPointwiseSums = M <= 2 ? 4 : V == 1 ? 2 : 1;
 
 // The next tile's lines are asked for a few at a time, after every kPrefetchRows rows of input: all
 // that a product has to ask for, at once, would be more than a core may have outstanding.
@@ -78,7 +78,7 @@ template <typename Multiply, int M, int V>
 static void pointwise_kernel(const PointwiseInput* inputs, int input_count, ptrdiff_t column,
                              const float* weight, const float* bias, float* out,
                              ptrdiff_t out_stride, PrefetchQueue* queue, int lines) {
-  constexpr int S = kPointwiseSums<V>;
+  constexpr int S = kPointwiseSums<M, V>;
   Vec acc[S][M][V];
   for (int i = 0; i < input_count; ++i) {
     const float* x = inputs[i].x + column;
@@ -96,7 +96,7 @@ static void pointwise_kernel(const PointwiseInput* inputs, int input_count, ptrd
       weight += M;
       --left;
     } else {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int s = 0; s < S; ++s) {
 #pragma GCC unroll 16
         for (int m = 0; m < M; ++m) {
@@ -109,7 +109,7 @@ static void pointwise_kernel(const PointwiseInput* inputs, int input_count, ptrd
       int steps = (left < kPrefetchRows ? left : kPrefetchRows) / S;
       left -= steps * S;
       do {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int s = 0; s < S; ++s) {
           Vec in[V];
 #pragma GCC unroll 4
@@ -126,7 +126,7 @@ static void pointwise_kernel(const PointwiseInput* inputs, int input_count, ptrd
       } while (--steps > 0);
       if (queue != nullptr) queue->step(lines);
     }
-    if (S > 1 && left > 0) {
+    for (; left > 0; --left) {
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m) {
         const Vec w = set1(weight[m]);
@@ -135,7 +135,21 @@ static void pointwise_kernel(const PointwiseInput* inputs, int input_count, ptrd
           acc[0][m][v] = Multiply::add(load(x + v * kLanes), w, acc[0][m][v]);
         }
       }
+      x += stride;
       weight += M;
+    }
+    if constexpr (S > 1) {
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) {
+          if constexpr (S == 4) {
+            acc[0][m][v] = acc[0][m][v] + acc[2][m][v];
+            acc[1][m][v] = acc[1][m][v] + acc[3][m][v];
+          }
+          acc[0][m][v] = acc[0][m][v] + acc[1][m][v];
+        }
+      }
     }
     if (i + 1 < input_count) {
       // Each input is summed by itself and the sums added up in memory: of many inputs, the nine
@@ -145,8 +159,7 @@ static void pointwise_kernel(const PointwiseInput* inputs, int input_count, ptrd
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) {
           float* sum = out + m * out_stride + v * kLanes;
-          const Vec part = S == 2 ? acc[0][m][v] + acc[S - 1][m][v] : acc[0][m][v];
-          store(sum, i == 0 ? part : load(sum) + part);
+          store(sum, i == 0 ? acc[0][m][v] : load(sum) + acc[0][m][v]);
         }
       }
     }
@@ -159,7 +172,7 @@ static void pointwise_kernel(const PointwiseInput* inputs, int input_count, ptrd
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
       float* result = out + m * out_stride + v * kLanes;
-      Vec sum = S == 2 ? acc[0][m][v] + acc[S - 1][m][v] : acc[0][m][v];
+      Vec sum = acc[0][m][v];
       if (input_count > 1) sum = load(result) + sum;
       store(result, sum + b);
     }
