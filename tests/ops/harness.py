@@ -79,12 +79,14 @@ def error(value: Tensor, exact: Tensor) -> float:
     return (value.double() - exact).abs().max().item() if exact.numel() else 0.0
 
 
-def assert_within_bound(value: Tensor, eager: Tensor, exact: Tensor, what: str = "output") -> None:
+def assert_within_bound(
+    value: Tensor, eager: Tensor, exact: Tensor, what: str = "output", times: float = 1
+) -> None:
     assert value.dtype == eager.dtype, f"{what}: {value.dtype} where eager PyTorch has {eager.dtype}"
     assert value.shape == exact.shape, f"{what}: {tuple(value.shape)} where {tuple(exact.shape)} was expected"
     assert not value.isnan().any() or exact.isnan().any(), f"{what} has NaNs: something was not written"
     scale = exact.abs().max().item() if exact.numel() else 0.0
-    bound = 2 * error(eager, exact) + 2 * torch.finfo(value.dtype).eps * scale
+    bound = times * (2 * error(eager, exact) + 2 * torch.finfo(value.dtype).eps * scale)
     assert error(value, exact) <= bound, f"{what}: error {error(value, exact):.3g} over the bound {bound:.3g}"
 
 
