@@ -66,6 +66,7 @@ GRID: dict[str, Subject] = {
         _plain("strip_conv_chain", 28, tuple(Variant(f"k{k}", {"k": k}) for k in (3, 7, 11, 21))),
         _plain("star", 28, tuple(Variant(name, {"activation": name}) for name in ("gelu", "relu6"))),
         _plain("layer_norm2d", 28, (Variant(""),)),
+        _plain("pointwise_conv2d", 28, (Variant(""), Variant("56", channels=56))),
         _plain("pointwise_gate", 28, (Variant(""), Variant("56", channels=56))),
         _plain("star_conv", 28, (Variant("to 56"), Variant("to 28", {"out": 28}))),
         _plain("mm_lka", 56, (Variant("groups=2"),)),

@@ -68,6 +68,15 @@ def _load_extension(name: str) -> str | None:
     return None
 
 
+def kernel_instruction_set() -> str | None:
+    """What the compiled CPU kernels of this process use; None where they are not available."""
+    try:
+        extension = importlib.import_module("sdan_fast._C_cpu")
+    except ImportError:
+        return None
+    return str(extension.isa())
+
+
 def _build_reason(name: str) -> str | None:
     """What setup.py recorded about an extension that it did not build."""
     try:

@@ -124,19 +124,31 @@ def test_auto_leaves_to_pytorch_what_it_does_faster() -> None:
         return explanation.backend
 
     large, small = (1, 28, 180, 320), (1, 28, 64, 64)
-    for kernel, dilation, expected in (
-        ((1, 3), 1, "reference"),
-        ((1, 3), 6, "reference"),
-        ((1, 11), 2, "cpu"),
-        ((5, 1), 1, "cpu"),
-        ((5, 1), 4, "reference"),
-        ((3, 3), 1, "cpu"),
-        ((7, 7), 1, "reference"),
-        ((7, 7), 4, "cpu"),
+    short_vectors = sdan_fast.backends.kernel_instruction_set() == "avx2"
+    for kernel, dilation, *expectations in (
+        ((1, 3), 1, "reference", "reference"),
+        ((1, 3), 6, "reference", "reference"),
+        ((1, 11), 2, "cpu", "cpu"),
+        ((5, 1), 1, "cpu", "reference"),
+        ((5, 1), 4, "reference", "reference"),
+        ((13, 1), 1, "cpu", "cpu"),
+        ((3, 3), 1, "cpu", "reference"),
+        ((5, 5), 2, "reference", "reference"),
+        ((7, 7), 1, "reference", "cpu"),
+        ((7, 7), 4, "cpu", "cpu"),
     ):
+        expected = expectations[short_vectors]
         weight = torch.empty(28, 1, *kernel)
         assert chosen("depthwise_conv2d", large, torch.float32, weight, dilation=dilation) == expected, kernel
         assert chosen("depthwise_conv2d", small, torch.float32, weight, dilation=dilation) == "cpu", kernel
+
+    only_short = "reference" if short_vectors else "cpu"
+    weight = torch.empty(28, 28, 1, 1)
+    assert chosen("pointwise_conv2d", large, torch.float32, weight) == only_short
+    assert chosen("pointwise_conv2d", large, torch.float32, weight, activation="gelu") == "cpu"
+    stages = [(torch.empty(28, 1, 1, 3), None, torch.empty(28, 1, 3, 1), None, d) for d in (1, 2)]
+    assert chosen("strip_conv_chain", large, torch.float32, stages) == only_short
+    assert chosen("strip_conv_chain", small, torch.float32, stages) == "cpu"
 
     low = "reference" if torch.cpu._is_avx512_bf16_supported() else "cpu"
     for inputs, expected in ((28, "cpu"), (27, low)):
@@ -234,7 +246,7 @@ def test_call_overhead() -> None:
             lambda n: (
                 (
                     torch.zeros(1, 8, n, n).contiguous(memory_format=torch.channels_last),
-                    torch.zeros(8, 1, 5, 5),
+                    torch.zeros(8, 1, 1, 5),
                 ),
                 {},
             ),

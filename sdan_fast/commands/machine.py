@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 import sdan_fast
+from sdan_fast import backends
 
 _PACKAGES = (
     *("torch", "triton", "numpy", "safetensors", "typer", "rich", "pillow", "scikit-image"),
@@ -65,21 +66,12 @@ def describe() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": cpu_model(),
         "cpu_instruction_set": torch.backends.cpu.get_cpu_capability(),
-        "kernel_instruction_set": kernel_instruction_set(),
+        "kernel_instruction_set": backends.kernel_instruction_set(),
         "kernel_instruction_set_cap": os.environ.get("SDAN_FAST_CPU_ISA"),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpus": gpus(),
     }
-
-
-def kernel_instruction_set() -> str | None:
-    """What the compiled CPU kernels of this process use; None where they are not available."""
-    try:
-        extension = importlib.import_module("sdan_fast._C_cpu")
-    except ImportError:
-        return None
-    return str(extension.isa())
 
 
 def now() -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import backends, reference
 from . import _check
 from ._conv import Conv, Shape, chain_backward, chain_backward_flops, conv_flops
 from ._op import Op
@@ -70,6 +70,8 @@ LARGE = 400_000  # elements from which oneDNN's own channels_last kernels are ah
 _REACH = 12  # columns between the outermost taps up to which they are used for dilated kernels
 
 
+# With short vectors the kernels lose where oneDNN's channels_last kernels do not, and the other way about.
+AVX2: bool = backends.kernel_instruction_set() == "avx2"
 # Where a processor multiplies pairs of bfloat16; elsewhere nobody measured PyTorch's bfloat16 against ours.
 _PAIRS: bool = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
 
@@ -90,21 +92,25 @@ def short(taps: int, dilation: int) -> bool:
     return taps <= 11 and (taps - 1) * dilation <= _REACH
 
 
+def _few(kh: int, kw: int, dh: int, dw: int, low: bool) -> bool:
+    """Whether a kernel has so few taps that oneDNN is ahead: of float32, or of pairs of bfloat16 (`low`)."""
+    if kh == 1:
+        return kw > 1 and short(kw, dw)
+    if kw == 1:
+        return kh <= 11 and AVX2 or (kh <= 11 or dh >= 4 if low else kh <= 7 and dh >= 4)
+    if (kh, kw) == (3, 3):
+        return short(kw, dw) and (low or AVX2 or dh >= 3)
+    if (dh, dw) == (1, 1):
+        return max(kh, kw) <= 7 and not AVX2
+    return max(kh, kw) <= 5 and max(dh, dw) <= 2
+
+
 def slower(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, dilation: Pair = (1, 1)) -> str | None:
     """Kernels of few taps on large channels_last images: how few, was measured for each form and dtype."""
     kh, kw = weight.shape[2], weight.shape[3]
     dh, dw = reference.pair(dilation)
     for dtype in (torch.float32, torch.bfloat16):
-        low = dtype is torch.bfloat16
-        if kh == 1:
-            few = kw > 1 and short(kw, dw)
-        elif kw == 1:
-            few = kh <= 11 or dh >= 4 if low else kh <= 7 and dh >= 4
-        elif (kh, kw) == (3, 3):
-            few = short(kw, dw) and (low or dh >= 3)
-        else:
-            few = max(kh, kw) <= 7 and (dh, dw) == (1, 1) or max(kh, kw) <= 5 and max(dh, dw) <= 2
-        if few and in_large_channels_last(x, dtype):
+        if _few(kh, kw, dh, dw, dtype is torch.bfloat16) and in_large_channels_last(x, dtype):
             return f"PyTorch's own convolution is faster with {kh}x{kw} taps in channels_last"
     return None
 
