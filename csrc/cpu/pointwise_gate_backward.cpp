@@ -22,7 +22,7 @@ std::vector<Tensor> pointwise_gate_backward(const Tensor& grad_output, const Ten
       weight.size(0) == co && weight.size(1) == ci && weight.size(2) == 1 && weight.size(3) == 1,
       op, ": weight must have shape (", co, ", ", ci, ", 1, 1), got ", shape_of(weight));
   STD_TORCH_CHECK(co >= 1 && co < (1 << 24) && ci >= 1 && ci < (1 << 24), op,
-                  ": u and x must have between 1 and 2^24 channels, got ", co, " and ", ci);
+                  ": u and x must have between 1 and 2^24 - 1 channels, got ", co, " and ", ci);
   if (bias.has_value()) check_vector(*bias, u, co, op, "bias");
   check_mask(output_mask, 4, op);
   STD_TORCH_CHECK(bias.has_value() || !output_mask[3], op,
