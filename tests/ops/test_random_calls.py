@@ -3,7 +3,8 @@
 The draws are the same in every run, so that a failure is a change of the code's. Results are held to the bound of
 all tests (harness.py). Float32 gradients are held to four times it: where the terms of a small result cancel, eager
 PyTorch's error, which is the yardstick, may by luck be close to none. Of 4,000 such calls 15 had a gradient over the
-bound itself, the worst 3.1 times.
+bound itself, the worst 3.1 times; `mm_lka`'s, with most of them, have 0.5 (biases) to 0.9 (images) of eager's errors in
+the geometric mean over 400 calls.
 """
 
 from __future__ import annotations
