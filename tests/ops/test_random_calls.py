@@ -1,8 +1,9 @@
 """Calls of the elementary ops that nobody thought of: shapes, strides, dtypes and options drawn at random.
 
 The draws are the same in every run, so that a failure is a change of the code's. Results are held to the bound of
-all tests (harness.py). Float32 gradients are held to four times it: where the terms of a small result cancel, eager
-PyTorch's error, which is the yardstick, may by luck be close to none. Of 4,000 such calls 15 had a gradient over the
+all tests (harness.py). Float32 gradients, and float32 results of ops with several convolutions in a row, are held to
+four times it: where the terms of a small result cancel (one pixel, one channel), eager PyTorch's error, which is the
+yardstick, may by luck be close to none. Of 4,000 such calls 15 had a gradient over the
 bound itself, the worst 3.1 times; `mm_lka`'s, with most of them, have 0.5 (biases) to 0.9 (images) of eager's errors in
 the geometric mean over 400 calls.
 """
@@ -113,6 +114,7 @@ OPS: dict[str, tuple[int, Build]] = {
     "star_conv": (1, star_conv),
     "mm_lka": (1, attention),
 }
+IN_A_ROW = {"strip_conv_chain", "gated_strip_conv_chain", "star_conv", "mm_lka"}
 
 
 def results(name: str, backend: str, args: list[Any], kwargs: dict[str, Any], grad: Tensor) -> list[Tensor]:
@@ -148,8 +150,8 @@ def check(data: st.DataObject, name: str, backend: str) -> None:
     exact = results(name, "reference", fresh(args, torch.float64, True), kwargs, grad)
     eager = results(name, "reference", args, kwargs, grad)
     ours = results(name, backend, args, kwargs, grad)
-    assert_within_bound(ours[0], eager[0], exact[0])
     times = 4 if dtype is torch.float32 else 1
+    assert_within_bound(ours[0], eager[0], exact[0], times=times if name in IN_A_ROW else 1)
     for i, (value, plain, right) in enumerate(zip(ours[1:], eager[1:], exact[1:], strict=True)):
         assert_within_bound(value, plain, right, f"gradient {i}", times)
 
