@@ -28,8 +28,7 @@ HEAD = (
 
 
 def calls() -> Iterator[workload.Case]:
-    """Every call whose passes, forward and backward, are counted: a picture in bfloat16 and float32 in both layouts, and
-    a batch of patches in bfloat16 NCHW.
+    """The calls that are counted, forward and backward: a picture in either dtype and layout, patches in bfloat16 NCHW.
 
     float16 runs bfloat16's kernels and settings with other conversions.
     """
