@@ -35,13 +35,13 @@ def on_gpu(tree: Any) -> Any:
 
 def calls(backend: str) -> Iterator[tuple[str, Callable[[], Any]]]:
     """(case and pass, call) of everything that is counted and that the backend has kernels for."""
-    for case, backward in triton_counts.calls():
+    for case in triton_counts.calls():
         op = OPS[case.op]
         if backend not in op.kernels:
             continue
         args, kwargs = on_gpu(case.make())
         yield f"{case.name} forward", functools.partial(op.overloads[backend], *args, **kwargs)
-        if backward and backend in op.backward_kernels:
+        if backend in op.backward_kernels:
             grad = torch.randn_like(op.overloads[backend](*args, **kwargs))
             run = functools.partial(op.backward_overloads[backend], grad, *args, **kwargs)
             for name, mask in zip(("backward", "backward of x"), workload.masks(case.op, args), strict=False):

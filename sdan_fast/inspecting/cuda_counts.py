@@ -67,16 +67,16 @@ def ptx_of_kernels(module: Path) -> dict[str, str]:
 
 
 def calls() -> Iterator[tuple[workload.Case, bool]]:
-    """(call, backward too): as for the Triton kernels, but of float32 NCHW forward, and of what has weight gradients of
-    its own both ways.
+    """(call, backward too): as for the Triton kernels, but of patches forward, and of float32 NCHW forward, and of what
+    has weight gradients of its own both ways.
     """
     import torch
 
     from .triton_counts import calls
 
-    for case, backward in calls():
+    for case in calls():
         if case.dtype != torch.float32:
-            yield case, backward
+            yield case, case.shape[0] == workload.PICTURE[0]
         elif case.layout == "nchw":
             yield case, case.op == "depthwise_conv2d"
 

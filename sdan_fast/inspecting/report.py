@@ -96,15 +96,15 @@ def _summary(tables: dict[str, Table]) -> str:
     lines = [
         "## Op by op",
         "",
-        "Microseconds, modelled. A dash: no kernel.",
+        "Microseconds, modelled. A dash: no kernel, or its counts are not taken (docs/inspect.md).",
         "",
         _line(columns),
         _line("-" * len(columns)),
     ]
     passes = {name: _passes(table) for name, table in tables.items()}
     with arguments.blank():
-        for case, backward in triton_counts.calls():  # among which are those of CUDA C++
-            names = ["forward", *(["backward", "backward of x"] if backward else [])]
+        for case in triton_counts.calls():  # among which are those of CUDA C++
+            names = ("forward", "backward", "backward of x")
             for title, mask in zip(names, [None, *workload.masks(case.op, case.make()[0])]):
                 call = f"{case.name} {title}"
                 if not any(call in p for p in passes.values()):

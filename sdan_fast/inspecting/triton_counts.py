@@ -27,21 +27,20 @@ HEAD = (
 )
 
 
-def calls() -> Iterator[tuple[workload.Case, bool]]:
-    """(call, backward too): bfloat16 and float32 both ways in both layouts, the other size forward.
+def calls() -> Iterator[workload.Case]:
+    """The calls that are counted, forward and backward: a picture in either dtype and layout, patches in bfloat16 NCHW.
 
     float16 runs bfloat16's kernels and settings with other conversions.
     """
     half, single = torch.bfloat16, torch.float32
-    for dtype, layout, size, backward in (
-        (half, "nchw", workload.PICTURE, True),
-        (half, "nchw", workload.PATCHES, False),
-        (single, "nchw", workload.PICTURE, True),
-        (half, "nhwc", workload.PICTURE, True),
-        (single, "nhwc", workload.PICTURE, True),
+    for dtype, layout, size in (
+        (half, "nchw", workload.PICTURE),
+        (half, "nchw", workload.PATCHES),
+        (single, "nchw", workload.PICTURE),
+        (half, "nhwc", workload.PICTURE),
+        (single, "nhwc", workload.PICTURE),
     ):
-        for case in workload.own_cases(dtype, layout, size):
-            yield case, backward
+        yield from workload.own_cases(dtype, layout, size)
 
 
 def memory_of(t: Tensor) -> Any:
@@ -92,11 +91,10 @@ def execute(launch: Launch, s: Specialized, *, whole: bool = False) -> Counts:
 
 def passes() -> Iterator[tuple[workload.Case, str, list[bool] | None, Callable[[], Any]]]:
     """(case, name of the pass, output mask or None, call) of everything that is counted."""
-    for case, backward in calls():
+    for case in calls():
         masks = [None, *workload.masks(case.op, case.make()[0])]
         for (name, call), mask in zip(passes_of(case), masks, strict=True):
-            if name == "forward" or backward:
-                yield case, name, mask, call
+            yield case, name, mask, call
 
 
 def compute(committed: Table | None, on_pass: Callable[[str], object] = lambda name: None, *, everything: bool = False,

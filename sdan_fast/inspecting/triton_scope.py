@@ -86,7 +86,7 @@ def stars(dtype: torch.dtype, every: bool) -> Iterator[Case]:
 
 
 def scope() -> Iterator[Scope]:
-    """Some 2,200 configurations, of two seconds each. An input's gradient is the forward kernel, its filter flipped."""
+    """Some 2,500 configurations, of two seconds each. An input's gradient is the forward kernel, its filter flipped."""
     sm_80 = (80,)
     half, single = torch.bfloat16, torch.float32
     yield workload.own_cases(half, "nchw", PICTURE), TARGETS, ""
@@ -105,7 +105,7 @@ def scope() -> Iterator[Scope]:
         yield workload.attentions(dtype, layout), rotation, None
         yield workload.chains(dtype, layout), rotation, None
         yield workload.own_cases(dtype, layout, PICTURE), sm_80, ""
-        yield workload.own_cases(dtype, layout, PATCHES), sm_80, None
+        yield workload.own_cases(dtype, layout, PATCHES), sm_80, ""
         yield products(dtype, layout, CHANNELS), sm_80, ""
         if n in (0, 3):
             yield strips(dtype, layout, ELSEWHERE), sm_80, "wgrad"
