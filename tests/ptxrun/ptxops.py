@@ -40,10 +40,10 @@ def op(*names):
 
 
 class Decoder:
-    """Turns the instructions of a kernel into closures over register slots."""
+    """Turns the instructions of a kernel into closures over register slots, which hold nothing of a launch."""
 
-    def __init__(self, kernel, launch):
-        self.k, self.launch = kernel, launch
+    def __init__(self, kernel, approx):
+        self.k, self.approx = kernel, approx
 
     def decode(self):
         bad = {}
@@ -179,7 +179,7 @@ class Decoder:
 
     def site(self, i, space, kind, size):
         s = Site(i.pc, i.text, i.line, i.loc, space, kind, size)
-        self.launch.stats.sites.append(s)
+        self.k.sites.append(s)
         return s
 
 
@@ -464,7 +464,7 @@ _ERROR = {
 
 def _approximate(d, i, t, fn):
     """With approx="worst", push the results of approximate instructions off by their documented error, either way."""
-    if d.launch.approx == "exact" or not {"approx", "full"} & set(i.mods):
+    if d.approx == "exact" or not {"approx", "full"} & set(i.mods):
         return fn
     key = f"{i.op}.{t.removesuffix('x2')}"
 
@@ -1031,7 +1031,7 @@ def _(d, i):
         def from_param(m, addr):
             active = addr if addr.size == 1 else _spread(m, addr)[0]  # others may hold anything
             at = int(active[0])
-            buf = d.launch.params[at : at + size * n]
+            buf = m.launch.params[at : at + size * n]
             if (active != active[0]).any() or buf.size < size * n:
                 m.fault("parameter access out of range or not uniform", 0)
             give(m, [buf[k * size : (k + 1) * size].view(UINT[size]) for k in range(n)])

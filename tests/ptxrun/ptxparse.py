@@ -48,6 +48,7 @@ def type_bits(t):
     return int(m[1])
 
 
+@functools.cache
 def is_type(t):
     return t in ("pred", "f16x2", "bf16x2", "tf32") or re.fullmatch(
         r"(?:b|u|s)(?:8|16|32|64|128)|f(?:16|32|64)|bf16", t
@@ -58,6 +59,7 @@ def is_float(t):
     return t[0] == "f" or t.startswith("bf") or t == "tf32"
 
 
+@functools.cache
 def int_dtype(t):
     if is_float(t) or t == "pred":
         raise Unsupported(f"type .{t} here")
@@ -90,6 +92,7 @@ def narrow(raw, dt):
     return raw if raw.dtype == dt else raw.astype(dt)
 
 
+@functools.cache
 def reader(t):
     """raw register array -> values that NumPy can compute with (f16 and bf16 in float32; x2 types as (n, 2))."""
     if t == "pred":
@@ -111,6 +114,7 @@ def reader(t):
     return (lambda r: narrow(r, raw)) if dt == raw else (lambda r: narrow(r, raw).view(dt))
 
 
+@functools.cache
 def writer(t):
     """values -> raw register array of the type's own width."""
     if t == "pred":
@@ -179,6 +183,8 @@ class Kernel:
     code: list = field(default_factory=list)
     reg_bits: list = field(default_factory=list)
     vars: dict = field(default_factory=dict)  # function-level and module-level variables
+    sites: list = field(default_factory=list)  # of the memory instructions, once decoded
+    placed: list | None = None  # the addresses of the variables that the code was decoded with
 
     def layout(self, space):
         """Static bytes of a state space; places its variables from address 0."""

@@ -14,6 +14,9 @@ See README.md for what is covered and for how the model differs from a GPU.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import gc
 import inspect
 import math
 import struct
@@ -65,6 +68,35 @@ class Struct:
         for at, array in self.pointers.items():
             raw[at : at + 8] = int(gmem.address(array)).to_bytes(8, "little")
         return bytes(raw)
+
+
+# A test launches few kernels many times, and reading one takes longer than running it.
+
+
+@functools.lru_cache(maxsize=4)
+def _parser(text):
+    return Parser(text)
+
+
+@functools.lru_cache(maxsize=32)
+def _kernel(text, name, approx):
+    """A kernel for launches with one `approx`, which stays decoded."""
+    return _parser(text).kernel(name)
+
+
+def _decode(k, approx):
+    """Decode a kernel whose variables have their addresses."""
+    collecting = gc.isenabled()
+    gc.disable()  # many objects, none of them garbage
+    try:
+        Decoder(k, approx).decode()
+    except Unsupported:
+        _kernel.cache_clear()  # a half of it is decoded
+        raise
+    finally:
+        if collecting:
+            gc.enable()
+    k.placed = [v.addr for v in k.vars.values()]
 
 
 class _Launch:
@@ -124,13 +156,12 @@ def run(
     Raises MemoryFault, RaceError, Unsupported or PTXError.
     """
     began = time.perf_counter()
-    k = Parser(ptx_text).kernel(kernel_name)
+    k = _kernel(ptx_text, kernel_name, approx)
     la = _Launch()
-    la.grid, la.block, la.races, la.approx, la.max_steps, la.steps = (
+    la.grid, la.block, la.races, la.max_steps, la.steps = (
         _triple(grid),
         _triple(block),
         races,
-        approx,
         max_steps,
         0,
     )
@@ -168,8 +199,16 @@ def run(
                 buf[: raw.size] = raw
             v.addr = la.gmem.add(buf, f"variable {name}", writeable=v.space == "global")
     la.stats = Stats(k.name, la.grid, la.block, la.shared_bytes, la.local_bytes)
-    Decoder(k, la).decode()
-    sizes = [2 if "matrix" in s.kind else s.size for s in la.stats.sites if s.space == "shared"] + [
+    placed = [v.addr for v in k.vars.values()]
+    if k.placed is not None and k.placed != placed:  # other arguments: the module's variables have moved
+        k = _parser(ptx_text).kernel(kernel_name)
+        for v, addr in zip(k.vars.values(), placed):
+            v.addr = addr
+    if k.placed is None:
+        _decode(k, approx)
+    for s in k.sites:
+        s.clear()
+    sizes = [2 if "matrix" in s.kind else s.size for s in k.sites if s.space == "shared"] + [
         type_bits(next(t for t in i.mods if is_type(t))) // 8
         for i in k.code
         if i.op in ("ld", "st") and "shared" in i.cls
@@ -195,6 +234,7 @@ def run(
             machine.execute()
             machine.close()
     st = la.stats
+    st.sites = [dataclasses.replace(s) for s in k.sites]
     st.blocks = chosen.size
     for i in k.code:
         w = int(la.wcount[i.pc])

@@ -29,6 +29,9 @@ class Site:
     wavefronts: int = 0
     ideal: int = 0
 
+    def clear(self):
+        self.requests = self.lanes = self.unique = self.sectors = self.wavefronts = self.ideal = 0
+
     @property
     def bytes(self):
         return self.lanes * self.size
