@@ -29,8 +29,8 @@ Tensor pointwise_gate(const Tensor& u, const Tensor& x, const Tensor& weight,
                   op, ": weight must have shape (", args.co, ", ", args.ci, ", 1, 1), got ",
                   shape_of(weight));
   STD_TORCH_CHECK(args.ci > 0 && args.ci < (1 << 24) && args.co < (1 << 24), op,
-                  ": x must have between 1 and 2^24 - 1 channels and u no more, got ", args.ci, " and ",
-                  args.co);
+                  ": x must have between 1 and 2^24 - 1 channels and u no more, got ", args.ci,
+                  " and ", args.co);
   if (bias.has_value()) check_vector(*bias, u, args.co, op, "bias");
 
   const Format format = output_format(u);

@@ -62,7 +62,9 @@ struct PointwiseInput {
 // which images of a few pixels (one vector) and products of one or two outputs need to be no worse
 // than a blocked matrix product; and one or two outputs alone would wait for their sums.
 template <int M, int V>
-constexpr int kPointwiseSums = M <= 2 ? 4 : V == 1 ? 2 : 1;
+constexpr int kPointwiseSums = M <= 2   ? 4
+                               : V == 1 ? 2
+                                        : 1;
 
 // The next tile's lines are asked for a few at a time, after every kPrefetchRows rows of input: all
 // that a product has to ask for, at once, would be more than a core may have outstanding.
