@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import math
 import multiprocessing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -97,15 +97,10 @@ def passes() -> Iterator[tuple[workload.Case, str, list[bool] | None, Callable[[
             yield case, name, mask, call
 
 
-def compute(committed: Table | None, on_pass: Callable[[str], object] = lambda name: None, *, everything: bool = False,
-            only: Callable[[str], bool] = lambda call: True, jobs: int = 1) -> tuple[Table, int]:  # fmt: skip
-    """(the table of these sources, how many launches were executed).
-
-    A pass whose rows are committed with the keys of its launches is taken over; another is executed as a whole, by one
-    of `jobs` processes.
-    """
-    here = toolchain()
-    known = {} if committed is None or everything or committed.toolchain != here else committed.rows
+def kept_passes(
+    known: Mapping[tuple[str, ...], Row], only: Callable[[str], bool] = lambda call: True
+) -> dict[str, list[Row] | None]:
+    """The rows of each pass, or None where one of them is missing or has another key than its launch has now."""
     made: dict[str, list[Row] | None] = {}
     with arguments.blank():
         for case, name, _, call in passes():
@@ -115,6 +110,20 @@ def compute(committed: Table | None, on_pass: Callable[[str], object] = lambda n
                 old = [known.get((launch.name, title, str(i))) for i, (launch, _) in enumerate(pairs)]
                 kept = [r for r, pair in zip(old, pairs) if r is not None and r["key"] == key_of(*pair)]
                 made[title] = kept if len(kept) == len(pairs) else None
+    return made
+
+
+def compute(committed: Table | None, on_pass: Callable[[str], object] = lambda name: None, *, everything: bool = False,
+            only: Callable[[str], bool] = lambda call: True, jobs: int = 1) -> tuple[Table, int]:  # fmt: skip
+    """(the table of these sources, how many launches were executed).
+
+    A pass whose rows are committed with the keys of its launches is taken over; another is executed as a whole, by one
+    of `jobs` processes.
+    """
+    here = toolchain()
+    made = kept_passes(
+        {} if committed is None or everything or committed.toolchain != here else committed.rows, only
+    )
     stale = [title for title, rows in made.items() if rows is None]
     if jobs > 1 and len(stale) > 1:
         interpreter()  # whose exceptions a process may send
