@@ -114,7 +114,8 @@ def test_the_triton_counts_are_of_these_kernels():
     gone = {call for _, call, _ in rows} - passes.keys()
     assert not stale and not gone, (
         f"{len(stale)} passes of {committed.TRITON_COUNTS.name} are of other kernels or of another interpreter, "
-        f"{len(gone)} of none: {TRITON_UPDATE}\n" + "\n".join([*stale[:10], *sorted(gone)[:10]])
+        f"{len(gone)} of none: {TRITON_UPDATE}, of another interpreter {CUDA_UPDATE} too\n"
+        + "\n".join([*stale[:10], *sorted(gone)[:10]])
     )
 
 
