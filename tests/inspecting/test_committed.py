@@ -107,7 +107,7 @@ def test_some_triton_rows_compiled_again(triton_rows, wanted):
 
 
 def test_the_triton_counts_are_of_these_kernels():
-    """And of this interpreter: the tests below execute what is of another, which is hours of a compiler for all."""
+    """And of this interpreter: the tests below execute what is of another, which is half an hour for all of them."""
     rows = read(committed.TRITON_COUNTS, triton_counts.IDENTITY).rows
     passes = triton_counts.kept_passes(rows)
     stale = [title for title, kept in passes.items() if kept is None]
