@@ -232,7 +232,7 @@ bool run_flat_backward(const BranchesBackward& call, const BackwardConv& conv, T
   args.kh = args.kh_used = taps.kh, args.kw = args.kw_used = taps.kw;
   args.dh = taps.dh, args.dw = taps.dw;
   if (call.addend.has_value() || call.format != Format::kChannelsLast || !reads_flat(args) ||
-      (conv.weight_sums != nullptr && taps.kh * taps.kw > kMostFlatTaps)) {
+      taps.kh * taps.kw > kMostFlatTaps) {
     return false;
   }
   const Tensor grad = in_format(call.grad, Format::kChannelsLast);

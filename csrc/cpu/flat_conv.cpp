@@ -24,7 +24,7 @@ int64_t task_rows(const DepthwiseArgs& a, int64_t group, int64_t work) {
 
 bool reads_flat(const DepthwiseArgs& a) {
   return a.dtype == DType::kFloat32 && picked_isa() != Isa::kAvx512 && a.c >= vector_lanes() &&
-         a.w * a.c < (1 << 28) && a.kh_used * a.kw_used * (a.c < 64 ? 64 : a.c) <= 32 * 1024;
+         a.w * a.c < (1 << 28) && a.kh_used * a.kw_used * (a.c < 64 ? 64 : a.c) <= 8 * 1024;
 }
 
 void run_flat(DepthwiseArgs args) {

@@ -7,7 +7,7 @@
 namespace sdan_fast {
 
 // Whether a channels_last image is read in place: short vectors of at least as many channels,
-// unless the weights, expanded to vectors, would not stay in a second-level cache.
+// unless the weights, expanded to vectors, would not stay in a first-level cache.
 bool reads_flat(const DepthwiseArgs& args);
 
 // Runs such a convolution; `grid` is chosen here.
