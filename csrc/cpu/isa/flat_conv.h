@@ -285,19 +285,27 @@ static void flat_conv(const FlatConv& conv, int64_t h0, int64_t h1, int64_t w0, 
   }
 }
 
+template <int R, int KH>
+static void flat_image_rows_of(const FlatConv& conv, int64_t h0, int64_t h1) {
+  if (!conv.exchanged) {
+    flat_conv<R, KH>(conv, h0, h1, 0, conv.w);
+    return;
+  }
+  // Few rows at a time: where they are a multiple of 4 KB apart they share cache sets.
+  constexpr int64_t kRows = kFlatSums / R;
+  for (int64_t h = h0; h < h1; h += kRows) {
+    flat_conv<R, KH>(conv, 0, conv.h, h, h1 - h < kRows ? h1 : h + kRows);
+  }
+}
+
 // Rows [h0, h1) of the image.
 static inline void flat_image_rows(const FlatConv& conv, int64_t h0, int64_t h1) {
-  if (conv.exchanged) {
-    constexpr int64_t kRows = kFlatSums / 2;
-    for (int64_t h = h0; h < h1; h += kRows) {
-      flat_conv<2, kInside>(conv, 0, conv.h, h, h1 - h < kRows ? h1 : h + kRows);
-    }
-  } else if (conv.kh == 1) {
-    flat_conv<1, kCut>(conv, h0, h1, 0, conv.w);
+  if (conv.kh == 1) {
+    flat_image_rows_of<1, kCut>(conv, h0, h1);
   } else if (conv.kh == 3) {
-    flat_conv<4, 3>(conv, h0, h1, 0, conv.w);
+    flat_image_rows_of<4, 3>(conv, h0, h1);
   } else {
-    flat_conv<4, kInside>(conv, h0, h1, 0, conv.w);
+    flat_image_rows_of<4, kInside>(conv, h0, h1);
   }
 }
 
