@@ -128,7 +128,8 @@ def test_auto_leaves_to_pytorch_what_it_does_faster() -> None:
     short_vectors = sdan_fast.backends.kernel_instruction_set() == "avx2"
     for kernel, dilation, *expectations in (
         ((1, 3), 1, "reference", "reference"),
-        ((1, 3), 6, "reference", "reference"),
+        ((1, 3), 4, "reference", "reference"),
+        ((1, 3), 6, "reference", "cpu"),
         ((1, 11), 2, "cpu", "cpu"),
         ((5, 1), 1, "cpu", "reference"),
         ((5, 1), 4, "reference", "reference"),

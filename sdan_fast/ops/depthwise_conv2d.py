@@ -94,7 +94,10 @@ def read_in_place(x: Tensor) -> bool:
 
 def short(taps: int, dilation: int) -> bool:
     """Whether a horizontal strip is one of those that oneDNN is fast for."""
-    return taps <= 11 and (taps - 1) * dilation <= _REACH
+    reach = (
+        8 if AVX2 and dilation > 1 else _REACH
+    )  # with 11 columns they no longer are: six to sixty times slower
+    return taps <= 11 and (taps - 1) * dilation <= reach
 
 
 def _few(kh: int, kw: int, dh: int, dw: int, low: bool) -> bool:
