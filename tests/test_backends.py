@@ -124,10 +124,12 @@ def test_auto_leaves_to_pytorch_what_it_does_faster() -> None:
         return explanation.backend
 
     large, small = (1, 28, 180, 320), (1, 28, 64, 64)
+    few_channels = (1, 7, 360, 320)  # less than a short vector
     short_vectors = sdan_fast.backends.kernel_instruction_set() == "avx2"
     for kernel, dilation, *expectations in (
         ((1, 3), 1, "reference", "reference"),
-        ((1, 3), 6, "reference", "reference"),
+        ((1, 3), 4, "reference", "reference"),
+        ((1, 3), 6, "reference", "cpu"),
         ((1, 11), 2, "cpu", "cpu"),
         ((5, 1), 1, "cpu", "reference"),
         ((5, 1), 4, "reference", "reference"),
@@ -137,9 +139,13 @@ def test_auto_leaves_to_pytorch_what_it_does_faster() -> None:
         ((7, 7), 1, "reference", "cpu"),
         ((7, 7), 4, "cpu", "cpu"),
     ):
-        expected = expectations[short_vectors]
+        expected = "cpu" if short_vectors else expectations[0]
         weight = torch.empty(28, 1, *kernel)
         assert chosen("depthwise_conv2d", large, torch.float32, weight, dilation=dilation) == expected, kernel
+        expected = expectations[short_vectors]
+        assert (
+            chosen("depthwise_conv2d", few_channels, torch.float32, weight[:7], dilation=dilation) == expected
+        )
         assert chosen("depthwise_conv2d", small, torch.float32, weight, dilation=dilation) == "cpu", kernel
 
     only_short = "reference" if short_vectors else "cpu"
@@ -147,7 +153,9 @@ def test_auto_leaves_to_pytorch_what_it_does_faster() -> None:
     assert chosen("pointwise_conv2d", large, torch.float32, weight) == only_short
     assert chosen("pointwise_conv2d", large, torch.float32, weight, activation="gelu") == "cpu"
     stages = [(torch.empty(28, 1, 1, 3), None, torch.empty(28, 1, 3, 1), None, d) for d in (1, 2)]
-    assert chosen("strip_conv_chain", large, torch.float32, stages) == only_short
+    assert chosen("strip_conv_chain", large, torch.float32, stages) == "cpu"
+    few_stages = [tuple(t[:7] if isinstance(t, torch.Tensor) else t for t in stage) for stage in stages]
+    assert chosen("strip_conv_chain", few_channels, torch.float32, few_stages) == only_short
     assert chosen("strip_conv_chain", small, torch.float32, stages) == "cpu"
 
     low = "reference" if torch.cpu._is_avx512_bf16_supported() else "cpu"
@@ -245,23 +253,23 @@ def test_call_overhead() -> None:
             "depthwise_conv2d",
             lambda n: (
                 (
-                    torch.zeros(1, 8, n, n).contiguous(memory_format=torch.channels_last),
-                    torch.zeros(8, 1, 1, 5),
+                    torch.zeros(1, 7, n, n).contiguous(memory_format=torch.channels_last),
+                    torch.zeros(7, 1, 1, 5),
                 ),
                 {},
             ),
-            (256, 128),
+            (288, 128),
         ),
         (
             "separable_conv2d",
             lambda n: (
                 (
-                    torch.zeros(1, 8, n, n).contiguous(memory_format=torch.channels_last),
-                    *(torch.zeros(8, 1, 1, 3), None, torch.zeros(8, 1, 3, 1), None),
+                    torch.zeros(1, 7, n, n).contiguous(memory_format=torch.channels_last),
+                    *(torch.zeros(7, 1, 1, 3), None, torch.zeros(7, 1, 3, 1), None),
                 ),
                 {},
             ),
-            (256, 128),
+            (288, 128),
         ),
     ],
 )

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <memory>
 
+#include "flat_conv.h"
 #include "image_memory.h"
 #include "isa/branches_backward.h"
 #include "lka.h"
@@ -220,6 +221,39 @@ void run_planes(const std::vector<BackwardPlan>& plans, int64_t images) {
   });
 }
 
+// The gradients of one convolution in channels_last where the rows are read in place, or false. Few
+// taps: a vector of the gradient is loaded again for each tap's input, while planes share both.
+bool run_flat_backward(const BranchesBackward& call, const BackwardConv& conv, Tensor* grad_x) {
+  const Tensor& x = call.x;
+  const BranchConv& taps = conv.conv;
+  DepthwiseArgs args{};
+  args.dtype = kernel_dtype(x, call.op, "x");
+  args.n = x.size(0), args.c = x.size(1), args.h = x.size(2), args.w = x.size(3);
+  args.kh = args.kh_used = taps.kh, args.kw = args.kw_used = taps.kw;
+  args.dh = taps.dh, args.dw = taps.dw;
+  if (call.addend.has_value() || call.format != Format::kChannelsLast || !reads_flat(args) ||
+      taps.kh * taps.kw > kMostFlatTaps) {
+    return false;
+  }
+  const Tensor grad = in_format(call.grad, Format::kChannelsLast);
+  args.x = grad.const_data_ptr();
+  if (grad_x != nullptr) {
+    args.weight = conv.flipped;
+    args.y = grad_x->mutable_data_ptr();
+    run_flat(args);
+  }
+  if (conv.weight_sums != nullptr || conv.bias_sums != nullptr) {
+    const Tensor input = in_format(x, Format::kChannelsLast);
+    FlatSums sums{};
+    sums.x = static_cast<const float*>(input.const_data_ptr());
+    sums.grad = static_cast<const float*>(grad.const_data_ptr());
+    sums.h = args.h, sums.w = args.w, sums.c = args.c;
+    sums.kh = args.kh, sums.kw = args.kw, sums.dh = args.dh, sums.dw = args.dw;
+    run_flat_sums(sums, args.n, conv.weight_sums, conv.bias_sums);
+  }
+  return true;
+}
+
 }  // namespace
 
 std::vector<Tensor> branches_backward(const BranchesBackward& call) {
@@ -257,7 +291,8 @@ std::vector<Tensor> branches_backward(const BranchesBackward& call) {
 
   Tensor grad_x;
   if (need_x) grad_x = empty_in_format(x.sizes(), x, call.format);
-  if (any && !empty) {
+  if (any && !empty &&
+      !(count == 1 && run_flat_backward(call, convs[0], need_x ? &grad_x : nullptr))) {
     const bool add = need_x && call.addend.has_value();
     PlaneCopies planes;
     const size_t grad = planes.add(call.grad, call.op, "grad_output");

@@ -3,6 +3,7 @@
 #include "isa/depthwise_conv2d.h"
 
 #include "branches_backward.h"
+#include "flat_conv.h"
 #include "tensor_util.h"
 #include "tiling.h"
 
@@ -110,6 +111,10 @@ Tensor depthwise_conv2d(const Tensor& x, const Tensor& weight, std::optional<Ten
   // A plane of one pixel is laid out the same in both formats; only one of them has lanes to fill.
   args.channels_last = format == Format::kChannelsLast || args.h * args.w == 1;
 
+  if (args.channels_last && reads_flat(args)) {
+    run_flat(args);
+    return y;
+  }
   const int64_t halo_h = (args.kh_used - 1) * args.dh;
   const int64_t halo_w = (args.kw_used - 1) * args.dw;
   const int64_t taps = args.kh_used * args.kw_used;

@@ -5,24 +5,63 @@
 #include <vector>
 
 #include "branches_backward.h"
+#include "isa/flat.h"
 #include "tensor_util.h"
 #include "tiling.h"
 
 namespace sdan_fast {
 namespace {
 
-const auto kernel = SDAN_PICK_KERNEL(strip_conv_chain_run);
+const auto tile_kernel = SDAN_PICK_KERNEL(strip_conv_chain_run);
+const auto flat_kernel = SDAN_PICK_KERNEL(flat_chain_run);
 
-// Bands of at least 16 rows that no dilation cuts into small groups; tiles as wide as the windows
-// of all stages fit half a megabyte of a second-level cache, and as high as the image. In
-// channels_last a cache line holds channels of several tasks, which follow each other: there a
-// tile's input should stay in that cache too, unless halos would then be most of it.
-void choose_tiles(StripChainArgs* args, const std::vector<StripArgs>& vertical) {
-  constexpr int64_t kWindow = 128 * 1024;  // floats
+// The rows that no dilation of the vertical strips cuts into small groups.
+int64_t row_group(const std::vector<StripArgs>& vertical) {
   int64_t group = 4;
   for (const StripArgs& s : vertical) group = 4 * s.d > group ? 4 * s.d : group;
-  args->band = (16 + group - 1) / group * group;
-  if (args->band > args->h) args->band = args->h;
+  return group;
+}
+
+// Bands of at least `least` rows.
+int64_t band_of(int64_t least, int64_t group, int64_t h) {
+  const int64_t band = (least + group - 1) / group * group;
+  return band < h ? band : h;
+}
+
+// Whether the rows of a channels_last image are read in place, and if so the bands and tiles: a
+// tile for each thread, halos permitting, and bands whose windows stay in a last-level cache if
+// that can be. It may not depend on the threads: the bits of the sums depend on it.
+bool reads_flat(StripChainArgs* args, const std::vector<StripArgs>& vertical, int64_t work) {
+  constexpr int64_t kCached = 2 * 1024 * 1024, kMost = 16 * 1024 * 1024;  // floats
+  if (args->dtype != DType::kFloat32 || picked_isa() == Isa::kAvx512 || args->c < vector_lanes() ||
+      args->halo_h > args->h || args->w * args->c > kMost) {
+    return false;
+  }
+  int64_t windows = 0;
+  for (int64_t least = 16; least >= 4; least /= 2) {
+    args->band = band_of(least, row_group(vertical), args->h);
+    int64_t rows = args->band;
+    for (const StripArgs& s : vertical) rows += strip_level_rows(args->band, (s.used - 1) * s.d);
+    windows = rows * args->w * args->c;
+    if (windows <= kCached) break;
+  }
+  if (windows > kMost) return false;
+  const int64_t threads = work > (1 << 20) ? torch::stable::get_num_threads() : 1;
+  const int64_t parts = (threads + args->n - 1) / args->n;
+  int64_t th = (args->h + parts - 1) / parts;
+  if (th < args->halo_h) th = args->halo_h;
+  th = (th + args->band - 1) / args->band * args->band;
+  args->grid = {th, args->w, (args->h + th - 1) / th, 1};
+  return true;
+}
+
+// Tiles as wide as the windows of all stages fit half a megabyte of a second-level cache, and as
+// high as the image. In channels_last a cache line holds channels of several tasks, which follow
+// each other: there a tile's input should stay in that cache too, unless halos would then be most
+// of it.
+void choose_tiles(StripChainArgs* args, const std::vector<StripArgs>& vertical) {
+  constexpr int64_t kWindow = 128 * 1024;  // floats
+  args->band = band_of(16, row_group(vertical), args->h);
   int64_t window = 0;
   int64_t halo = args->halo_h;
   for (const StripArgs& s : vertical) {
@@ -144,15 +183,21 @@ Tensor run_chain(const char* op, const Tensor* gate, const Tensor& x,
   args.channels_last = format == Format::kChannelsLast || args.h * args.w == 1;
   args.lanes = args.channels_last ? vector_lanes() : 1;
 
+  const int64_t work = x.numel() * work_per_pixel;
+  if (args.channels_last && reads_flat(&args, axes[1], work)) {
+    const int64_t tasks = args.n * args.grid.tiles_h;
+    parallel_for(tasks, grain_for(work / tasks / 4),
+                 [&](int64_t begin, int64_t end) { flat_kernel(args, begin, end); });
+    return y;
+  }
   const int64_t per_tile = args.n * ((args.c + args.lanes - 1) / args.lanes);
   choose_tiles(&args, axes[1]);
-  const int64_t work = x.numel() * work_per_pixel;
   if (work > (1 << 20)) {
     refine_tiles(&args.grid, args.h, args.halo_h, per_tile, 4 * torch::stable::get_num_threads());
   }
   const int64_t tasks = per_tile * args.grid.tiles_h * args.grid.tiles_w;
   parallel_for(tasks, grain_for(work / tasks / 4),
-               [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+               [&](int64_t begin, int64_t end) { tile_kernel(args, begin, end); });
   return y;
 }
 

@@ -87,9 +87,17 @@ def in_large_channels_last(x: Tensor, dtype: torch.dtype, least: int = LARGE) ->
     )
 
 
+def read_in_place(x: Tensor) -> bool:
+    """Whether kernels of short vectors read this large channels_last image where it lies: oneDNN's are not ahead."""
+    return AVX2 and x.dtype is torch.float32 and x.shape[1] >= 8
+
+
 def short(taps: int, dilation: int) -> bool:
     """Whether a horizontal strip is one of those that oneDNN is fast for."""
-    return taps <= 11 and (taps - 1) * dilation <= _REACH
+    reach = (
+        8 if AVX2 and dilation > 1 else _REACH
+    )  # with 11 columns they no longer are: six to sixty times slower
+    return taps <= 11 and (taps - 1) * dilation <= reach
 
 
 def _few(kh: int, kw: int, dh: int, dw: int, low: bool) -> bool:
@@ -110,7 +118,8 @@ def slower(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, dilation: P
     kh, kw = weight.shape[2], weight.shape[3]
     dh, dw = reference.pair(dilation)
     for dtype in (torch.float32, torch.bfloat16):
-        if _few(kh, kw, dh, dw, dtype is torch.bfloat16) and in_large_channels_last(x, dtype):
+        few = _few(kh, kw, dh, dw, dtype is torch.bfloat16)
+        if few and in_large_channels_last(x, dtype) and not read_in_place(x):
             return f"PyTorch's own convolution is faster with {kh}x{kw} taps in channels_last"
     return None
 

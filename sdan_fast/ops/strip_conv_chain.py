@@ -11,7 +11,7 @@ from torch import Tensor
 from . import _check
 from ._conv import Conv, Shape, chain, chain_backward, chain_backward_flops, chain_flops, with_absent
 from ._op import Op
-from .depthwise_conv2d import AVX2, convolution_autocast, in_large_channels_last, short
+from .depthwise_conv2d import AVX2, convolution_autocast, in_large_channels_last, read_in_place, short
 
 
 def check(x: Any, weights: Any, biases: Any, *, bias_mask: Any, dilations: Any) -> None:
@@ -131,7 +131,7 @@ def slower(
         few = taps <= 11 and max(dilations) == 1 or taps <= 3 and not AVX2
     else:
         few = AVX2 and len(weights) == 4 and taps <= 3 and max(dilations) <= 2
-    if few and in_large_channels_last(x, torch.float32):
+    if few and in_large_channels_last(x, torch.float32) and not read_in_place(x):
         return f"PyTorch's own convolutions are faster with {taps} taps in channels_last"
     taps = max(max(weight.shape[2], weight.shape[3]) for weight in weights)
     if len(weights) <= 4 and short(taps, max(dilations)) and in_large_channels_last(x, torch.bfloat16):

@@ -133,6 +133,38 @@ def test_layouts_agree(dtype: torch.dtype) -> None:
                 assert torch.equal(one, other)
 
 
+ROWS = {
+    "square": conv((2, 13, 37, 45), (3, 3), (1, 1)),
+    "dilated-square": conv((1, 28, 40, 71), (3, 3), (2, 5)),
+    "beyond-the-image": conv((3, 9, 4, 3), (31, 33), (5, 7)),
+    "row-of-taps": conv((1, 28, 33, 70), (1, 11), (1, 6)),
+    "column-of-taps": conv((1, 36, 150, 21), (11, 1), (6, 1)),
+    "one-tap": conv((2, 8, 15, 16), (1, 1), (1, 1)),
+    "too-many-taps": conv((1, 16, 25, 26), (5, 5), (1, 1)),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_channels_last(name: str) -> None:
+    """Rows of pixels that may be read in place: the bound, and the same bits for any mask and number of threads."""
+    op, (x, *parameters), kwargs = ROWS[name]
+    call = op, (laid_out(x, "channels_last"), *parameters), kwargs
+    grad, mask = laid_out(gradient_of(call), "channels_last"), full_mask(call)
+    found = kernel(call, grad, mask)
+    eager, exact = formula(call, grad, mask), formula(*cast((call, grad), torch.float64), mask)
+    for i, triple in enumerate(zip(found, eager, exact, strict=True)):
+        assert_within_bound(*triple, f"{name}, gradient {i},")
+    threads = torch.get_num_threads()
+    try:
+        for count, some in itertools.product((1, 2, 3), itertools.product((False, True), repeat=len(mask))):
+            torch.set_num_threads(count)
+            wanted = [g for g, there in zip(found, some, strict=True) if there]
+            for one, other in zip(kernel(call, grad, some), wanted, strict=True):
+                assert torch.equal(one, other), f"mask {some}, {count} threads"
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("shape", [(0, 3, 5, 6), (2, 3, 0, 6), (2, 3, 5, 0)])
 def test_empty_images(shape: tuple[int, ...]) -> None:
     for call in (conv(shape, (3, 5), (1, 2)), strips(shape, (3, 5), (1, 2), "11")):

@@ -52,6 +52,11 @@ class TestDepthwiseConv2d(OpContract):
         case("wide-d6", (1, 2, 13, 300), (3, 5), (2, 6)),
         case("tall", (1, 2, 60, 37), (13, 3)),
         case("bands", (1, 1, 131, 250), (5, 5)),
+        case("rows-of-13", (2, 13, 19, 23), (3, 3), (2, 1)),
+        case("rows-of-28", (1, 28, 21, 37), (1, 11), 2),
+        case("rows-of-30", (1, 30, 43, 9), (11, 1), 3),
+        case("rows-of-60", (1, 60, 12, 14), (5, 7), bias=False),
+        case("rows-of-9", (1, 9, 30, 29), (7, 3), (4, 13)),
     )
 
 

@@ -46,6 +46,8 @@ class TestStripConvChain(OpContract):
         case("one-column", (1, 3, 50, 1), (7, 1), (9, 5)),
         case("lskNet-35", (1, 2, 40, 38), (35, 1), biases="11"),
         case("channels-18", (1, 18, 21, 20), (11, 1), (11, 6)),
+        case("many-bands", (2, 12, 150, 9), (3, 1), (5, 2), (7, 1), biases="101101"),
+        case("rows-of-28", (1, 28, 61, 34), (11, 1)),
     )
 
 

@@ -1,0 +1,151 @@
+// A chain of strip convolutions on a channels_last image that is read in place, a band of rows at a
+// time.
+//
+// The strips run in their own order, so that biases need no care. Between a stage's horizontal and
+// its vertical strip lies a window of rows that slides down the image; what the vertical strip of
+// one stage makes goes through a band of rows into the next stage's window.
+#include <cstring>
+
+#include "flat.h"
+#include "flat_conv.h"
+
+namespace sdan_fast {
+namespace SDAN_ISA {
+namespace {
+
+// One stage. The window holds rows [first, last) of what its horizontal strip makes.
+struct Stage {
+  FlatConv horizontal, vertical;
+  float* rows;
+  int64_t capacity, first, last;
+};
+
+SDAN_INLINE int64_t round_up(int64_t n, int64_t to) {
+  return (n + to - 1) / to * to;
+}
+
+Stage stage_geometry(const StripChainArgs& a, int64_t s) {
+  const StripArgs& h = a.horizontal[s];
+  const StripArgs& v = a.vertical[s];
+  Stage stage = {};
+  stage.horizontal = flat_geometry(a.h, a.w, a.c, {1, h.used, 1, h.d});
+  stage.vertical = flat_geometry(a.h, a.w, a.c, {v.used, 1, v.d, 1});
+  stage.capacity = strip_level_rows(a.band, 2 * stage.vertical.pad_h);
+  if (stage.capacity > a.h) stage.capacity = a.h;
+  return stage;
+}
+
+int64_t stage_floats(const StripChainArgs& a, const Stage& stage) {
+  return round_up(stage.capacity * a.w * a.c, kLanes) + flat_floats(stage.horizontal) +
+         flat_floats(stage.vertical);
+}
+
+class Chain {
+ public:
+  // In the thread's scratch.
+  explicit Chain(const StripChainArgs& a) : a_(a), row_(a.w * a.c) {
+    const int64_t stage_bytes = round_up(static_cast<int64_t>(sizeof(Stage)) * a.stages, 64);
+    int64_t floats = a.band * row_;
+    for (int64_t s = 0; s < a.stages; ++s) floats += stage_floats(a, stage_geometry(a, s));
+    char* scratch = static_cast<char*>(thread_scratch(
+        static_cast<size_t>(stage_bytes + floats * static_cast<int64_t>(sizeof(float)))));
+    stages_ = reinterpret_cast<Stage*>(scratch);
+    float* out = reinterpret_cast<float*>(scratch + stage_bytes);
+    for (int64_t s = 0; s < a.stages; ++s) {
+      const StripArgs& h = a.horizontal[s];
+      const StripArgs& v = a.vertical[s];
+      Stage& stage = stages_[s] = stage_geometry(a, s);
+      stage_flat(stage.horizontal, out, static_cast<const float*>(h.weight) + h.first, h.k, h.k,
+                 static_cast<const float*>(h.bias));
+      stage_flat(stage.vertical, out + flat_floats(stage.horizontal),
+                 static_cast<const float*>(v.weight) + v.first, v.k, 1,
+                 static_cast<const float*>(v.bias));
+      stage.rows = out + flat_floats(stage.horizontal) + flat_floats(stage.vertical);
+      out += stage_floats(a, stage);
+    }
+    band_ = out;
+  }
+
+  // Rows [h0, h1) of image n.
+  void run(int64_t n, int64_t h0, int64_t h1) {
+    const int64_t image = n * a_.h * row_;
+    stages_[0].horizontal.x = static_cast<const float*>(a_.x) + image;
+    float* y = static_cast<float*>(a_.y) + image;
+    int64_t pad = a_.halo_h / 2;
+    for (int64_t s = 0; s < a_.stages; ++s) {
+      stages_[s].first = stages_[s].last = h0 > pad ? h0 - pad : 0;
+      pad -= stages_[s].vertical.pad_h;
+    }
+    for (int64_t h = h0; h < h1; h += a_.band) {
+      const int64_t end = h1 - h < a_.band ? h1 : h + a_.band;
+      if (a_.gate == nullptr) {
+        vertical(a_.stages - 1, h, end, y);
+        continue;
+      }
+      vertical(a_.stages - 1, h, end, band_ - h * row_);
+      multiply(static_cast<const float*>(a_.gate) + image + h * row_, y + h * row_,
+               (end - h) * row_);
+    }
+  }
+
+ private:
+  // Rows [from, to) of what stage s makes, where `y` is the image that they belong to.
+  void vertical(int64_t s, int64_t from, int64_t to, float* y) {
+    Stage& stage = stages_[s];
+    const int64_t pad = stage.vertical.pad_h;
+    fill(s, from > pad ? from - pad : 0, a_.h - to < pad ? a_.h : to + pad);
+    stage.vertical.x = stage.rows - stage.first * row_;
+    stage.vertical.y = y;
+    flat_image_rows(stage.vertical, from, to);
+  }
+
+  // The window of stage s shall hold rows [from, to), the last of which it may lack.
+  void fill(int64_t s, int64_t from, int64_t to) {
+    Stage& stage = stages_[s];
+    if (to - stage.first > stage.capacity) {
+      std::memmove(stage.rows, stage.rows + (from - stage.first) * row_,
+                   static_cast<size_t>((stage.last - from) * row_) * sizeof(float));
+      stage.first = from;
+    }
+    stage.horizontal.y = stage.rows - stage.first * row_;
+    while (stage.last < to) {
+      int64_t end = to;
+      if (s > 0) {
+        if (end - stage.last > a_.band) end = stage.last + a_.band;
+        float* image = band_ - stage.last * row_;
+        vertical(s - 1, stage.last, end, image);
+        stage.horizontal.x = image;
+      }
+      flat_image_rows(stage.horizontal, stage.last, end);
+      stage.last = end;
+    }
+  }
+
+  void multiply(const float* gate, float* y, int64_t n) const {
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) store(y + i, load(band_ + i) * load(gate + i));
+    for (; i < n; ++i) y[i] = band_[i] * gate[i];
+  }
+
+  const StripChainArgs& a_;
+  int64_t row_;  // floats
+  Stage* stages_;
+  float* band_;  // rows on their way to the next stage or to the gate
+};
+
+void run(const StripChainArgs& a, int64_t begin, int64_t end) {
+  Chain chain(a);
+  for (int64_t t = begin; t < end; ++t) {
+    const int64_t h0 = t % a.grid.tiles_h * a.grid.tile_h;
+    chain.run(t / a.grid.tiles_h, h0, a.h - h0 < a.grid.tile_h ? a.h : h0 + a.grid.tile_h);
+  }
+}
+
+}  // namespace
+
+void flat_chain_run(const StripChainArgs& args, int64_t begin, int64_t end) {
+  if constexpr (kHasFlat) run(args, begin, end);
+}
+
+}  // namespace SDAN_ISA
+}  // namespace sdan_fast
