@@ -33,9 +33,17 @@ struct PartSums {
 struct PointwiseConvPlan {
   PixelTiling tiling;
   Pointwise conv;
+  // In place of conv's own weights and bias, those of pack_output_products: x and y are dense
+  // pixels whose channels are neighbours. Else null.
+  const float* outputs;
   Activation activation;
   PixelView x, y;
 };
+
+// Floats of pack_output_products that are enough for every instruction set.
+inline int64_t output_products_floats(int64_t ci, int64_t co) {
+  return (co + 16) * (ci + 1);
+}
 
 // Gradients of u * (W x + b): gu = grad (W x + b); with m = grad u: gx = W^T m, and the sums over
 // the pixels of m x^T and of m. Where there is no u, those of activation(W x + b): m = grad
@@ -97,6 +105,9 @@ SDAN_DECLARE_KERNEL(outer_totals, const PartSums* sums, int64_t parts, int co, i
 // out = totals in the type that `dtype` names.
 SDAN_DECLARE_KERNEL(round_totals, const double* totals, int64_t count, DType dtype, void* out)
 
+// Packs co x ci row-major weights and the bias for isa/pixel_products.h.
+SDAN_DECLARE_KERNEL(pack_output_products, const float* weight, const float* bias, int co, int ci,
+                    float* packed)
 SDAN_DECLARE_KERNEL(pointwise_conv2d_scratch, const PointwiseConvPlan* plan, int64_t* bytes)
 SDAN_DECLARE_KERNEL(pointwise_conv2d_run, const PointwiseConvPlan* plan, int64_t part,
                     void* scratch)

@@ -64,17 +64,15 @@ Tensor pointwise_gate(const Tensor& u, const Tensor& x, const Tensor& weight,
   args.channels_last = format == Format::kChannelsLast || plane == 1;
   args.pairs = arena.pairs() && args.channels_last && args.ci % 2 == 0;
   args.pixels = args.channels_last ? u.size(0) * plane : plane;
-  // A tile of both sides stays in the second-level cache; 336 is a multiple of every register
-  // block.
-  const int64_t units = 65536 / ((args.ci + args.co) * 336);
-  args.tile = 336 * (units < 1 ? 1 : (units > 4 ? 4 : units));
-  args.tiles = (args.pixels + args.tile - 1) / args.tile;
+  // A tile of both sides stays in the second-level cache; 384 is a multiple of every chunk of it.
+  // By the shape alone, so that no sum depends on the number of threads: images of few tiles have
+  // smaller ones.
+  constexpr int64_t kTile = 384;
+  const int64_t units = 65536 / ((args.ci + args.co) * kTile);
   const int64_t images = args.channels_last ? 1 : u.size(0);
-  const int64_t threads = torch::stable::get_num_threads();
-  if (args.tiles * images < 2 * threads && args.pixels > 168) {
-    args.tile = 168;
-    args.tiles = (args.pixels + args.tile - 1) / args.tile;
-  }
+  args.tile = kTile * std::clamp<int64_t>(units, 1, 4);
+  if (args.pixels * images < 16 * args.tile) args.tile = kTile / 2;
+  args.tiles = (args.pixels + args.tile - 1) / args.tile;
   args.packed = static_cast<float*>(thread_scratch(
       static_cast<size_t>(pointwise_gate_packed_floats(args.ci, args.co)) * sizeof(float), 1));
   pack(args);

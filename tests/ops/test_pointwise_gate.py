@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from sdan_fast import functional as F
+from sdan_fast import ops
 
-from .harness import Case, OpContract
+from .harness import BACKENDS, Case, OpContract, same_bits
 
 
 def case(name: str, n: int, co: int, ci: int, h: int, w: int, bias: bool = True) -> Case:
@@ -34,6 +35,19 @@ class TestPointwiseGate(OpContract):
 
 
 U, X, W = torch.ones(1, 4, 5, 5), torch.ones(1, 3, 5, 5), torch.ones(4, 3, 1, 1)
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="the CPU kernels are not built")
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(("n", "co", "ci", "h", "w"), [(1, 24, 64, 37, 50), (3, 13, 70, 9, 33)])
+def test_threads_find_the_same_bits(
+    layout: torch.memory_format, n: int, co: int, ci: int, h: int, w: int
+) -> None:
+    """Tiles that do not divide an image end at the same pixels for any number of threads."""
+    u, x = (torch.randn(n, c, h, w).contiguous(memory_format=layout) for c in (co, ci))
+    weight = torch.randn(co, ci, 1, 1)
+    kernel = ops.pointwise_gate.overloads["cpu"]
+    same_bits(lambda mask: [kernel(u, x, weight, None)] if mask[0] else [], 1)
 
 
 @pytest.mark.parametrize(

@@ -1,39 +1,187 @@
-// activation(1x1 convolution of x) in one pass over memory, chunk by chunk of the batch's pixels.
+// activation(1x1 convolution of x) in one pass over memory, chunk by chunk of the batch's pixels:
+// channels_last with vectors along the outputs (pixel_products.h), NCHW along the pixels
+// (plane_products.h), the rest and pairs of bfloat16 in tiles that pixels are turned to and back.
 #include "activate.h"
+#include "by_dtype.h"
+#include "pixel_products.h"
 #include "pixel_tiles.h"
+#include "plane_products.h"
 
 namespace sdan_fast {
 namespace SDAN_ISA {
 
 namespace {
 
+// The inputs and outputs of a chunk, where they are not used where they lie.
 struct Scratch {
   float *x, *y;
   ptrdiff_t stride;
 };
 
+OutputProducts output_products_of(const PointwiseConvPlan& plan) {
+  return {plan.outputs, plan.conv.ci, plan.conv.co};
+}
+
+bool is_planes(const PointwiseConvPlan& plan) {
+  return !plan.conv.pairs && plan.x.stride_p == 1 && plan.y.stride_p == 1;
+}
+
 int64_t place(const PointwiseConvPlan& plan, char* base, Scratch* s) {
   ScratchCursor cursor{base, 0};
-  s->stride = pixel_tile_stride(kChunk);
-  s->x = cursor.take(plan.conv.ci * s->stride);
-  s->y = cursor.take(plan.conv.co * s->stride);
+  const bool converted = plan.x.dtype != DType::kFloat32;
+  if (plan.outputs != nullptr) {
+    const int64_t pixels = converted ? pixels_together(output_products_of(plan)) : 0;
+    s->stride = 0;
+    s->x = cursor.take(plan.conv.ci * pixels);
+    s->y = cursor.take(plan.conv.co * pixels);
+  } else {
+    const bool planes = is_planes(plan);
+    s->stride = pixel_tile_stride(planes ? plane_pixels(plan.conv.ci) : kChunk);
+    s->x = cursor.take(plan.conv.ci * s->stride);
+    s->y = cursor.take(planes && !converted ? 0 : plan.conv.co * s->stride);
+  }
   return cursor.used;
 }
 
-void activate_rows(Activation activation, float* x, ptrdiff_t stride, int rows, int64_t n) {
-  if (activation == Activation::kNone) return;
+// y = activation(x) for n values, which may be in place.
+template <typename T>
+void activate_values(Activation activation, const float* x, int64_t n, T* y) {
   constexpr int V = 2;
-  for (int c = 0; c < rows; ++c, x += stride) {
-    for (int64_t i = 0; i < n; i += V * kLanes) {
-      Vec v[V] = {load(x + i), load(x + i + kLanes)};
-      activate_switch(activation, v);
-      store(x + i, v[0]);
-      store(x + i + kLanes, v[1]);
+  int64_t i = 0;
+  for (; i + V * kLanes <= n; i += V * kLanes) {
+    Vec v[V] = {load(x + i), load(x + i + kLanes)};
+    activate_switch(activation, v);
+    store(y + i, v[0]);
+    store(y + i + kLanes, v[1]);
+  }
+  for (; i < n; i += kLanes) {
+    const int lanes = n - i < kLanes ? static_cast<int>(n - i) : kLanes;
+    Vec v[1] = {load_n(x + i, lanes)};
+    activate_switch(activation, v);
+    store_n(y + i, v[0], lanes);
+  }
+}
+
+// Whether sums have to be gone over after they were stored: results are rounded to 16 bits once,
+// after the activation.
+template <typename T>
+bool has_second_step(const PointwiseConvPlan& plan) {
+  return !std::is_same_v<T, float> || plan.activation != Activation::kNone;
+}
+
+// Where the sums go: the image itself, or scratch where it has 16 bits.
+float* sums_of(float* y, float*) {
+  return y;
+}
+template <typename T>
+float* sums_of(T*, float* scratch) {
+  return scratch;
+}
+
+SDAN_INLINE void store_sum(float* to, Vec sum, int lanes) {
+  if (lanes == kLanes) {
+    store(to, sum);
+  } else {
+    store_n(to, sum, lanes);
+  }
+}
+
+// Pixels [first, last) of channels_last images.
+template <typename T>
+void run_pixels(const PointwiseConvPlan& plan, int64_t first, int64_t last, const Scratch& s) {
+  const OutputProducts product = output_products_of(plan);
+  const int64_t ci = plan.conv.ci, co = plan.conv.co, pixels = plan.tiling.pixels;
+  const int64_t size = sizeof(T);
+  const int64_t chunk = pixels_together(product);
+  const int lines = lines_an_output_step(co, chunk, (ci + co) * size);
+  for (int64_t i = first; i < last; i += chunk) {
+    const int64_t n = last - i < chunk ? last - i : chunk;
+    const T* x = static_cast<const T*>(plan.x.data) + i * ci;
+    T* y = static_cast<T*>(plan.y.data) + i * co;
+    PrefetchQueue queue;
+    queue.clear();
+    const int64_t left = pixels - i - n, next = left < chunk ? left : chunk;
+    queue.add_rows(x + n * ci, 0, 1, next * ci, false);
+    queue.add_rows(y + n * co, 0, 1, next * co, true);
+    float* sums = sums_of(y, s.y);
+    output_products<MultiplyAdd>(
+        product, as_floats(x, n * ci, s.x), n, &queue, lines,
+        [&](int64_t pixel, int64_t m, Vec sum, int lanes)
+            __attribute__((always_inline)) { store_sum(sums + pixel * co + m, sum, lanes); });
+    if (has_second_step<T>(plan)) activate_values(plan.activation, sums, n * co, y);
+  }
+}
+
+// Pixels [first, last) of the batch's planes, which do not go on from one image to the next.
+template <typename T>
+void run_planes(const PointwiseConvPlan& plan, int64_t first, int64_t last, const Scratch& s) {
+  const Pointwise& conv = plan.conv;
+  const int64_t plane = plan.x.run_pixels;
+  const int64_t x_plane = plan.x.stride_c, y_plane = plan.y.stride_c;
+  const int64_t chunk = plane_pixels(conv.ci);
+  int64_t n;
+  for (int64_t i = first; i < last; i += n) {
+    const int64_t image = i / plane, at = i % plane;
+    n = plane - at < last - i ? plane - at : last - i;
+    n = n < chunk ? n : chunk;
+    load_pixels(plan.x, i, n, conv.ci, s.x, s.stride);
+    const T* x = static_cast<const T*>(plan.x.data) + image * plan.x.stride_run + at;
+    T* y = static_cast<T*>(plan.y.data) + image * plan.y.stride_run + at;
+    float* sums = sums_of(y, s.y);
+    const int64_t sums_plane = sums == s.y ? s.stride : y_plane;
+    const bool more = at + n < plane;
+    plane_products(
+        conv, s.x, s.stride, n,
+        [&](int m, int count, int64_t k) __attribute__((always_inline)) {
+          if (!more) return;
+          fetch_planes(x + n + k, x_plane, conv.ci, conv.co, m, count);
+          fetch_planes_to_write(y + n + k, y_plane, m, count);
+        },
+        [&](int m, int64_t k, Vec sum, int lanes)
+            __attribute__((always_inline)) { store_sum(sums + m * sums_plane + k, sum, lanes); });
+    if (!has_second_step<T>(plan)) continue;
+    for (int m = 0; m < conv.co; ++m) {
+      activate_values(plan.activation, sums + m * sums_plane, n, y + m * y_plane);
     }
   }
 }
 
+// A part of the pixels by way of tiles.
+void run_tiles(const PointwiseConvPlan& plan, int64_t part, const Scratch& s) {
+  const Pointwise& conv = plan.conv;
+  const int lines =
+      lines_a_step(conv.co + conv.ci, prefetch_steps(conv.co, tile_rows(conv.ci, conv.pairs), 1));
+  PrefetchQueue queue;
+  for_chunks(
+      plan.tiling, part,
+      [&](const Chunk& chunk) {
+        queue.clear();
+        fetch_pixels(&queue, plan.x, chunk, conv.ci, false);
+        fetch_pixels(&queue, plan.y, chunk, conv.co, true);
+        load_pixels(plan.x, chunk.first, chunk.n, conv.ci, s.x, s.stride);
+        if (conv.pairs) {
+          const int vecs = static_cast<int>((chunk.n + kLanes - 1) / kLanes);
+          pack_pairs(s.x, s.stride, conv.ci, vecs, s.x, s.stride);
+        }
+        pointwise_pixels(s.x, s.stride, conv, s.y, s.stride, chunk.n, &queue, lines);
+        if (plan.activation != Activation::kNone) {
+          for (int m = 0; m < conv.co; ++m) {
+            float* row = s.y + m * s.stride;
+            activate_values(plan.activation, row, chunk.n, row);
+          }
+        }
+        store_pixels(plan.y, chunk.first, chunk.n, conv.co, s.y, s.stride);
+      },
+      [](int64_t) {});
+}
+
 }  // namespace
+
+void pack_output_products(const float* weight, const float* bias, int co, int ci, float* packed) {
+  pack_outputs(
+      ci, co, [&](int64_t m, int64_t k) { return weight[m * ci + k]; },
+      [&](int64_t m) { return bias[m]; }, packed);
+}
 
 void pointwise_conv2d_scratch(const PointwiseConvPlan* plan, int64_t* bytes) {
   Scratch s;
@@ -41,28 +189,19 @@ void pointwise_conv2d_scratch(const PointwiseConvPlan* plan, int64_t* bytes) {
 }
 
 void pointwise_conv2d_run(const PointwiseConvPlan* plan, int64_t part, void* scratch) {
-  const Pointwise& conv = plan->conv;
   Scratch s;
   place(*plan, static_cast<char*>(scratch), &s);
-  const int lines =
-      lines_a_step(conv.co + conv.ci, prefetch_steps(conv.co, tile_rows(conv.ci, conv.pairs), 1));
-  PrefetchQueue queue;
-  for_chunks(
-      plan->tiling, part,
-      [&](const Chunk& chunk) {
-        queue.clear();
-        fetch_pixels(&queue, plan->x, chunk, conv.ci, false);
-        fetch_pixels(&queue, plan->y, chunk, conv.co, true);
-        load_pixels(plan->x, chunk.first, chunk.n, conv.ci, s.x, s.stride);
-        if (conv.pairs) {
-          const int vecs = static_cast<int>((chunk.n + kLanes - 1) / kLanes);
-          pack_pairs(s.x, s.stride, conv.ci, vecs, s.x, s.stride);
-        }
-        pointwise_pixels(s.x, s.stride, conv, s.y, s.stride, chunk.n, &queue, lines);
-        activate_rows(plan->activation, s.y, s.stride, conv.co, chunk.n);
-        store_pixels(plan->y, chunk.first, chunk.n, conv.co, s.y, s.stride);
-      },
-      [](int64_t) {});
+  const PixelTiling& t = plan->tiling;
+  const int64_t first = t.tiles * part / t.parts * t.tile;
+  const int64_t end = t.tiles * (part + 1) / t.parts * t.tile;
+  const int64_t last = end < t.pixels ? end : t.pixels;
+  if (plan->outputs != nullptr) {
+    by_dtype(plan->x.dtype, [&](auto v) { run_pixels<decltype(v)>(*plan, first, last, s); });
+  } else if (is_planes(*plan)) {
+    by_dtype(plan->x.dtype, [&](auto v) { run_planes<decltype(v)>(*plan, first, last, s); });
+  } else {
+    run_tiles(*plan, part, s);
+  }
 }
 
 }  // namespace SDAN_ISA

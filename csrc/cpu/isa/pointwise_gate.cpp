@@ -1,60 +1,28 @@
 // The gated 1x1 convolution, a register-blocked small matrix product over tiles of pixels.
 //
-// NCHW: vectors run along the pixels, the tile is staged as float32 channels x pixels.
-// channels_last: vectors run along the output channels, and each pixel's inputs are broadcast one
-// at a time, or as the pairs of bfloat16 that they lie in.
+// NCHW: vectors run along the pixels (plane_products.h), whose inputs are staged as float32
+// channels x pixels. channels_last: vectors run along the outputs (pixel_products.h).
 #include "pointwise_gate.h"
 
 #include <type_traits>
 
 #include "by_dtype.h"
+#include "pixel_products.h"
+#include "plane_products.h"
 #include "planes.h"
-#include "pointwise.h"
 #include "vec.h"
 
 namespace sdan_fast {
 namespace SDAN_ISA {
 namespace {
 
-#if SDAN_IS_AVX512
-constexpr int kGateVecs = 4;   // output vectors of a block at most
-constexpr int kGateSums = 24;  // sums in registers
-constexpr int kGatePixels = 14;
-#elif SDAN_IS_AVX2
-constexpr int kGateVecs = 2;
-constexpr int kGateSums = 12;
-constexpr int kGatePixels = 6;
-#else
-constexpr int kGateVecs = 2;
-constexpr int kGateSums = 4;
-constexpr int kGatePixels = 4;
-#endif
-
-// Inputs that are added up one after the other; longer sums would gather more rounding errors than
-// PyTorch's, which has several under way.
-constexpr int64_t kSummed = 32;
-
-template <int V>
-constexpr int gate_rows() {
-  return kGateSums / V < kGatePixels ? kGateSums / V : kGatePixels;
-}
-
-// Output vectors are split as evenly as possible into blocks of at most kGateVecs.
-SDAN_INLINE int64_t gate_blocks(int64_t vecs) {
-  return (vecs + kGateVecs - 1) / kGateVecs;
-}
-
-SDAN_INLINE int64_t output_vecs(int64_t co) {
-  return (co + kLanes - 1) / kLanes;
-}
-
-// NCHW: weights as pack_pointwise_weight lays them out, the bias, zeros. channels_last: for each
-// block of output vectors [ci][vectors of the block], zero past the last channel, then the bias; of
-// pairs [ci / 2][vectors of the block].
+// NCHW: weights as pack_pointwise_weight lays them out, then the bias. channels_last: as
+// pack_outputs does.
 template <typename T>
 void pack(const PointwiseGateArgs& a) {
   const T* weight = static_cast<const T*>(a.weight);
   const T* bias = static_cast<const T*>(a.bias);
+  const auto bias_of = [&](int64_t m) { return bias == nullptr ? 0.0f : to_float(bias[m]); };
   float* out = a.packed;
   if (!a.channels_last) {
     const int co = static_cast<int>(a.co);
@@ -68,249 +36,119 @@ void pack(const PointwiseGateArgs& a) {
           *out++ = to_float(weight[static_cast<int64_t>(m) * ci + k]);
       }
     }
-    for (int m = 0; m < co; ++m) *out++ = bias == nullptr ? 0.0f : to_float(bias[m]);
-    for (int m = 0; m < co; ++m) *out++ = 0.0f;
+    for (int m = 0; m < co; ++m) *out++ = bias_of(m);
     return;
   }
-  const int64_t vecs = output_vecs(a.co);
-  const int64_t blocks = gate_blocks(vecs);
-  for (int64_t b = 0; b < blocks; ++b) {
-    const int64_t first = vecs * b / blocks * kLanes;
-    const int64_t last = vecs * (b + 1) / blocks * kLanes;
-    if (a.pairs) {
-      for (int64_t k = 0; k < a.ci; k += 2) {
-        for (int64_t m = first; m < last; ++m, ++out) {
-          *out = 0.0f;
-          if (m < a.co) std::memcpy(out, weight + m * a.ci + k, sizeof(float));
-        }
-      }
-      continue;
-    }
-    for (int64_t k = 0; k < a.ci; ++k) {
-      for (int64_t m = first; m < last; ++m)
-        *out++ = m < a.co ? to_float(weight[m * a.ci + k]) : 0.0f;
-    }
+  if (a.pairs) {
+    pack_outputs(
+        a.ci / 2, a.co,
+        [&](int64_t m, int64_t k) {
+          float pair;
+          std::memcpy(&pair, weight + m * a.ci + 2 * k, sizeof(pair));
+          return pair;
+        },
+        bias_of, out);
+    return;
   }
-  for (int64_t m = 0; m < vecs * kLanes; ++m) {
-    *out++ = bias == nullptr || m >= a.co ? 0.0f : to_float(bias[m]);
-  }
+  pack_outputs(
+      a.ci, a.co, [&](int64_t m, int64_t k) { return to_float(weight[m * a.ci + k]); }, bias_of,
+      out);
 }
 
-// Asks for `lines` cache lines from p on.
-template <typename T>
-SDAN_INLINE void fetch(const T* p, int64_t lines, int write) {
-  for (int64_t i = 0; i < lines; ++i) {
-    const char* line = reinterpret_cast<const char*>(p) + i * 64;
-    if (write != 0) {
-      __builtin_prefetch(line, 1);
-    } else {
-      __builtin_prefetch(line, 0);
-    }
-  }
-}
-
-// Pixels of a chunk: its inputs, as float32, fill a first-level cache.
-SDAN_INLINE int64_t chunk_pixels(int64_t ci) {
-  constexpr int64_t kBlock = static_cast<int64_t>(kPointwiseVecs) * kLanes;
-  const int64_t n = 8192 / ci / kBlock * kBlock;
-  return n < kBlock ? kBlock : (n > 512 ? 512 : n);
+// Small images are in the second-level cache, and asking for their lines takes time.
+SDAN_INLINE bool is_cached(const PointwiseGateArgs& a) {
+  const int64_t size = a.dtype == DType::kFloat32 ? 4 : 2;
+  return a.pixels * (a.ci + 2 * a.co) * size < (2 << 20);
 }
 
 // Tile [first, last) of the pixels of one image, a chunk at a time: its inputs are staged next to
-// each other, multiplied, and the product gated on its way out.
+// each other, multiplied, and the products gated on their way out.
 template <typename T>
 void tile_nchw(const PointwiseGateArgs& a, int64_t image, int64_t first, int64_t last) {
-  const int64_t chunk = chunk_pixels(a.ci);
+  const int64_t chunk = plane_pixels(a.ci);
   const int64_t stride = staged_stride(chunk);
   float* staged = static_cast<float*>(
-      thread_scratch(static_cast<size_t>((a.ci + a.co) * stride) * sizeof(float)));
-  float* product = staged + a.ci * stride;
-  // The bias is added to the finished sums, not the sums to the bias, whose rounding could outweigh
-  // them.
-  const float* bias = a.packed + a.ci * a.co;
-  const float* zeros = bias + a.co;
-  const int ci = static_cast<int>(a.ci);
-  const int co = static_cast<int>(a.co);
+      thread_scratch(static_cast<size_t>(a.ci * stride + kLanes) * sizeof(float)));
+  const int ci = static_cast<int>(a.ci), co = static_cast<int>(a.co);
+  const Pointwise product = {a.packed, a.packed + a.ci * a.co, ci, co, false};
+  const bool cached = is_cached(a);
   for (int64_t i = first; i < last; i += chunk) {
     const int64_t n = last - i < chunk ? last - i : chunk;
     const int64_t at = image * a.co * a.pixels + i;
     const T* x = static_cast<const T*>(a.x) + image * a.ci * a.pixels + i;
     const T* u = static_cast<const T*>(a.u) + at;
     T* y = static_cast<T*>(a.y) + at;
-    // While the product is computed: what gates it, where it goes, and the next chunk.
+    stage_planes(staged, stride, x, a.pixels, a.ci, n);
+    const bool more = !cached && i + n < a.pixels;
+    plane_products(
+        product, staged, static_cast<ptrdiff_t>(stride), n,
+        [&](int m, int count, int64_t k) __attribute__((always_inline)) {
+          if (!more) return;
+          fetch_planes(x + n + k, a.pixels, ci, co, m, count);
+          fetch_planes(u + n + k, a.pixels, co, co, m, count);
+          fetch_planes_to_write(y + n + k, a.pixels, m, count);
+        },
+        [&](int m, int64_t k, Vec sum, int lanes) __attribute__((always_inline)) {
+          const T* p = u + m * a.pixels + k;
+          T* q = y + m * a.pixels + k;
+          if (lanes == kLanes) {
+            store(q, load(p) * sum);
+          } else {
+            store_n(q, load_n(p, lanes) * sum, lanes);
+          }
+        });
+  }
+}
+
+// Pixels [first, last) of the batch, a chunk at a time. words(x, n) are the inputs of a chunk.
+template <typename Product, typename T, typename Words>
+SDAN_INLINE void gate_pixels(const PointwiseGateArgs& a, const OutputProducts& product,
+                             int64_t first, int64_t last, const Words& words) {
+  const int64_t size = sizeof(T);
+  const int64_t chunk = pixels_together(product);
+  const bool cached = is_cached(a);
+  const int lines = lines_an_output_step(a.co, chunk, (a.ci + 2 * a.co) * size);
+  for (int64_t i = first; i < last; i += chunk) {
+    const int64_t n = last - i < chunk ? last - i : chunk;
+    const T* x = static_cast<const T*>(a.x) + i * a.ci;
+    const T* u = static_cast<const T*>(a.u) + i * a.co;
+    T* y = static_cast<T*>(a.y) + i * a.co;
     PrefetchQueue queue;
     queue.clear();
-    queue.add_rows(u, a.pixels, co, n, false);
-    queue.add_rows(y, a.pixels, co, n, true);
-    queue.add_rows(x + n, a.pixels, ci, n, false);
-    constexpr int64_t kStepFloats = static_cast<int64_t>(kPointwiseVecs) * kLanes;
-    const int64_t lines = (a.ci + 2 * a.co) * (n * static_cast<int64_t>(sizeof(T)) / 64 + 1);
-    // Small images are in the second-level cache, and asking for each of their lines would take a
-    // third of the time of the product.
-    const bool cached = a.pixels * (a.ci + 2 * a.co) * static_cast<int64_t>(sizeof(T)) < (2 << 20);
-    const int64_t steps = cached ? 0 : prefetch_steps(co, ci, 1) * (n / kStepFloats);
-    stage_planes(staged, stride, x, a.pixels, a.ci, n);
-    const PointwiseInput input = {staged, static_cast<ptrdiff_t>(stride), ci};
-    pointwise_block(&input, 1, 0, a.packed, zeros, co, product, static_cast<ptrdiff_t>(stride),
-                    static_cast<int>((n + kLanes - 1) / kLanes), steps > 0 ? &queue : nullptr,
-                    steps > 0 ? static_cast<int>(lines / steps + 1) : 0);
-    write_planes(y, a.pixels, a.co, n,
-                 [&](int64_t c, int64_t k, int lanes) __attribute__((always_inline)) {
-                   const T* p = u + c * a.pixels + k;
-                   const Vec sum = load(product + c * stride + k) + set1(bias[c]);
-                   return (lanes == kLanes ? load(p) : load_n(p, lanes)) * sum;
-                 });
-  }
-}
-
-// An input of the product, as float, or two of bfloat16 as they lie.
-template <typename X>
-SDAN_INLINE Vec broadcast(const X* x) {
-  float word;
-  std::memcpy(&word, x, sizeof(word));
-  return set1(word);
-}
-
-// R pixels by V output vectors. x: rows of `ci` inputs, a word of them at a time; `lanes` of the
-// last vector are real channels.
-template <typename Product, typename X, typename T, int R, int V>
-SDAN_INLINE void gate_kernel(const X* x, int64_t ci, const float* weight, const float* bias,
-                             const T* u, T* y, int64_t co, int lanes) {
-  constexpr int64_t kWord = sizeof(float) / sizeof(X);
-  Vec acc[R][V];
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) {
-    fetch(u + r * co, V * kLanes * static_cast<int64_t>(sizeof(T)) / 64 + 1, 0);
-    fetch(y + r * co, V * kLanes * static_cast<int64_t>(sizeof(T)) / 64 + 1, 1);
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) acc[r][v] = zero();
-  }
-  Vec before[R][V];
-  for (int64_t begin = 0; begin < ci; begin += kSummed) {
-    const int64_t end = ci - begin < kSummed ? ci : begin + kSummed;
-    if (begin > 0) {
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) {
-          before[r][v] = begin > kSummed ? before[r][v] + acc[r][v] : acc[r][v];
-          acc[r][v] = zero();
-        }
-      }
-    }
-    for (int64_t k = begin; k < end; k += kWord, weight += V * kLanes) {
-      Vec w[V];
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) w[v] = load(weight + v * kLanes);
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) {
-        const Vec in = broadcast(x + r * ci + k);
-#pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) acc[r][v] = Product::add(in, w[v], acc[r][v]);
-      }
-    }
-  }
-  if (ci > kSummed) {
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) acc[r][v] = before[r][v] + acc[r][v];
-    }
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) {
-      const int64_t at = r * co + v * kLanes;
-      const Vec sum = acc[r][v] + load(bias + v * kLanes);
-      if (v + 1 < V || lanes == kLanes) {
-        store(y + at, load(u + at) * sum);
-      } else {
-        store_n(y + at, load_n(u + at, lanes) * sum, lanes);
-      }
-    }
-  }
-}
-
-// All pixels of a tile by one block of V output vectors.
-template <typename Product, int V, typename X, typename T>
-void gate_block(const X* x, int64_t count, int64_t ci, const float* weight, const float* bias,
-                const T* u, T* y, int64_t co, int lanes) {
-  constexpr int R = gate_rows<V>();
-  int64_t i = 0;
-  for (; i + R <= count; i += R) {
-    gate_kernel<Product, X, T, R, V>(x + i * ci, ci, weight, bias, u + i * co, y + i * co, co,
-                                     lanes);
-  }
-  for (; i < count; ++i) {
-    gate_kernel<Product, X, T, 1, V>(x + i * ci, ci, weight, bias, u + i * co, y + i * co, co,
-                                     lanes);
-  }
-}
-
-SDAN_INLINE const float* as_floats(const float* x, int64_t, float*) {
-  return x;
-}
-
-template <typename T>
-SDAN_INLINE const float* as_floats(const T* x, int64_t n, float* out) {
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) store(out + i, load(x + i));
-  if (i < n) store_n(out + i, load_n(x + i, static_cast<int>(n - i)), static_cast<int>(n - i));
-  return out;
-}
-
-// Pixels [first, last) of the batch; x are their inputs.
-template <typename Product, typename X, typename T>
-void gate_pixels(const PointwiseGateArgs& a, const X* x, int64_t first, int64_t last) {
-  constexpr int64_t kWord = sizeof(float) / sizeof(X);
-  const int64_t count = last - first;
-  const T* u = static_cast<const T*>(a.u) + first * a.co;
-  T* y = static_cast<T*>(a.y) + first * a.co;
-  const int64_t vecs = output_vecs(a.co);
-  const int64_t blocks = gate_blocks(vecs);
-  const int64_t words = a.ci / kWord;
-  const float* bias = a.packed + vecs * kLanes * words;
-  for (int64_t b = 0; b < blocks; ++b) {
-    const int64_t begin = vecs * b / blocks;
-    const int64_t end = vecs * (b + 1) / blocks;
-    const int64_t c0 = begin * kLanes;
-    const int64_t left = a.co - (end - 1) * kLanes;
-    const int lanes = static_cast<int>(left < kLanes ? left : kLanes);
-    const float* w = a.packed + c0 * words;
-    switch (end - begin) {
-      case 1:
-        gate_block<Product, 1>(x, count, a.ci, w, bias + c0, u + c0, y + c0, a.co, lanes);
-        break;
-      case 2:
-        gate_block<Product, 2>(x, count, a.ci, w, bias + c0, u + c0, y + c0, a.co, lanes);
-        break;
-      case 3:
-        if constexpr (kGateVecs >= 3) {
-          gate_block<Product, 3>(x, count, a.ci, w, bias + c0, u + c0, y + c0, a.co, lanes);
-        }
-        break;
-      default:
-        if constexpr (kGateVecs >= 4) {
-          gate_block<Product, 4>(x, count, a.ci, w, bias + c0, u + c0, y + c0, a.co, lanes);
-        }
-        break;
-    }
+    const int64_t left = a.pixels - i - n, next = cached ? 0 : left < chunk ? left : chunk;
+    queue.add_rows(x + n * a.ci, 0, 1, next * a.ci, false);
+    queue.add_rows(u + n * a.co, 0, 1, next * a.co, false);
+    queue.add_rows(y + n * a.co, 0, 1, next * a.co, true);
+    output_products<Product>(product, words(x, n), n, &queue, lines,
+                             [&](int64_t pixel, int64_t m, Vec sum, int lanes)
+                                 __attribute__((always_inline)) {
+                                   const int64_t at = pixel * a.co + m;
+                                   if (lanes == kLanes) {
+                                     store(y + at, load(u + at) * sum);
+                                   } else {
+                                     store_n(y + at, load_n(u + at, lanes) * sum, lanes);
+                                   }
+                                 });
   }
 }
 
 template <typename T>
 void tile_channels_last(const PointwiseGateArgs& a, int64_t first, int64_t last) {
-  const T* x = static_cast<const T*>(a.x) + first * a.ci;
   if constexpr (kHasPairs && std::is_same_v<T, bfloat16>) {
-    if (a.pairs) return gate_pixels<MultiplyPairs, T, T>(a, x, first, last);
+    if (a.pairs) {
+      return gate_pixels<MultiplyPairs, T>(a, {a.packed, a.ci / 2, a.co}, first, last,
+                                           [](const T* x, int64_t) { return x; });
+    }
   }
-  const int64_t values = (last - first) * a.ci;
+  const OutputProducts product = {a.packed, a.ci, a.co};
   float* scratch = nullptr;
   if (a.dtype != DType::kFloat32) {
-    scratch = static_cast<float*>(thread_scratch(static_cast<size_t>(values) * sizeof(float)));
+    scratch = static_cast<float*>(
+        thread_scratch(static_cast<size_t>(pixels_together(product) * a.ci) * sizeof(float)));
   }
-  gate_pixels<MultiplyAdd, float, T>(a, as_floats(x, values, scratch), first, last);
+  gate_pixels<MultiplyAdd, T>(a, product, first, last, [&](const T* x, int64_t n) {
+    return as_floats(x, n * a.ci, scratch);
+  });
 }
 
 template <typename T>
