@@ -3,7 +3,7 @@
     python scripts/fit_gelu.py
 
 `gelu_tail` of kernels/star.py, for Triton: log2 Phi(n) = -1 + n (c1 + n (c2 + ...)) for n <= 0. `gelu` of
-csrc/cpu/isa/gelu.h, without AVX-512: P(X > t)^(1/8) = c0 + t (c1 + t (c2 + ...)) for 0 <= t <= 5.5.
+csrc/cpu/isa/gelu.h, without AVX-512: (2 P(X > t))^(1/8) = 1 + t (c1 + t (c2 + ...)) for 0 <= t <= 5.5.
 
 The absolute error of the distribution is what counts, so the error of what is fitted is weighted with the derivative of
 the distribution by it. Least squares become the minimax fit by Lawson's iteration: where the error is large, weights
@@ -50,13 +50,13 @@ def fit_log() -> np.ndarray:
 
 
 def fit_root() -> np.ndarray:
-    """c0 ... of the eighth root on [0, HIGH]; at large t GELU multiplies the error with t."""
-    share = chebyshev(481)
-    exponent = np.arange(ROOT_DEGREE + 1)
+    """c1 ... of the eighth root on [0, HIGH]; at large t GELU multiplies the error with t."""
+    share = chebyshev(481)[1:]
+    exponent = np.arange(1, ROOT_DEGREE + 1)
     tail = 2.0 ** lower_tail(-HIGH * share)
     allowed = np.minimum(1, tail + 1 / (2 * HIGH * share + 1))
-    root = tail**0.125
-    return minimax(share[:, None] ** exponent, root, 8 * root**7 / allowed) / HIGH**exponent
+    root = (2 * tail) ** 0.125
+    return minimax(share[:, None] ** exponent, root - 1, 4 * root**7 / allowed) / HIGH**exponent
 
 
 def rounded(coefficients: np.ndarray) -> np.ndarray:
@@ -81,7 +81,8 @@ def main() -> None:
 
     root = rounded(fit_root())
     t = np.linspace(0, HIGH, 20001)
-    error = np.abs((t[:, None] ** np.arange(ROOT_DEGREE + 1) @ root) ** 8 - 2.0 ** lower_tail(-t)).max()
+    exponent = np.arange(1, ROOT_DEGREE + 1)
+    error = np.abs((1 + t[:, None] ** exponent @ root) ** 8 / 2 - 2.0 ** lower_tail(-t)).max()
     print_fit("eighth root (csrc/cpu/isa/gelu.h)", root, error)
 
 

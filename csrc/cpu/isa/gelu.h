@@ -13,12 +13,11 @@
 // but permutations of two registers run in the multiply-adds' units only: four of those and six of
 // these take 10.
 //
-// q by one polynomial elsewhere. q falls from 1/2 to 2e-8, as no polynomial of a bearable degree
-// does, but its eighth root falls from 0.92 to 0.11 nearly straight: one of degree 8
-// (scripts/fit_gelu.py) gives q to 1e-8 after three squarings, 4e-8 with its coefficients in
-// float32. Rounding errors are relative to q. In all GELU errs by less than 1.2e-7 at negative x,
-// and 0.7 times as much as PyTorch's in the mean square. 18 instructions, of which 12 are for the
-// multiply-adds' units.
+// q by one polynomial elsewhere. 2 q falls from 1 to 4e-8, as no polynomial of a bearable degree
+// does, but its eighth root falls from 1 to 0.12 nearly straight: one of degree 8
+// (scripts/fit_gelu.py) gives q to 1e-8 after three squarings. Rounding errors are relative to q.
+// In all GELU errs by less than 1.2e-7 at negative x, and 0.7 times as much as PyTorch's in the
+// mean square. 19 instructions, of which 13 are for the multiply-adds' units.
 #pragma once
 
 #include "vec.h"
@@ -154,15 +153,15 @@ SDAN_INLINE void gelu(Vec (&x)[V]) {
   Vec t[V], p[V];
 #pragma GCC unroll 8
   for (int v = 0; v < V; ++v) t[v] = min(end, abs(x[v]));
-  fill(p, -2.912850830e-07f);
-  horner(p, t, 7.409764420e-06f);
-  horner(p, t, -5.982645870e-05f);
-  horner(p, t, 3.289450440e-05f);
-  horner(p, t, 1.506939310e-03f);
-  horner(p, t, -6.746478140e-04f);
-  horner(p, t, -3.192656770e-02f);
-  horner(p, t, -9.145780780e-02f);
-  horner(p, t, 9.170040410e-01f);
+  fill(p, -3.168725480e-07f);
+  horner(p, t, 8.068903210e-06f);
+  horner(p, t, -6.517231390e-05f);
+  horner(p, t, 3.565672710e-05f);
+  horner(p, t, 1.643703970e-03f);
+  horner(p, t, -7.360727010e-04f);
+  horner(p, t, -3.481598560e-02f);
+  horner(p, t, -9.973548680e-02f);
+  horner(p, t, 1.0f);
 #pragma GCC unroll 8
   for (int v = 0; v < V; ++v) {
     p[v] = select_lt(t[v], end, p[v], zero());
@@ -170,7 +169,7 @@ SDAN_INLINE void gelu(Vec (&x)[V]) {
     p[v] = p[v] * p[v];
     p[v] = p[v] * p[v];
     // max hands its second operand on if that is NaN.
-    x[v] = fnma(t[v], p[v], max(zero(), x[v]));
+    x[v] = fnma(t[v] * set1(0.5f), p[v], max(zero(), x[v]));
   }
 }
 
