@@ -6,7 +6,7 @@ namespace {
 
 void check_weight(const Tensor& x, const Tensor& weight, const Optional& bias,
                   const std::vector<int64_t>& dilation, const char* op) {
-  STD_TORCH_CHECK(x.dim() == 4, op, ": x must be N x C x H x W, got ", shape_of(x));
+  check_image(x, op, "x");
   check_kind(weight, x, op, "weight", "x");
   STD_TORCH_CHECK(weight.dim() == 4 && weight.size(0) == x.size(1) && weight.size(1) == 1 &&
                       weight.size(2) % 2 == 1 && weight.size(3) % 2 == 1,

@@ -5,7 +5,7 @@ namespace sdan_fast::cuda {
 namespace {
 
 void check_norm(const Tensor& x, const Tensor& weight, const Optional& bias, const char* op) {
-  STD_TORCH_CHECK(x.dim() == 4, op, ": x must be N x C x H x W, got ", shape_of(x));
+  check_image(x, op, "x");
   STD_TORCH_CHECK(x.size(1) <= 4096, op, ": the CUDA C++ kernel takes at most 4096 channels, got ",
                   x.size(1));
   check_kind(weight, x, op, "weight", "x");

@@ -15,11 +15,12 @@ struct GateCall {
 GateCall check_gate(const Tensor& u, const Tensor& x, const Tensor& weight, const Optional& bias,
                     const char* op) {
   const DType dtype = dtype_of(u, op, "u");
-  STD_TORCH_CHECK(u.dim() == 4, op, ": u must be N x C x H x W, got ", shape_of(u));
+  check_image(u, op, "u");
+  check_image(x, op, "x");
   check_kind(x, u, op, "x", "u");
-  STD_TORCH_CHECK(
-      x.dim() == 4 && x.size(0) == u.size(0) && x.size(2) == u.size(2) && x.size(3) == u.size(3),
-      op, ": x must have the batch, height and width of u, ", shape_of(u), ", got ", shape_of(x));
+  STD_TORCH_CHECK(x.size(0) == u.size(0) && x.size(2) == u.size(2) && x.size(3) == u.size(3), op,
+                  ": x must have the batch, height and width of u, ", shape_of(u), ", got ",
+                  shape_of(x));
   const int64_t co = u.size(1), ci = x.size(1);
   STD_TORCH_CHECK(co < (1 << 24) && ci < (1 << 24), op, ": too many channels");
   check_kind(weight, u, op, "weight", "u");

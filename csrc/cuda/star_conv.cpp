@@ -31,7 +31,7 @@ struct StarConvCall {
 StarConvCall check_star_conv(const StarConvTensors& t, const std::string& outer, double eps,
                              bool backward, const char* op) {
   const DType dtype = dtype_of(t.x, op, "x");
-  STD_TORCH_CHECK(t.x.dim() == 4, op, ": x must be N x C x H x W, got ", shape_of(t.x));
+  check_image(t.x, op, "x");
   const int64_t n = t.x.size(0), ci = t.x.size(1), h = t.x.size(2), w = t.x.size(3);
   const auto check = [&](const Tensor& u, std::initializer_list<int64_t> shape, const char* name) {
     check_kind(u, t.x, op, name, "x");
@@ -123,7 +123,6 @@ Tensor star_conv_op(Tensor x, Tensor norm_weight, Optional norm_bias, Tensor pw1
   const int64_t shape[4] = {x.size(0), c.co, x.size(2), x.size(3)};
   Tensor y = empty_in(x, {shape, 4}, c.format);
   if (y.numel() == 0) return y;
-  STD_TORCH_CHECK(c.ci > 0, "star_conv: x must have at least one channel");
   const OnDevice on(x);
   make_dense(t, c.format);
   const Products p = make_products(t, c, on.stream());

@@ -15,7 +15,7 @@ std::vector<Link> checked_links(const Tensor& x, const std::vector<Tensor>& weig
                                 const std::vector<Tensor>& biases,
                                 const std::vector<bool>& bias_mask,
                                 const std::vector<int64_t>& dilations, const char* op) {
-  STD_TORCH_CHECK(x.dim() == 4, op, ": x must be N x C x H x W, got ", shape_of(x));
+  check_image(x, op, "x");
   const size_t count = weights.size();
   STD_TORCH_CHECK(count >= 2 && count % 2 == 0, op,
                   ": weights must hold a horizontal and a vertical strip for each stage, got ",

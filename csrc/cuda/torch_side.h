@@ -97,6 +97,13 @@ inline void check_shape(const Tensor& t, std::initializer_list<int64_t> shape, c
   STD_TORCH_CHECK(same, op, ": ", name, " must have the shape ", wanted, "), got ", shape_of(t));
 }
 
+// Without channels a product has no terms and a mean is 0 / 0; eager answers that in several ways.
+inline void check_image(const Tensor& t, const char* op, const char* name) {
+  STD_TORCH_CHECK(t.dim() == 4, op, ": ", name, " must be N x C x H x W, got ", shape_of(t));
+  STD_TORCH_CHECK(t.size(1) > 0, op, ": ", name, " must have at least one channel, got ",
+                  shape_of(t));
+}
+
 inline void check_mask(const std::vector<bool>& mask, size_t slots, const char* op) {
   STD_TORCH_CHECK(mask.size() == slots, op, ": output_mask must have ", slots, " entries, got ",
                   mask.size());

@@ -155,6 +155,7 @@ def test_empty(shape):
     ("change", "message"),
     [
         (lambda x, w, b: (x[0], w, b), "x must be N x C x H x W"),
+        (lambda x, w, b: (x[:, :0], w[:0], b[:0]), "x must have at least one channel"),
         (lambda x, w, b: (x, w[:2], b), "weight must be C x 1 x kh x kw"),
         (lambda x, w, b: (x, w[..., :2], b), "with odd kh and kw"),
         (lambda x, w, b: (x, w.bfloat16(), b), "weight must have the dtype of x"),

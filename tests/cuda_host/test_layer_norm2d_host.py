@@ -99,6 +99,7 @@ def test_empty(shape):
     ("change", "message"),
     [
         (lambda x, w, b: (x[0], w, b), "x must be N x C x H x W"),
+        (lambda x, w, b: (x[:, :0], w[:0], b[:0]), "x must have at least one channel"),
         (lambda x, w, b: (x, w[:2], b), "weight must have the shape"),
         (lambda x, w, b: (x, w, b.bfloat16()), "bias must have the dtype of x"),
         (lambda x, w, b: (x.double(), w.double(), b.double()), "x must be float32, bfloat16 or float16"),

@@ -76,6 +76,8 @@ def test_empty(shape, ci):
     ("change", "message"),
     [
         (lambda u, x, w, b: (u[0], x, w, b), "u must be N x C x H x W"),
+        (lambda u, x, w, b: (u[:, :0], x, w[:0], b[:0]), "u must have at least one channel"),
+        (lambda u, x, w, b: (u, x[:, :0], w[:, :0], b), "x must have at least one channel"),
         (lambda u, x, w, b: (u, x[..., :2], w, b), "x must have the batch, height and width of u"),
         (lambda u, x, w, b: (u, x.half(), w, b), "x must have the dtype of u"),
         (lambda u, x, w, b: (u, x, w[:1], b), "weight must have the shape"),

@@ -130,6 +130,7 @@ def _replaced(i, change):
     ("change", "message"),
     [
         (_replaced(0, lambda t: t[0]), "x must be N x C x H x W"),
+        (_replaced(0, lambda t: t[:, :0]), "x must have at least one channel"),
         (_replaced(0, lambda t: t.double()), "x must be float32, bfloat16 or float16"),
         (_replaced(1, lambda t: t[:2]), "norm_weight must have the shape"),
         (_replaced(2, lambda t: t.bfloat16()), "norm_bias must have the dtype of x"),

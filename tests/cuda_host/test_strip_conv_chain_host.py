@@ -147,6 +147,7 @@ def test_gate_of_three_stages_and_of_far_dilations():
     ("change", "message"),
     [
         (lambda x, w, b: (x[0], w, b), "x must be N x C x H x W"),
+        (lambda x, w, b: (x[:, :0], w, b), "x must have at least one channel"),
         (lambda x, w, b: (x, w[:1], b), "a horizontal and a vertical strip for each stage"),
         (lambda x, w, b: (x, w[::-1], b), "weight 0 must be C x 1 x 1 x k with odd k"),
         (lambda x, w, b: (x, w, b[:1]), "bias_mask announces 2 biases, got 1"),

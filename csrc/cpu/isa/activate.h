@@ -1,7 +1,7 @@
 // Activations in place, several vectors step by step together.
 #pragma once
 
-#include "gelu_short.h"
+#include "gelu.h"
 #include "vec.h"
 
 namespace sdan_fast {
@@ -12,7 +12,7 @@ SDAN_INLINE void gelu_all(Vec (&x)[V]) {
   Vec low[V];
 #pragma GCC unroll 4
   for (int v = 0; v < V; ++v) low[v] = min(x[v], zero());
-  gelu_short<5>(x);
+  gelu<5>(x);
   // Of minus infinity it is NaN in PyTorch.
 #pragma GCC unroll 4
   for (int v = 0; v < V; ++v) x[v] = fma(low[v], zero(), x[v]);

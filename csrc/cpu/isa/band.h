@@ -3,7 +3,7 @@
 #pragma once
 
 #include "../fused.h"
-#include "gelu_short.h"
+#include "gelu.h"
 #include "pointwise.h"
 #include "transpose.h"
 #include "vec.h"
@@ -293,7 +293,7 @@ static inline void normalise_block(const float* x, ptrdiff_t x_stride, int chann
   }
 }
 
-// The degree of GELU's polynomials (gelu_short.h); the coarse one is for values that are rounded to
+// The degree of GELU's polynomials (gelu.h); the coarse one is for values that are rounded to
 // bfloat16 afterwards.
 template <bool kCoarse>
 constexpr int kGeluDegree = kCoarse ? 3 : 4;
@@ -303,7 +303,7 @@ SDAN_INLINE void gelu_vecs(float* p) {
   Vec x[V];
 #pragma GCC unroll 8
   for (int v = 0; v < V; ++v) x[v] = load(p + v * kLanes);
-  gelu_short<kGeluDegree<kCoarse>>(x);
+  gelu<kGeluDegree<kCoarse>>(x);
 #pragma GCC unroll 8
   for (int v = 0; v < V; ++v) store(p + v * kLanes, x[v]);
 }
@@ -331,11 +331,11 @@ struct TileRow {
 // out = outer(gelu(s) * b) for V vectors of s.
 template <Activation kOuter, bool kCoarse, int V>
 SDAN_INLINE void star_store(Vec (&s)[V], const float* b, float* out) {
-  gelu_short<kGeluDegree<kCoarse>>(s);
+  gelu<kGeluDegree<kCoarse>>(s);
 #pragma GCC unroll 4
   for (int v = 0; v < V; ++v) s[v] = s[v] * load(b + v * kLanes);
   if constexpr (kOuter == Activation::kGelu) {
-    gelu_short<kGeluDegree<kCoarse>>(s);
+    gelu<kGeluDegree<kCoarse>>(s);
   } else {
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) s[v] = activate<kOuter>(s[v]);

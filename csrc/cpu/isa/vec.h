@@ -735,74 +735,6 @@ SDAN_INLINE void fill(Vec (&p)[V], float value) {
   for (int v = 0; v < V; ++v) p[v] = set1(value);
 }
 
-// The parts of P(X > u) = (e num rden) 2^n of the standard normal, 0 <= u <= 30: e 2^n is
-// exp(-u^2/2), num rden a rational form of the scaled complementary error function (relative error
-// 5e-9 on [0, 13]). V vectors step by step together: one alone is a chain of some forty dependent
-// instructions, longer than a processor's scheduler overlaps.
-template <int V>
-SDAN_INLINE void normal_tail_parts(const Vec (&u)[V], Vec (&e)[V], Vec (&n)[V], Vec (&num)[V],
-                                   Vec (&rden)[V]) {
-  Vec f[V];
-#pragma GCC unroll 8
-  for (int v = 0; v < V; ++v) {
-    const Vec w = u[v] * u[v];
-    const Vec scale = set1(-0.72134752044448170f);  // -log2(e) / 2
-    n[v] = round_to_int(w * scale);
-    f[v] = fma(w, scale, zero() - n[v]);
-  }
-  fill(e, 1.5345812425948679e-4f);
-  horner(e, f, 1.3399930903688073e-3f);
-  horner(e, f, 9.6184890717267990e-3f);
-  horner(e, f, 5.5503286421298981e-2f);
-  horner(e, f, 2.4022646248340607e-1f);
-  horner(e, f, 6.9314718246459961e-1f);
-  horner(e, f, 1.0f);
-  fill(num, 3.9943475276231766e-3f);
-  horner(num, u, 3.9808746427297592e-2f);
-  horner(num, u, 1.8078389763832092e-1f);
-  horner(num, u, 4.3497607111930847e-1f);
-  horner(num, u, 0.5f);
-  fill(rden, 1.0012194514274597e-2f);
-  horner(rden, u, 9.9793381989002228e-2f);
-  horner(rden, u, 4.6300050616264343e-1f);
-  horner(rden, u, 1.1923052072525024f);
-  horner(rden, u, 1.6678370237350464f);
-  horner(rden, u, 1.0f);
-#pragma GCC unroll 8
-  for (int v = 0; v < V; ++v) rden[v] = reciprocal(rden[v]);
-}
-
-// P(X > u) of the standard normal for u >= 0, in place. Exactly zero from 8.25 on, about where the
-// definition's own 1 + erf(-u / sqrt 2) becomes zero in float64: 2^n underflows at the stand-in 20.
-template <int V>
-SDAN_INLINE void normal_tail(Vec (&u)[V]) {
-  Vec e[V], n[V], num[V], rden[V];
-#pragma GCC unroll 8
-  for (int v = 0; v < V; ++v) u[v] = select_lt(u[v], set1(8.25f), u[v], set1(20.0f));
-  normal_tail_parts(u, e, n, num, rden);
-#pragma GCC unroll 8
-  for (int v = 0; v < V; ++v) u[v] = scale_by_pow2((e[v] * num[v]) * rden[v], n[v]);
-}
-
-// x * Phi(x), the exact (erf) GELU, in place. Working from the tail keeps the relative error of
-// negative x at a few units in the last place, where 1 + erf(x / sqrt 2) would cancel. gelu(-inf)
-// is NaN as in PyTorch.
-template <int V>
-SDAN_INLINE void gelu(Vec (&x)[V]) {
-  Vec q[V];
-#pragma GCC unroll 8
-  for (int v = 0; v < V; ++v) q[v] = abs(x[v]);
-  normal_tail(q);
-#pragma GCC unroll 8
-  for (int v = 0; v < V; ++v) x[v] = x[v] * select_lt(x[v], zero(), q[v], set1(1.0f) - q[v]);
-}
-
-SDAN_INLINE Vec gelu(Vec x) {
-  Vec t[1] = {x};
-  gelu(t);
-  return t[0];
-}
-
 SDAN_INLINE Vec relu(Vec x) {
   return max(zero(), x);
 }
@@ -817,7 +749,6 @@ SDAN_INLINE Vec silu(Vec x) {
 
 template <Activation A>
 SDAN_INLINE Vec activate(Vec x) {
-  if constexpr (A == Activation::kGelu) return gelu(x);
   if constexpr (A == Activation::kRelu6) return relu6(x);
   if constexpr (A == Activation::kRelu) return relu(x);
   if constexpr (A == Activation::kSilu) return silu(x);
