@@ -12,7 +12,7 @@ from .. import reference
 from . import _check
 from ._conv import Shape
 from ._op import ComposedOp
-from .depthwise_conv2d import in_large_channels_last
+from .depthwise_conv2d import in_large_channels_last, read_in_place
 from .strip_conv_chain import check as check_chain
 from .strip_conv_chain import flops as chain_flops
 from .strip_conv_chain import strip_conv_chain
@@ -53,7 +53,8 @@ gated_strip_conv_chain = ComposedOp(
 
 def slower(u: Tensor, *_: Any, **__: Any) -> str | None:
     """Large channels_last images: a second pass over whole pixels is cheaper than a gate read by groups of channels."""
-    if any(in_large_channels_last(u, dtype) for dtype in (torch.float32, torch.bfloat16)):
+    large = any(in_large_channels_last(u, dtype) for dtype in (torch.float32, torch.bfloat16))
+    if large and not read_in_place(u):
         return "the chain and the product apart are faster in channels_last"
     return None
 
