@@ -168,18 +168,23 @@ def load(name: str) -> dict[str, Any]:
     return found
 
 
+def blocks() -> list[tuple[Path, str, str]]:
+    """The pages' generated blocks: where, their names and what they say."""
+    steps = "three times a forward's multiply-adds at the FMA rate"
+    return [
+        (README, "model numbers", model_tables(load("cpu-model.json"))),
+        (README, "AVX2 model numbers", model_tables(load("cpu-model-avx2.json"))),
+        (README, "training numbers", model_tables(load("cpu-training.json"), steps)),
+        (README, "op numbers", ops_table(load("cpu-ops.json"))),
+        (PERFORMANCE, "AVX2 op numbers", ops_table(load("cpu-ops-avx2.json"))),
+    ]
+
+
 def page(path: Path, text: str) -> str:
     """README.md or docs/performance.md with its numbers."""
-    if path == PERFORMANCE:
-        return generated.replace(text, "AVX2 op numbers", ops_table(load("cpu-ops-avx2.json")), COMMAND)
-    steps = "three times a forward's multiply-adds at the FMA rate"
-    for name, content in {
-        "model numbers": model_tables(load("cpu-model.json")),
-        "AVX2 model numbers": model_tables(load("cpu-model-avx2.json")),
-        "training numbers": model_tables(load("cpu-training.json"), steps),
-        "op numbers": ops_table(load("cpu-ops.json")),
-    }.items():
-        text = generated.replace(text, name, content, COMMAND)
+    for of, name, content in blocks():
+        if of == path:
+            text = generated.replace(text, name, content, COMMAND)
     return text
 
 
