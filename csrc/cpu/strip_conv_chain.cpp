@@ -28,9 +28,10 @@ int64_t band_of(int64_t least, int64_t group, int64_t h) {
   return band < h ? band : h;
 }
 
-// Whether the rows of a channels_last image are read in place, and if so the bands and tiles: a
-// tile for each thread, halos permitting, and bands whose windows stay in a last-level cache if
-// that can be. It may not depend on the threads: the bits of the sums depend on it.
+// Whether the rows of a channels_last image are read in place, which may not depend on the number
+// of threads, as these kernels' last bits differ from the others'; and if so the bands and tiles: a
+// tile for each thread, halos permitting (each output is the same sum in any tile), and bands whose
+// windows stay in a last-level cache if that can be.
 bool reads_flat(StripChainArgs* args, const std::vector<StripArgs>& vertical, int64_t work) {
   constexpr int64_t kCached = 2 * 1024 * 1024, kMost = 16 * 1024 * 1024;  // floats
   if (args->dtype != DType::kFloat32 || picked_isa() == Isa::kAvx512 || args->c < vector_lanes() ||

@@ -54,20 +54,8 @@ SDAN_INLINE void plane_kernel(const float* x, ptrdiff_t stride, int ci, const fl
 #pragma GCC unroll 4
       for (int s = 0; s < S; ++s) add_row(s);
     }
-    if constexpr (S > 1) {
-      for (; left > 0; --left) add_row(0);
-#pragma GCC unroll 16
-      for (int m = 0; m < M; ++m) {
-#pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) {
-          if constexpr (S == 4) {
-            acc[0][m][v] = acc[0][m][v] + acc[2][m][v];
-            acc[1][m][v] = acc[1][m][v] + acc[3][m][v];
-          }
-          acc[0][m][v] = acc[0][m][v] + acc[1][m][v];
-        }
-      }
-    }
+    for (; left > 0; --left) add_row(0);
+    add_up(acc);
   }
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) {

@@ -66,6 +66,25 @@ constexpr int kPointwiseSums = M <= 2   ? 4
                                : V == 1 ? 2
                                         : 1;
 
+// acc[0] = the S sums of each place, in pairs.
+template <int S, int M, int V>
+SDAN_INLINE void add_up(Vec (&acc)[S][M][V]) {
+  static_assert(S == 1 || S == 2 || S == 4);
+  if constexpr (S > 1) {
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) {
+        if constexpr (S == 4) {
+          acc[0][m][v] = acc[0][m][v] + acc[2][m][v];
+          acc[1][m][v] = acc[1][m][v] + acc[3][m][v];
+        }
+        acc[0][m][v] = acc[0][m][v] + acc[1][m][v];
+      }
+    }
+  }
+}
+
 // The next tile's lines are asked for a few at a time, after every kPrefetchRows rows of input: all
 // that a product has to ask for, at once, would be more than a core may have outstanding.
 constexpr int kPrefetchRows = 8;
@@ -140,19 +159,7 @@ static void pointwise_kernel(const PointwiseInput* inputs, int input_count, ptrd
       x += stride;
       weight += M;
     }
-    if constexpr (S > 1) {
-#pragma GCC unroll 16
-      for (int m = 0; m < M; ++m) {
-#pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) {
-          if constexpr (S == 4) {
-            acc[0][m][v] = acc[0][m][v] + acc[2][m][v];
-            acc[1][m][v] = acc[1][m][v] + acc[3][m][v];
-          }
-          acc[0][m][v] = acc[0][m][v] + acc[1][m][v];
-        }
-      }
-    }
+    add_up(acc);
     if (i + 1 < input_count) {
       // Each input is summed by itself and the sums added up in memory: of many inputs, the nine
       // taps of the dense 3x3 above all, one long sum would round more than a blocked product.
