@@ -31,7 +31,7 @@ constexpr int kOutputPixels = 4;
 
 // Inputs that are added up one after the other; longer sums would gather more rounding errors than
 // PyTorch's, which has several under way.
-constexpr int64_t kOutputSummed = 32;
+constexpr int64_t kOutputSummed = 64;
 
 // Pixels that a block of V vectors multiplies at a time; all of them divide 24.
 template <int V>
@@ -134,12 +134,14 @@ SDAN_INLINE void outputs_kernel(const X* x, int64_t words, const float* weight, 
   }
 }
 
-// The pixels of a block of V vectors, the first of which is `first`.
+// The pixels of a block of V vectors, the first of which is `first`. `finish` is taken by value,
+// and must hold nothing by reference, as in plane_group (plane_products.h).
 template <typename Product, int V, typename X, typename Finish>
 static void output_block(const OutputProducts& p, int64_t first, const X* x, int64_t n,
-                         PrefetchQueue* queue, int lines, const Finish& finish) {
+                         PrefetchQueue* queue, int lines, Finish finish) {
   constexpr int R = kPixelsOf<V>;
   constexpr int64_t kWord = sizeof(float) / sizeof(X);
+  const int64_t words = p.words;
   const float* weight = p.packed + first * kLanes * p.words;
   const float* bias = p.packed + (output_vecs(p.co) * p.words + first) * kLanes;
   // Fewer outputs than lanes are less than a vector.
@@ -148,7 +150,7 @@ static void output_block(const OutputProducts& p, int64_t first, const X* x, int
   const auto pixels = [&](auto count, int64_t i) __attribute__((always_inline)) {
     constexpr int kCount = decltype(count)::value;
     queue->step(lines);
-    outputs_kernel<Product, kCount, V>(x + i * p.words * kWord, p.words, weight, bias,
+    outputs_kernel<Product, kCount, V>(x + i * words * kWord, words, weight, bias,
                                        [&](int r, int v, Vec sum) __attribute__((always_inline)) {
                                          finish(i + r, v + 1 < V ? (first + v) * kLanes : last, sum,
                                                 lanes);
