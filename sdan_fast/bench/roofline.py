@@ -115,7 +115,7 @@ def keep_freed_memory() -> bool:
     By default glibc returns a freed tensor of some megabytes to the system at once, or does not, as the heap happens to
     lie. Where it does, the next call's output is new pages, each cleared and mapped at its first touch, which takes
     longer than most kernels here: of functions timed in turn some would pay for it, always, and others never. Memory
-    is new once all the same: large tensors allocated and freed after this, as by `clone_bandwidth`, provide for the rest.
+    is new once all the same: large tensors allocated and freed after this (`clone_bandwidth`), provide it.
 
     Returns:
         Whether the C library could be told so: glibc can (`mallopt`).
