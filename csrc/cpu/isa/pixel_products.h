@@ -29,9 +29,10 @@ constexpr int kOutputSums = 4;
 constexpr int kOutputPixels = 4;
 #endif
 
-// Inputs that are added up one after the other; longer sums would gather more rounding errors than
-// PyTorch's, which has several under way.
-constexpr int64_t kOutputSummed = 64;
+// Inputs that are added up one after the other, for R pixels together; longer sums would gather
+// more rounding errors than a blocked product. Of single pixels PyTorch has several sums under way.
+template <int R>
+constexpr int64_t kOutputSummed = R == 1 ? 16 : 64;
 
 // Pixels that a block of V vectors multiplies at a time; all of them divide 24.
 template <int V>
@@ -99,7 +100,7 @@ template <typename Product, int R, int V, typename X, typename Finish>
 SDAN_INLINE void outputs_kernel(const X* x, int64_t words, const float* weight, const float* bias,
                                 const Finish& finish) {
   constexpr int64_t kWord = sizeof(float) / sizeof(X);
-  constexpr int64_t kSummed = kOutputSummed / kWord;
+  constexpr int64_t kSummed = kOutputSummed<R> / kWord;
   Vec acc[R][V], before[R][V];
   for (int64_t begin = 0; begin < words; begin += kSummed) {
 #pragma GCC unroll 16

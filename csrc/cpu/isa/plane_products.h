@@ -18,13 +18,14 @@ SDAN_INLINE int64_t plane_pixels(int64_t ci) {
   return n < 64 ? 64 : n > 256 ? 256 : n;
 }
 
-// finish(m, v, sum) takes M x V sums. Of every 64 inputs the sums are taken apart, and the bias
-// comes last: one long chain rounds more than a blocked product.
+// finish(m, v, sum) takes M x V sums. Of every 64 inputs, of a few pixels (V = 1) of every 16, the
+// sums are taken apart, and the bias comes last: one long chain rounds more than a blocked product,
+// and the fewer the results the more luck PyTorch's largest error may have.
 template <int M, int V, typename Finish>
 SDAN_INLINE void plane_kernel(const float* x, ptrdiff_t stride, int ci, const float* weight,
                               const float* bias, const Finish& finish) {
   constexpr int S = kPointwiseSums<M, V>;
-  constexpr int kSummed = 64;
+  constexpr int kSummed = V == 1 ? 16 : 64;
   Vec acc[S][M][V], before[M][V];
   const auto add_row = [&](int s) __attribute__((always_inline)) {
     Vec in[V];
