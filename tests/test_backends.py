@@ -149,10 +149,9 @@ def test_auto_leaves_to_pytorch_what_it_does_faster() -> None:
         assert chosen("depthwise_conv2d", small, torch.float32, weight, dilation=dilation) == "cpu", kernel
 
     only_short = "reference" if short_vectors else "cpu"
-    for channels, expected in ((28, "cpu"), (56, only_short), (64, "cpu")):
+    for channels in (28, 56, 64):
         shape, weight = (1, channels, 180, 320), torch.empty(channels, channels, 1, 1)
-        assert chosen("pointwise_conv2d", shape, torch.float32, weight) == expected, channels
-        assert chosen("pointwise_conv2d", shape, torch.float32, weight, activation="gelu") == "cpu"
+        assert chosen("pointwise_conv2d", shape, torch.float32, weight) == "cpu", channels
     stages = [(torch.empty(28, 1, 1, 3), None, torch.empty(28, 1, 3, 1), None, d) for d in (1, 2)]
     assert chosen("strip_conv_chain", large, torch.float32, stages) == "cpu"
     few_stages = [tuple(t[:7] if isinstance(t, torch.Tensor) else t for t in stage) for stage in stages]

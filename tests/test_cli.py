@@ -452,6 +452,19 @@ def test_roofline_of_this_machine() -> None:
     assert limits.floor(multiply_adds=5, bytes_moved=20) == pytest.approx(2.0)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="page faults are counted as Linux does")
+def test_freed_memory_is_kept_for_the_next_call() -> None:
+    resource = pytest.importorskip("resource")
+    if not roofline.keep_freed_memory():
+        pytest.skip("this C library cannot be told to keep freed memory")
+    torch.ones(160 * 2**18)  # 160 MiB that have been written once
+    x = torch.ones(48 * 2**18)  # 48 MiB: beyond glibc's largest threshold for what it maps apart
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(3):
+        x.clone()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 1000  # one new clone: 12,288 pages
+
+
 def test_multiply_adds_counts_one_for_two_operations() -> None:
     a, b = torch.rand(3, 5), torch.rand(5, 7)
     assert roofline.multiply_adds(lambda: a @ b) == 3 * 5 * 7

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import math
 import statistics
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -107,6 +109,24 @@ def interleaved(
     return timings
 
 
+def keep_freed_memory() -> bool:
+    """Let this process keep the memory that it frees, so that no timing has the system's part of new memory in it.
+
+    By default glibc returns a freed tensor of some megabytes to the system at once, or does not, as the heap happens to
+    lie. Where it does, the next call's output is new pages, each cleared and mapped at its first touch, which takes
+    longer than most kernels here: of functions timed in turn some would pay for it, always, and others never. Memory
+    is new once all the same: large tensors allocated and freed after this (`clone_bandwidth`), provide it.
+
+    Returns:
+        Whether the C library could be told so: glibc can (`mallopt`).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is None:
+        return False
+    trim_threshold, mmap_max = -1, -4  # as <malloc.h> numbers them
+    return bool(mallopt(mmap_max, 0)) and bool(mallopt(trim_threshold, 2**31 - 1))
+
+
 def clone_bandwidth(device: torch.device | str = "cpu", *, megabytes: int = 256, rounds: int = 7) -> float:
     """Bytes per second of `torch.clone` (read plus write) on a tensor of this size, the best of `rounds`."""
     x = torch.ones(megabytes * 2**18, device=device)
@@ -167,8 +187,9 @@ def fma_rate(*, rounds: int = 15, loops: int = 200_000) -> float:
 
 
 def measure(device: torch.device | str = "cpu", *, dtype: torch.dtype = torch.float32) -> Roofline:
-    """The limits of a device, measured now: about a second on a CPU."""
+    """The limits of a device, measured now: about a second on a CPU. From then on the process keeps freed memory."""
     large = torch.device(device).type != "cpu"
+    keep_freed_memory()
     return Roofline(
         clone_bandwidth=clone_bandwidth(device, megabytes=1024 if large else 256),
         gemm_rate=gemm_rate(device, dtype=dtype, size=8192 if large else 1024),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -13,7 +12,7 @@ from .. import reference
 from . import _check
 from ._conv import Shape, conv_backward, conv_backward_flops, conv_flops
 from ._op import Op
-from .depthwise_conv2d import AVX2, convolution_autocast, in_large_channels_last
+from .depthwise_conv2d import convolution_autocast
 from .star import ACTIVATIONS, activation_backward
 
 
@@ -62,18 +61,3 @@ pointwise_conv2d = Op(
     output_shape=lambda x, weight, *_, **__: [x.shape[0], weight.shape[0], *x.shape[2:]],
     plain_elsewhere=True,
 )
-
-
-_CLOSE = range(40, 57)  # numbers of inputs and outputs
-
-
-def slower(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str = "none") -> str | None:
-    """Large channels_last images of 40 to 56 channels with AVX2: fewer and more were faster than PyTorch's."""
-    if AVX2 and activation == "none" and in_large_channels_last(x, torch.float32):
-        outputs, inputs = weight.shape[:2]
-        if outputs in _CLOSE and inputs in _CLOSE:
-            return "PyTorch's own product of 40 to 56 channels is faster in channels_last with AVX2"
-    return None
-
-
-pointwise_conv2d.slower["cpu"] = slower

@@ -29,9 +29,10 @@ constexpr int kOutputSums = 4;
 constexpr int kOutputPixels = 4;
 #endif
 
-// Inputs that are added up one after the other; longer sums would gather more rounding errors than
-// PyTorch's, which has several under way.
-constexpr int64_t kOutputSummed = 32;
+// Inputs that are added up one after the other, for R pixels together; longer sums would gather
+// more rounding errors than a blocked product. Of single pixels PyTorch has several sums under way.
+template <int R>
+constexpr int64_t kOutputSummed = R == 1 ? 16 : 64;
 
 // Pixels that a block of V vectors multiplies at a time; all of them divide 24.
 template <int V>
@@ -99,7 +100,7 @@ template <typename Product, int R, int V, typename X, typename Finish>
 SDAN_INLINE void outputs_kernel(const X* x, int64_t words, const float* weight, const float* bias,
                                 const Finish& finish) {
   constexpr int64_t kWord = sizeof(float) / sizeof(X);
-  constexpr int64_t kSummed = kOutputSummed / kWord;
+  constexpr int64_t kSummed = kOutputSummed<R> / kWord;
   Vec acc[R][V], before[R][V];
   for (int64_t begin = 0; begin < words; begin += kSummed) {
 #pragma GCC unroll 16
@@ -134,12 +135,14 @@ SDAN_INLINE void outputs_kernel(const X* x, int64_t words, const float* weight, 
   }
 }
 
-// The pixels of a block of V vectors, the first of which is `first`.
+// The pixels of a block of V vectors, the first of which is `first`. `finish` is taken by value,
+// and must hold nothing by reference, as in plane_group (plane_products.h).
 template <typename Product, int V, typename X, typename Finish>
 static void output_block(const OutputProducts& p, int64_t first, const X* x, int64_t n,
-                         PrefetchQueue* queue, int lines, const Finish& finish) {
+                         PrefetchQueue* queue, int lines, Finish finish) {
   constexpr int R = kPixelsOf<V>;
   constexpr int64_t kWord = sizeof(float) / sizeof(X);
+  const int64_t words = p.words;
   const float* weight = p.packed + first * kLanes * p.words;
   const float* bias = p.packed + (output_vecs(p.co) * p.words + first) * kLanes;
   // Fewer outputs than lanes are less than a vector.
@@ -148,7 +151,7 @@ static void output_block(const OutputProducts& p, int64_t first, const X* x, int
   const auto pixels = [&](auto count, int64_t i) __attribute__((always_inline)) {
     constexpr int kCount = decltype(count)::value;
     queue->step(lines);
-    outputs_kernel<Product, kCount, V>(x + i * p.words * kWord, p.words, weight, bias,
+    outputs_kernel<Product, kCount, V>(x + i * words * kWord, words, weight, bias,
                                        [&](int r, int v, Vec sum) __attribute__((always_inline)) {
                                          finish(i + r, v + 1 < V ? (first + v) * kLanes : last, sum,
                                                 lanes);

@@ -169,10 +169,10 @@ SDAN_INLINE void plane_middle(const PlaneConv<T>& p, const Taps& taps, const Pla
   }
 }
 
-// R whole rows. Not inlined: each instance is one hot loop.
+// R whole rows. Not inlined: each instance is one hot loop, which takes what it needs by value
+// (conv_rows in tile_conv.h).
 template <int R, int V, int KH, typename T>
-__attribute__((noinline)) void plane_rows(const PlaneConv<T>& p, const Taps& taps,
-                                          const PlaneRows<T>& rows) {
+__attribute__((noinline)) void plane_rows(PlaneConv<T> p, Taps taps, PlaneRows<T> rows) {
   const RowEdges& edges = p.edges;
   plane_edges<R, KH>(p, taps, rows, 0, edges.left, edges.masks);
   plane_middle<R, V, KH>(p, taps, rows);
@@ -182,7 +182,7 @@ __attribute__((noinline)) void plane_rows(const PlaneConv<T>& p, const Taps& tap
 // R neighbouring rows of a kernel of one row, one after the other but for their ends: the sums of a
 // vector alone are a chain of multiply-adds that wait for each other.
 template <int R, typename T>
-__attribute__((noinline)) void plane_strip(const PlaneConv<T>& p, const PlaneRows<T>& rows) {
+__attribute__((noinline)) void plane_strip(PlaneConv<T> p, PlaneRows<T> rows) {
   const RowEdges& edges = p.edges;
   PlaneRows<T> row = rows;
   for (int r = 0; r < R; ++r, row.x += p.w, row.y += p.w) {

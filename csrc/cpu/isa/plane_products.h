@@ -18,13 +18,14 @@ SDAN_INLINE int64_t plane_pixels(int64_t ci) {
   return n < 64 ? 64 : n > 256 ? 256 : n;
 }
 
-// finish(m, v, sum) takes M x V sums. Of every 32 inputs the sums are taken apart, and the bias
-// comes last: one long chain rounds more than a blocked product.
+// finish(m, v, sum) takes M x V sums. Of every 64 inputs, of a few pixels (V = 1) of every 16, the
+// sums are taken apart, and the bias comes last: one long chain rounds more than a blocked product,
+// and the fewer the results the more luck PyTorch's largest error may have.
 template <int M, int V, typename Finish>
 SDAN_INLINE void plane_kernel(const float* x, ptrdiff_t stride, int ci, const float* weight,
                               const float* bias, const Finish& finish) {
   constexpr int S = kPointwiseSums<M, V>;
-  constexpr int kSummed = 32;
+  constexpr int kSummed = V == 1 ? 16 : 64;
   Vec acc[S][M][V], before[M][V];
   const auto add_row = [&](int s) __attribute__((always_inline)) {
     Vec in[V];
@@ -67,15 +68,19 @@ SDAN_INLINE void plane_kernel(const float* x, ptrdiff_t stride, int ci, const fl
   }
 }
 
-// A group of M outputs, `first` and on, of n pixels.
+// A group of M outputs, `first` and on, of n pixels. The callables are taken by value, here and in
+// all that they hold: what they hold by reference would be loaded again after each store of a
+// vector, and the next block's loads would wait for it.
 template <int M, typename Fetch, typename Finish>
 static void plane_group(const Pointwise& pw, int first, const float* x, ptrdiff_t stride, int64_t n,
-                        const Fetch& fetch, const Finish& finish) {
+                        Fetch fetch, Finish finish) {
   constexpr int V = kPointwiseVecs;
-  const float* weight = pw.weight + static_cast<int64_t>(first) * pw.ci;
+  const int ci = pw.ci;
+  const float* weight = pw.weight + static_cast<int64_t>(first) * ci;
+  const float* bias = pw.bias + first;
   const auto pixels = [&](int64_t i) __attribute__((always_inline)) {
     fetch(first, M, i);
-    plane_kernel<M, V>(x + i, stride, pw.ci, weight, pw.bias + first,
+    plane_kernel<M, V>(x + i, stride, ci, weight, bias,
                        [&](int m, int v, Vec sum) __attribute__((always_inline)) {
                          finish(first + m, i + v * kLanes, sum, kLanes);
                        });
@@ -89,7 +94,7 @@ static void plane_group(const Pointwise& pw, int first, const float* x, ptrdiff_
   }
   for (int64_t i = 0; i < n; i += kLanes) {
     const int lanes = n - i < kLanes ? static_cast<int>(n - i) : kLanes;
-    plane_kernel<M, 1>(x + i, stride, pw.ci, weight, pw.bias + first,
+    plane_kernel<M, 1>(x + i, stride, ci, weight, bias,
                        [&](int m, int, Vec sum)
                            __attribute__((always_inline)) { finish(first + m, i, sum, lanes); });
   }
@@ -98,7 +103,8 @@ static void plane_group(const Pointwise& pw, int first, const float* x, ptrdiff_
 // finish(m, i, sum, lanes) for all outputs m of n pixels, a vector of them from pixel i on, some
 // more than once; `lanes` of the vector are pixels. fetch(m, count, i) comes before the sums of
 // `count` outputs, m and on, of the kPointwiseVecs vectors from pixel i on. x: a tile, zero up to
-// whole vectors; pw packed by pack_pointwise_weight.
+// whole vectors; pw packed by pack_pointwise_weight. Neither may hold anything by reference
+// (plane_group).
 template <typename Fetch, typename Finish>
 SDAN_INLINE void plane_products(const Pointwise& pw, const float* x, ptrdiff_t stride, int64_t n,
                                 const Fetch& fetch, const Finish& finish) {

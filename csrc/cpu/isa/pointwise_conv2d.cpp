@@ -106,7 +106,7 @@ void run_pixels(const PointwiseConvPlan& plan, int64_t first, int64_t last, cons
     float* sums = sums_of(y, s.y);
     output_products<MultiplyAdd>(
         product, as_floats(x, n * ci, s.x), n, &queue, lines,
-        [&](int64_t pixel, int64_t m, Vec sum, int lanes)
+        [=](int64_t pixel, int64_t m, Vec sum, int lanes)
             __attribute__((always_inline)) { store_sum(sums + pixel * co + m, sum, lanes); });
     if (has_second_step<T>(plan)) activate_values(plan.activation, sums, n * co, y);
   }
@@ -116,15 +116,16 @@ void run_pixels(const PointwiseConvPlan& plan, int64_t first, int64_t last, cons
 template <typename T>
 void run_planes(const PointwiseConvPlan& plan, int64_t first, int64_t last, const Scratch& s) {
   const Pointwise& conv = plan.conv;
+  const int ci = conv.ci, co = conv.co;
   const int64_t plane = plan.x.run_pixels;
   const int64_t x_plane = plan.x.stride_c, y_plane = plan.y.stride_c;
-  const int64_t chunk = plane_pixels(conv.ci);
+  const int64_t chunk = plane_pixels(ci);
   int64_t n;
   for (int64_t i = first; i < last; i += n) {
     const int64_t image = i / plane, at = i % plane;
     n = plane - at < last - i ? plane - at : last - i;
     n = n < chunk ? n : chunk;
-    load_pixels(plan.x, i, n, conv.ci, s.x, s.stride);
+    load_pixels(plan.x, i, n, ci, s.x, s.stride);
     const T* x = static_cast<const T*>(plan.x.data) + image * plan.x.stride_run + at;
     T* y = static_cast<T*>(plan.y.data) + image * plan.y.stride_run + at;
     float* sums = sums_of(y, s.y);
@@ -132,15 +133,15 @@ void run_planes(const PointwiseConvPlan& plan, int64_t first, int64_t last, cons
     const bool more = at + n < plane;
     plane_products(
         conv, s.x, s.stride, n,
-        [&](int m, int count, int64_t k) __attribute__((always_inline)) {
+        [=](int m, int count, int64_t k) __attribute__((always_inline)) {
           if (!more) return;
-          fetch_planes(x + n + k, x_plane, conv.ci, conv.co, m, count);
+          fetch_planes(x + n + k, x_plane, ci, co, m, count);
           fetch_planes_to_write(y + n + k, y_plane, m, count);
         },
-        [&](int m, int64_t k, Vec sum, int lanes)
+        [=](int m, int64_t k, Vec sum, int lanes)
             __attribute__((always_inline)) { store_sum(sums + m * sums_plane + k, sum, lanes); });
     if (!has_second_step<T>(plan)) continue;
-    for (int m = 0; m < conv.co; ++m) {
+    for (int m = 0; m < co; ++m) {
       activate_values(plan.activation, sums + m * sums_plane, n, y + m * y_plane);
     }
   }

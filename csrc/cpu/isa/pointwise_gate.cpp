@@ -65,6 +65,7 @@ SDAN_INLINE bool is_cached(const PointwiseGateArgs& a) {
 // each other, multiplied, and the products gated on their way out.
 template <typename T>
 void tile_nchw(const PointwiseGateArgs& a, int64_t image, int64_t first, int64_t last) {
+  const int64_t plane = a.pixels;
   const int64_t chunk = plane_pixels(a.ci);
   const int64_t stride = staged_stride(chunk);
   float* staged = static_cast<float*>(
@@ -74,23 +75,23 @@ void tile_nchw(const PointwiseGateArgs& a, int64_t image, int64_t first, int64_t
   const bool cached = is_cached(a);
   for (int64_t i = first; i < last; i += chunk) {
     const int64_t n = last - i < chunk ? last - i : chunk;
-    const int64_t at = image * a.co * a.pixels + i;
-    const T* x = static_cast<const T*>(a.x) + image * a.ci * a.pixels + i;
+    const int64_t at = image * co * plane + i;
+    const T* x = static_cast<const T*>(a.x) + image * ci * plane + i;
     const T* u = static_cast<const T*>(a.u) + at;
     T* y = static_cast<T*>(a.y) + at;
-    stage_planes(staged, stride, x, a.pixels, a.ci, n);
-    const bool more = !cached && i + n < a.pixels;
+    stage_planes(staged, stride, x, plane, ci, n);
+    const bool more = !cached && i + n < plane;
     plane_products(
         product, staged, static_cast<ptrdiff_t>(stride), n,
-        [&](int m, int count, int64_t k) __attribute__((always_inline)) {
+        [=](int m, int count, int64_t k) __attribute__((always_inline)) {
           if (!more) return;
-          fetch_planes(x + n + k, a.pixels, ci, co, m, count);
-          fetch_planes(u + n + k, a.pixels, co, co, m, count);
-          fetch_planes_to_write(y + n + k, a.pixels, m, count);
+          fetch_planes(x + n + k, plane, ci, co, m, count);
+          fetch_planes(u + n + k, plane, co, co, m, count);
+          fetch_planes_to_write(y + n + k, plane, m, count);
         },
-        [&](int m, int64_t k, Vec sum, int lanes) __attribute__((always_inline)) {
-          const T* p = u + m * a.pixels + k;
-          T* q = y + m * a.pixels + k;
+        [=](int m, int64_t k, Vec sum, int lanes) __attribute__((always_inline)) {
+          const T* p = u + m * plane + k;
+          T* q = y + m * plane + k;
           if (lanes == kLanes) {
             store(q, load(p) * sum);
           } else {
@@ -104,7 +105,7 @@ void tile_nchw(const PointwiseGateArgs& a, int64_t image, int64_t first, int64_t
 template <typename Product, typename T, typename Words>
 SDAN_INLINE void gate_pixels(const PointwiseGateArgs& a, const OutputProducts& product,
                              int64_t first, int64_t last, const Words& words) {
-  const int64_t size = sizeof(T);
+  const int64_t size = sizeof(T), co = a.co;
   const int64_t chunk = pixels_together(product);
   const bool cached = is_cached(a);
   const int lines = lines_an_output_step(a.co, chunk, (a.ci + 2 * a.co) * size);
@@ -120,9 +121,9 @@ SDAN_INLINE void gate_pixels(const PointwiseGateArgs& a, const OutputProducts& p
     queue.add_rows(u + n * a.co, 0, 1, next * a.co, false);
     queue.add_rows(y + n * a.co, 0, 1, next * a.co, true);
     output_products<Product>(product, words(x, n), n, &queue, lines,
-                             [&](int64_t pixel, int64_t m, Vec sum, int lanes)
+                             [=](int64_t pixel, int64_t m, Vec sum, int lanes)
                                  __attribute__((always_inline)) {
-                                   const int64_t at = pixel * a.co + m;
+                                   const int64_t at = pixel * co + m;
                                    if (lanes == kLanes) {
                                      store(y + at, load(u + at) * sum);
                                    } else {

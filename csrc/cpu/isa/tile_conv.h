@@ -195,11 +195,12 @@ struct GridSink {
   }
 };
 
-// Asks for the cache lines of image rows that are staged or read `in` rows on, and of the outputs
-// of the next block, one block's worth at a time: all the rows of a group at once would stall on
-// the few misses that a core may have outstanding, and then leave the memory idle while it
-// computes. kAlone: one block of channels is computed, and no other asks for the second line of its
-// pixels that straddle two.
+// Asks for the cache lines of image rows that are staged or read `in` rows on, and of outputs to
+// come, one block's worth at a time: all the rows of a group at once would stall on the few misses
+// that a core may have outstanding, and then leave the memory idle while it computes. The outputs
+// are those of the next block, or in NCHW, where a block of short vectors is a line wide and its
+// time too short for the memory to answer, those of the next group of rows. kAlone: one block of
+// channels is computed, and no other asks for the second line of its pixels that straddle two.
 template <bool kLanewise, typename T, bool kAlone = false>
 struct Fetch {
   const T* in;   // what stands there when block (0, 0) is computed
@@ -212,16 +213,17 @@ struct Fetch {
     constexpr int kEvery = kLanewise || kLanes * sizeof(T) >= 64 ? 1 : 64 / (kLanes * sizeof(T));
     const int64_t next = kLanewise ? pixel : kLanes;
     const int64_t first = column * (kLanewise ? pixel : 1);
+    const int64_t later = kLanewise || SDAN_IS_AVX512 ? V * next : dh == 1 ? R * row : row;
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       const int64_t at = (row0 + r * dh) * row + first;
 #pragma GCC unroll 8
       for (int v = 0; v < V; v += kEvery) {
         __builtin_prefetch(in + at + v * next, 0, 2);  // the first level is full of this window
-        prefetch_write(out + at + (V + v) * next);
+        prefetch_write(out + at + later + v * next);
         if constexpr (kLanewise && kAlone) {
           __builtin_prefetch(in + at + v * next + kLanes - 1, 0, 2);
-          prefetch_write(out + at + (V + v) * next + kLanes - 1);
+          prefetch_write(out + at + later + v * next + kLanes - 1);
         }
       }
     }
@@ -231,7 +233,7 @@ struct Fetch {
       const int64_t at = (row0 + r * dh) * row + first;
 #pragma GCC unroll 8
       for (int v = 0; v < V; v += kEvery) {
-        const T* p = gate + at + (V + v) * next;
+        const T* p = gate + at + later + v * next;
         __builtin_prefetch(p);
         if constexpr (kLanewise && kAlone) __builtin_prefetch(p + kLanes - 1);
       }
@@ -271,11 +273,13 @@ SDAN_INLINE void conv_block(const float* x, const Taps& taps, ptrdiff_t row_floa
   }
 }
 
-// A group of R rows over all columns. Not inlined: each instance is one hot loop.
+// A group of R rows over all columns. Not inlined: each instance is one hot loop. All that it needs
+// is taken by value: through a reference it would be loaded again after each store of a vector, and
+// the next block's loads would wait for it.
 template <bool kLanewise, int R, int V, int KH, typename Bias, typename Sink, typename Fetcher>
-__attribute__((noinline)) void conv_rows(const float* x, const Taps& taps, ptrdiff_t row_floats,
-                                         int64_t row0, int64_t columns, const Bias& bias,
-                                         const Sink& sink, const Fetcher& fetch) {
+__attribute__((noinline)) void conv_rows(const float* x, Taps taps, ptrdiff_t row_floats,
+                                         int64_t row0, int64_t columns, Bias bias, Sink sink,
+                                         Fetcher fetch) {
   constexpr int kVecPixels = kLanewise ? 1 : kLanes;
   const ptrdiff_t pixel = kLanewise ? taps.pixel : 1;
   x += row0 * row_floats;
