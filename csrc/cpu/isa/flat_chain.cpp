@@ -15,7 +15,7 @@ namespace {
 
 // One stage. The window holds rows [first, last) of what its horizontal strip makes.
 struct Stage {
-  FlatConv horizontal, vertical;
+  FlatConv<float> horizontal, vertical;
   float* rows;
   int64_t capacity, first, last;
 };
@@ -28,8 +28,8 @@ Stage stage_geometry(const StripChainArgs& a, int64_t s) {
   const StripArgs& h = a.horizontal[s];
   const StripArgs& v = a.vertical[s];
   Stage stage = {};
-  stage.horizontal = flat_geometry(a.h, a.w, a.c, {1, h.used, 1, h.d});
-  stage.vertical = flat_geometry(a.h, a.w, a.c, {v.used, 1, v.d, 1});
+  stage.horizontal = flat_geometry<float>(a.h, a.w, a.c, {1, h.used, 1, h.d});
+  stage.vertical = flat_geometry<float>(a.h, a.w, a.c, {v.used, 1, v.d, 1});
   stage.capacity = strip_level_rows(a.band, 2 * stage.vertical.pad_h);
   if (stage.capacity > a.h) stage.capacity = a.h;
   return stage;
@@ -55,11 +55,12 @@ class Chain {
       const StripArgs& h = a.horizontal[s];
       const StripArgs& v = a.vertical[s];
       Stage& stage = stages_[s] = stage_geometry(a, s);
-      stage_flat(stage.horizontal, out, static_cast<const float*>(h.weight) + h.first, h.k, h.k,
-                 static_cast<const float*>(h.bias));
-      stage_flat(stage.vertical, out + flat_floats(stage.horizontal),
-                 static_cast<const float*>(v.weight) + v.first, v.k, 1,
-                 static_cast<const float*>(v.bias));
+      stage_flat<float, float>(stage.horizontal, out,
+                               {static_cast<const float*>(h.weight) + h.first, h.k, h.k,
+                                static_cast<const float*>(h.bias)});
+      stage_flat<float, float>(stage.vertical, out + flat_floats(stage.horizontal),
+                               {static_cast<const float*>(v.weight) + v.first, v.k, 1,
+                                static_cast<const float*>(v.bias)});
       stage.rows = out + flat_floats(stage.horizontal) + flat_floats(stage.vertical);
       out += stage_floats(a, stage);
     }
