@@ -22,10 +22,12 @@ int64_t task_rows(const DepthwiseArgs& a, int64_t group, int64_t work) {
 
 }  // namespace
 
+bool loads_flat(DType dtype) {
+  return dtype == DType::kFloat32 ? picked_isa() != Isa::kAvx512 : picked_isa() == Isa::kAvx2;
+}
+
 bool reads_flat(const DepthwiseArgs& a) {
-  const bool loads =
-      a.dtype == DType::kFloat32 ? picked_isa() != Isa::kAvx512 : picked_isa() == Isa::kAvx2;
-  return loads && a.c >= vector_lanes() && a.w * a.c < (1 << 28) &&
+  return loads_flat(a.dtype) && a.c >= vector_lanes() && a.w * a.c < (1 << 28) &&
          a.kh_used * a.kw_used * (a.c < 64 ? 64 : a.c) <= 8 * 1024;
 }
 

@@ -1,6 +1,5 @@
 // The entry points of the kernels that read channels_last rows where they lie: at least a vector's
-// channels, and not with AVX-512, whose kernels are those of padded copies. Chains and sums are of
-// float32.
+// channels, and not with AVX-512, whose kernels are those of padded copies. Sums are of float32.
 #pragma once
 
 #include "depthwise_conv2d.h"

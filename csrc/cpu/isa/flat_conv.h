@@ -194,6 +194,8 @@ void flat_image_rows(const FlatConv<T>& conv, int64_t h0, int64_t h1) {
     flat_image_rows_of<1, 1>(conv, h0, h1);
   } else if (conv.kh == 3) {
     flat_image_rows_of<4, 3>(conv, h0, h1);
+  } else if (conv.kh == 5) {
+    flat_image_rows_of<4, 5>(conv, h0, h1);
   } else {
     flat_image_rows_of<4, kInside>(conv, h0, h1);
   }
