@@ -231,8 +231,8 @@ bool run_flat_backward(const BranchesBackward& call, const BackwardConv& conv, T
   args.n = x.size(0), args.c = x.size(1), args.h = x.size(2), args.w = x.size(3);
   args.kh = args.kh_used = taps.kh, args.kw = args.kw_used = taps.kw;
   args.dh = taps.dh, args.dw = taps.dw;
-  if (call.addend.has_value() || call.format != Format::kChannelsLast || !reads_flat(args) ||
-      taps.kh * taps.kw > kMostFlatTaps) {
+  if (call.addend.has_value() || call.format != Format::kChannelsLast ||
+      args.dtype != DType::kFloat32 || !reads_flat(args) || taps.kh * taps.kw > kMostFlatTaps) {
     return false;
   }
   const Tensor grad = in_format(call.grad, Format::kChannelsLast);

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "branches_backward.h"
+#include "flat_conv.h"
 #include "isa/flat.h"
 #include "tensor_util.h"
 #include "tiling.h"
@@ -34,8 +35,8 @@ int64_t band_of(int64_t least, int64_t group, int64_t h) {
 // windows stay in a last-level cache if that can be.
 bool reads_flat(StripChainArgs* args, const std::vector<StripArgs>& vertical, int64_t work) {
   constexpr int64_t kCached = 2 * 1024 * 1024, kMost = 16 * 1024 * 1024;  // floats
-  if (args->dtype != DType::kFloat32 || picked_isa() == Isa::kAvx512 || args->c < vector_lanes() ||
-      args->halo_h > args->h || args->w * args->c > kMost) {
+  if (!loads_flat(args->dtype) || args->c < vector_lanes() || args->halo_h > args->h ||
+      args->w * args->c > kMost) {
     return false;
   }
   int64_t windows = 0;

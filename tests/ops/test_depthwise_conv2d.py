@@ -57,6 +57,10 @@ class TestDepthwiseConv2d(OpContract):
         case("rows-of-30", (1, 30, 43, 9), (11, 1), 3),
         case("rows-of-60", (1, 60, 12, 14), (5, 7), bias=False),
         case("rows-of-9", (1, 9, 30, 29), (7, 3), (4, 13)),
+        case("lines-of-31", (2, 31, 11, 9), (3, 3), (1, 2)),
+        case("lines-of-12", (2, 12, 3, 31), (1, 5), 3),
+        case("lines-of-8", (1, 8, 9, 21), (3, 1), bias=False),
+        case("far-pixels", (1, 200, 3, 13), (1, 7)),
     )
 
 

@@ -1,5 +1,5 @@
-// The entry points of the kernels that read channels_last rows of float32 where they lie: at least
-// a vector's channels, and not with AVX-512, whose kernels are those of padded copies.
+// The entry points of the kernels that read channels_last rows where they lie: at least a vector's
+// channels, and not with AVX-512, whose kernels are those of padded copies. Sums are of float32.
 #pragma once
 
 #include "depthwise_conv2d.h"

@@ -3,9 +3,12 @@
 //
 // The strips run in their own order, so that biases need no care. Between a stage's horizontal and
 // its vertical strip lies a window of rows that slides down the image; what the vertical strip of
-// one stage makes goes through a band of rows into the next stage's window.
+// one stage makes goes through a band of rows into the next stage's window. 16-bit numbers become
+// float32 in that band before the first stage, and 16-bit ones after the last.
 #include <cstring>
+#include <type_traits>
 
+#include "by_dtype.h"
 #include "flat.h"
 #include "flat_conv.h"
 
@@ -15,7 +18,7 @@ namespace {
 
 // One stage. The window holds rows [first, last) of what its horizontal strip makes.
 struct Stage {
-  FlatConv horizontal, vertical;
+  FlatConv<float> horizontal, vertical;
   float* rows;
   int64_t capacity, first, last;
 };
@@ -28,8 +31,8 @@ Stage stage_geometry(const StripChainArgs& a, int64_t s) {
   const StripArgs& h = a.horizontal[s];
   const StripArgs& v = a.vertical[s];
   Stage stage = {};
-  stage.horizontal = flat_geometry(a.h, a.w, a.c, {1, h.used, 1, h.d});
-  stage.vertical = flat_geometry(a.h, a.w, a.c, {v.used, 1, v.d, 1});
+  stage.horizontal = flat_geometry<float>(a.h, a.w, a.c, {1, h.used, 1, h.d});
+  stage.vertical = flat_geometry<float>(a.h, a.w, a.c, {v.used, 1, v.d, 1});
   stage.capacity = strip_level_rows(a.band, 2 * stage.vertical.pad_h);
   if (stage.capacity > a.h) stage.capacity = a.h;
   return stage;
@@ -40,6 +43,7 @@ int64_t stage_floats(const StripChainArgs& a, const Stage& stage) {
          flat_floats(stage.vertical);
 }
 
+template <typename T>
 class Chain {
  public:
   // In the thread's scratch.
@@ -55,11 +59,12 @@ class Chain {
       const StripArgs& h = a.horizontal[s];
       const StripArgs& v = a.vertical[s];
       Stage& stage = stages_[s] = stage_geometry(a, s);
-      stage_flat(stage.horizontal, out, static_cast<const float*>(h.weight) + h.first, h.k, h.k,
-                 static_cast<const float*>(h.bias));
-      stage_flat(stage.vertical, out + flat_floats(stage.horizontal),
-                 static_cast<const float*>(v.weight) + v.first, v.k, 1,
-                 static_cast<const float*>(v.bias));
+      stage_flat<float, T>(
+          stage.horizontal, out,
+          {static_cast<const T*>(h.weight) + h.first, h.k, h.k, static_cast<const T*>(h.bias)});
+      stage_flat<float, T>(
+          stage.vertical, out + flat_floats(stage.horizontal),
+          {static_cast<const T*>(v.weight) + v.first, v.k, 1, static_cast<const T*>(v.bias)});
       stage.rows = out + flat_floats(stage.horizontal) + flat_floats(stage.vertical);
       out += stage_floats(a, stage);
     }
@@ -69,8 +74,8 @@ class Chain {
   // Rows [h0, h1) of image n.
   void run(int64_t n, int64_t h0, int64_t h1) {
     const int64_t image = n * a_.h * row_;
-    stages_[0].horizontal.x = static_cast<const float*>(a_.x) + image;
-    float* y = static_cast<float*>(a_.y) + image;
+    x_ = static_cast<const T*>(a_.x) + image;
+    T* y = static_cast<T*>(a_.y) + image;
     int64_t pad = a_.halo_h / 2;
     for (int64_t s = 0; s < a_.stages; ++s) {
       stages_[s].first = stages_[s].last = h0 > pad ? h0 - pad : 0;
@@ -78,17 +83,21 @@ class Chain {
     }
     for (int64_t h = h0; h < h1; h += a_.band) {
       const int64_t end = h1 - h < a_.band ? h1 : h + a_.band;
-      if (a_.gate == nullptr) {
-        vertical(a_.stages - 1, h, end, y);
-        continue;
+      if constexpr (kFloat) {
+        if (a_.gate == nullptr) {
+          vertical(a_.stages - 1, h, end, y);
+          continue;
+        }
       }
       vertical(a_.stages - 1, h, end, band_ - h * row_);
-      multiply(static_cast<const float*>(a_.gate) + image + h * row_, y + h * row_,
-               (end - h) * row_);
+      const T* gate = static_cast<const T*>(a_.gate);
+      finish(gate == nullptr ? nullptr : gate + image + h * row_, y + h * row_, (end - h) * row_);
     }
   }
 
  private:
+  static constexpr bool kFloat = std::is_same_v<T, float>;
+
   // Rows [from, to) of what stage s makes, where `y` is the image that they belong to.
   void vertical(int64_t s, int64_t from, int64_t to, float* y) {
     Stage& stage = stages_[s];
@@ -110,10 +119,16 @@ class Chain {
     stage.horizontal.y = stage.rows - stage.first * row_;
     while (stage.last < to) {
       int64_t end = to;
-      if (s > 0) {
+      if (s == 0 && kFloat) {
+        stage.horizontal.x = reinterpret_cast<const float*>(x_);
+      } else {
         if (end - stage.last > a_.band) end = stage.last + a_.band;
         float* image = band_ - stage.last * row_;
-        vertical(s - 1, stage.last, end, image);
+        if (s == 0) {
+          widen(x_ + stage.last * row_, (end - stage.last) * row_);
+        } else {
+          vertical(s - 1, stage.last, end, image);
+        }
         stage.horizontal.x = image;
       }
       flat_image_rows(stage.horizontal, stage.last, end);
@@ -121,20 +136,31 @@ class Chain {
     }
   }
 
-  void multiply(const float* gate, float* y, int64_t n) const {
+  void widen(const T* x, int64_t n) {
     int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) store(y + i, load(band_ + i) * load(gate + i));
-    for (; i < n; ++i) y[i] = band_[i] * gate[i];
+    for (; i + kLanes <= n; i += kLanes) store(band_ + i, load(x + i));
+    for (; i < n; ++i) band_[i] = to_float(x[i]);
+  }
+
+  // The band, times `gate` unless that is null.
+  void finish(const T* gate, T* y, int64_t n) const {
+    for (int64_t i = 0; i < n; i += kLanes) {
+      const int64_t at = i + kLanes <= n ? i : n - kLanes;
+      const Vec sums = load(band_ + at);
+      store(y + at, gate == nullptr ? sums : sums * load(gate + at));
+    }
   }
 
   const StripChainArgs& a_;
-  int64_t row_;  // floats
+  int64_t row_;  // elements
   Stage* stages_;
-  float* band_;  // rows on their way to the next stage or to the gate
+  const T* x_;   // the image
+  float* band_;  // rows on their way to the next stage or out
 };
 
+template <typename T>
 void run(const StripChainArgs& a, int64_t begin, int64_t end) {
-  Chain chain(a);
+  Chain<T> chain(a);
   for (int64_t t = begin; t < end; ++t) {
     const int64_t h0 = t % a.grid.tiles_h * a.grid.tile_h;
     chain.run(t / a.grid.tiles_h, h0, a.h - h0 < a.grid.tile_h ? a.h : h0 + a.grid.tile_h);
@@ -144,7 +170,9 @@ void run(const StripChainArgs& a, int64_t begin, int64_t end) {
 }  // namespace
 
 void flat_chain_run(const StripChainArgs& args, int64_t begin, int64_t end) {
-  if constexpr (kHasFlat) run(args, begin, end);
+  if constexpr (kHasFlat) {
+    by_dtype(args.dtype, [&](auto t) { run<decltype(t)>(args, begin, end); });
+  }
 }
 
 }  // namespace SDAN_ISA
