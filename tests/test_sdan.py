@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch.nn.utils import prune
 
 import sdan_fast
 from sdan_fast.bench.roofline import multiply_adds
@@ -192,3 +193,39 @@ def test_repr_and_docstrings_say_what_it_is() -> None:
     assert "SDAN(\n  scale=4, channels=8, blocks=1, groups=2" in repr(SDAN(4, 8, 1))
     assert "reconstruction" in (SDAN.__doc__ or "")
     assert BSConv(3, 4)(torch.rand(1, 3, 2, 2)).shape == (1, 4, 2, 2)
+
+
+@pytest.mark.parametrize("part", ["head", "blocks.0", "fuse", "tail", "up"])
+def test_hooks_on_the_parts_run(part: str) -> None:
+    """Whoever hooks one of the network's own parts sees it called, in inference too, and its gradient."""
+    model = SDAN(2, 4, 2).eval()
+    x = torch.rand(1, 3, 6, 7)
+    with torch.no_grad():
+        expected = model(x)
+    seen: list[str] = []
+    model.get_submodule(part).register_full_backward_hook(lambda *_: seen.append("backward"))
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+    model(x.clone().requires_grad_()).sum().backward()
+    assert seen == ["backward"]
+    model.get_submodule(part).register_forward_hook(lambda *_: seen.append("forward"))
+    with torch.no_grad():
+        model(x)
+    assert seen[-1] == "forward"
+
+
+def test_a_replaced_block_is_called() -> None:
+    model = SDAN(2, 4, 2).eval()
+    x = torch.rand(1, 3, 6, 7)
+    with torch.no_grad():
+        expected = model(x)
+        model.blocks[0] = torch.nn.Sequential(model.blocks[0])
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_hook_that_computes_a_weight_runs() -> None:
+    """Pruning, and the older weight_norm, make a part's weight in a hook before each call."""
+    model = SDAN(2, 4, 2)
+    prune.l1_unstructured(model.fuse, "weight", 0.5)
+    for _ in range(2):
+        model(torch.rand(1, 3, 6, 7)).sum().backward()

@@ -45,6 +45,13 @@ def check_picture(x: Tensor) -> None:
         raise ValueError(f"x must have the shape (N, 3, H, W), and it has {tuple(x.shape)}")
 
 
+def _hooked(part: nn.Module) -> bool:
+    """Whether a call of the module would do more than its forward."""
+    return bool(
+        part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
+    )
+
+
 class BSConv(nn.Module):
     """Blueprint separable convolution: 1x1 without bias, then DW3x3 with bias.
 
@@ -112,10 +119,10 @@ class SDAN(nn.Module):
         return self.tail(nn.functional.gelu(self.fuse(torch.cat(deep, dim=1)))) + shallow
 
     def forward(self, x: Tensor) -> Tensor:
-        if any(block._forward_hooks or block._forward_pre_hooks for block in self.blocks):
-            return nn.functional.pixel_shuffle(
-                self.up(self.features(x)), self.scale
-            )  # somebody looks at the blocks
+        parts = (self.head, *self.blocks, self.fuse, self.tail, self.up)
+        if any(map(_hooked, parts)) or any(type(block) is not RSDAM for block in self.blocks):
+            # Somebody looks at a part, or has put another in its place: each has to be called.
+            return nn.functional.pixel_shuffle(self.up(self.features(x)), self.scale)
         check_picture(x)
         head, tail, blocks = self.head, self.tail, cast("list[RSDAM]", list(self.blocks))
         first = blocks[0]

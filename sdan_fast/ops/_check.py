@@ -73,8 +73,11 @@ def depthwise(
         parameter(f"{name}bias", bias, (channels,), like=like)
 
 
+FARTHEST = 1 << 30  # kernels hold dilations in 32 bits
+
+
 def dilations(name: str, values: Any, count: int) -> None:
-    """Refuse dilations that are not `count` positive ints."""
+    """Refuse dilations that are not `count` positive ints, or reach farther than any kernel does."""
     if not isinstance(values, (list, tuple)) or len(values) != count:
         raise ValueError(f"{name} must be a positive int or a pair of them, and it is {values!r}")
     for value in values:
@@ -82,6 +85,8 @@ def dilations(name: str, values: Any, count: int) -> None:
             raise TypeError(f"{name} must be a positive int or a pair of them, and it is {values!r}")
         if value < 1:
             raise ValueError(f"{name} must be at least 1, and it is {value}")
+        if value >= FARTHEST:
+            raise ValueError(f"{name} must be less than {FARTHEST}, and it is {value}")
 
 
 def epsilon(value: Any) -> None:

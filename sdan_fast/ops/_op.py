@@ -29,6 +29,7 @@ OPS: dict[str, Op] = {}
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _transforms_active = torch._C._are_functorch_transforms_active
 _autocasting = torch._C._is_any_autocast_enabled
+_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
 def _forward_mode() -> bool:
@@ -168,6 +169,13 @@ class Op:
         self, backend: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> list[Tensor]:
         """Run one overload of the backward op, itself differentiable; `args` begin with grad_output."""
+        if (
+            _batched(args[0]) or _transforms_active()
+        ):  # autograd's is_grads_batched: plain PyTorch has the rules
+            grads = self.reference_backward(*args, **kwargs)
+            return [
+                g for g, wanted in zip(grads, kwargs["output_mask"], strict=True) if wanted and g is not None
+            ]
         overload = self.backward_overloads[backend]
         if torch.is_grad_enabled():
             tensors = [args[0], *self.flatten(args[1:])]

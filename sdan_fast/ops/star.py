@@ -48,6 +48,9 @@ def activation_backward(name: str, grad: Tensor, x: Tensor) -> Tensor:
     if name == "relu":
         return aten.threshold_backward(grad, x, 0.0)
     if name == "silu":
+        if torch.is_grad_enabled():  # aten's own has no derivative
+            s = torch.sigmoid(x)
+            return grad * s * (1 + x * (1 - s))
         return aten.silu_backward(grad, x)
     return grad
 

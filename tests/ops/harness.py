@@ -469,6 +469,34 @@ class OpContract:
                     assert tangent is not None, "the tangent was lost"
                     torch.testing.assert_close(tangent, wanted, rtol=1e-4, atol=1e-4)
 
+    @pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
+    @pytest.mark.parametrize("backend", BACKENDS)
+    def test_batches_of_gradients(self, backend: str, layout: str) -> None:
+        """vmap of images in either memory format; is_grads_batched, as autograd's vectorized jacobians use it."""
+        args, kwargs = next(self.small()).arguments(torch.float32, device_of(backend))
+        example = laid_out(args[0], layout)
+        with sdan_fast.use_backend(backend):
+            mapped = torch.vmap(lambda x: self.ours(x, *args[1:], **kwargs))(torch.stack([example] * 2))
+        wanted = self.plain(*args, **kwargs)
+        torch.testing.assert_close(mapped, torch.stack([wanted] * 2), rtol=1e-4, atol=1e-5)
+        vectors = torch.stack(
+            [torch.ones_like(wanted), torch.linspace(-1, 1, wanted.numel()).to(wanted).view_as(wanted)]
+        )
+        found = []
+        for run in (self.ours, self.plain):
+            leaves = self.with_layout(fresh(args, torch.float32), layout)
+            for leaf in tensors(leaves):
+                leaf.requires_grad_()
+            with sdan_fast.use_backend(backend):
+                y = run(*leaves, **kwargs)
+            grads = torch.autograd.grad(y, tensors(leaves), vectors, is_grads_batched=True, create_graph=True)
+            second = torch.autograd.grad(grads[0].square().sum(), leaves[0], allow_unused=True)
+            found.append([*grads, *second])
+        for ours, plain in zip(*found, strict=True):
+            assert (ours is None) == (plain is None)
+            if ours is not None:
+                torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-3 * plain.abs().max().item())
+
     # -- compilation --
 
     @pytest.mark.parametrize("backend", ("reference", *BACKENDS))

@@ -130,6 +130,12 @@ X = torch.ones(1, 4, 5, 5)
         ),
         (
             (X, torch.ones(4, 1, 3, 3)),
+            {"dilation": 2**31},
+            ValueError,
+            "dilation must be less than 1073741824, and it is 2147483648",
+        ),
+        (
+            (X, torch.ones(4, 1, 3, 3)),
             {"dilation": (1, 2, 3)},
             ValueError,
             "dilation must be a positive int or a pair",

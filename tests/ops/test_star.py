@@ -191,3 +191,18 @@ def test_infinities_and_nan() -> None:
 def test_refusals(a: object, b: object, kwargs: dict[str, str], error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         F.star(a, b, **kwargs)  # type: ignore[arg-type]
+
+
+def test_batches_of_second_derivatives_of_silu() -> None:
+    """aten's own gradient of SiLU has no derivative, where a formula that vmap sees through is differentiated."""
+    a, b = (
+        torch.randn(2, 3, 4, dtype=torch.float32).requires_grad_(),
+        torch.randn(2, 3, 4, dtype=torch.float32),
+    )
+    grads = []
+    for run in (sdan_fast.functional.star, sdan_fast.reference.star):
+        y = run(a, b, activation="silu", outer="silu")
+        vectors = torch.ones(2, *y.shape, dtype=y.dtype)
+        (first,) = torch.autograd.grad(y, a, vectors, is_grads_batched=True, create_graph=True)
+        grads.append(torch.autograd.grad(first.square().sum(), a)[0])
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
