@@ -79,7 +79,7 @@ def test_multiply_adds(backend: str) -> None:
 
 
 def expected_keys(blocks: int, convolutions: list[int]) -> set[str]:
-    """The state-dict keys of DESIGN.md section 2, written out; `convolutions` per branch."""
+    """The state-dict keys of SDAN, written out; `convolutions` per branch."""
     bsconv = ("pw.weight", "dw.weight", "dw.bias")
     both = ("weight", "bias")
     keys = {f"{name}.{leaf}" for name in ("head", "tail") for leaf in bsconv}

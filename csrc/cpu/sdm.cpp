@@ -4,7 +4,7 @@
 //
 // The tensors come in state-dict order: distill = weight, bias of c1, c2, ...; star = norm.weight,
 // norm.bias, pw1.weight, dw.weight, dw.bias, pw2.weight of S1, S2, ...; fuse = weight, bias.
-// DESIGN.md's SDM has four levels, the last without distill; 1 to 8 are accepted. No bias may be
+// SDAN's SDM has four levels, the last without distill; 1 to 8 are accepted. No bias may be
 // missing.
 #include "sdm.h"
 

@@ -13,7 +13,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from . import arguments, counts_table, recorder, workload
 from .counts import Counts, count, interpreter, interpreter_hash
 from .counts_table import COLUMNS, IDENTITY, Counted
 from .modelled_time import EagerStep, EagerSteps, on_meta
-from .table import Table, read
+from .table import Row, Table, read
 from .tools import demangle, extract, version_of
 
 COUNTED = 90  # a developer's build without a GPU makes PTX for it
@@ -247,7 +247,7 @@ class Sequence:
 
 
 def _count_all(committed: dict[str, str], only: str, rank: int, of: int) -> dict[str, Any]:
-    """Rows of counts by pass; `committed`: keys by identity, whose rows need no execution.
+    """Rows of counts by pass, and which passes are stale; `committed`: keys by identity, whose rows need no execution.
 
     Every `of`-th pass is executed if it needs to be, from the one of number `rank`; the others' are left out. All
     passes have a number, needed or not: the processes need not agree on which are.
@@ -258,6 +258,7 @@ def _count_all(committed: dict[str, str], only: str, rank: int, of: int) -> dict
     )
     short = demangle(list(executor.ptx))
     rows: dict[str, list[Any]] = {}
+    stale: list[str] = []
     executed = 0
     with arguments.blank():
         for number, (case, name, mask, call) in enumerate(passes()):
@@ -272,6 +273,7 @@ def _count_all(committed: dict[str, str], only: str, rank: int, of: int) -> dict
             if all(committed.get(a) == key for a, (_, key) in zip(at, seen)):
                 rows[title] = at
                 continue
+            stale.append(title)
             if number % of != rank:
                 continue
             print(title, file=sys.stderr, flush=True)
@@ -279,7 +281,7 @@ def _count_all(committed: dict[str, str], only: str, rank: int, of: int) -> dict
             executed += sum(isinstance(c, Counts) for c in counts)
             counted = [Counted(kernel, c, key) for (kernel, key), c in zip(seen, counts, strict=True)]
             rows[title] = counts_table.rows_of(title, counted, counts_table.needed_work(case, mask))
-    return {"rows": rows, "executed": executed}
+    return {"rows": rows, "stale": stale, "executed": executed}
 
 
 def _note(found: dict[tuple[str, int, int], str], title: str, launch: recorder.CudaLaunch) -> None:
@@ -385,17 +387,29 @@ def launched(major: int = 9) -> list[tuple[str, int, int, str]]:
     return [tuple(entry) for entry in json.loads(recorder.run_child("", "launches", major=major))]
 
 
+def _keys(rows: Mapping[tuple[str, ...], Row]) -> str:
+    return json.dumps({"|".join(at): row["key"] for at, row in rows.items()})
+
+
+def stale_passes(committed: Table) -> tuple[list[str], list[str]]:
+    """(passes whose launches are not those of the committed rows, committed rows of no launch); executes nothing."""
+    answer = json.loads(recorder.run_child(_keys(committed.rows), "counts", "", "-1", "1"))
+    kept = {row for rows in answer["rows"].values() for row in rows}
+    gone = [at for at in committed.rows if "|".join(at) not in kept and at[1] not in answer["stale"]]
+    return answer["stale"], ["|".join(at) for at in gone]
+
+
 def compute(
     committed: Table | None, *, everything: bool = False, only: str = "", jobs: int = 1
 ) -> tuple[Table, int]:
     """(the table of this build, how many launches were executed, by `jobs` processes)."""
     here = toolchain(recorder.build_folder() / "_C_cuda.abi3.so")
     known = {} if committed is None or everything or committed.toolchain != here else committed.rows
-    keys = {"|".join(at): row["key"] for at, row in known.items()}
+    keys = _keys(known)
     recorder.libraries()  # once, before several processes want them
 
     def child(rank: int) -> dict[str, Any]:
-        return json.loads(recorder.run_child(json.dumps(keys), "counts", only, str(rank), str(jobs)))
+        return json.loads(recorder.run_child(keys, "counts", only, str(rank), str(jobs)))
 
     with ThreadPoolExecutor(jobs) as pool:
         answers = list(pool.map(child, range(jobs)))

@@ -251,11 +251,16 @@ def test_the_cuda_table_for_the_other_architectures(cuda_rows, module):
         check_archs(cuda_rows, archs)
 
 
-def test_cuda_counts_are_of_this_build(module):
-    """Launch by launch: what changed is executed anew."""
+def test_the_cuda_counts_are_of_this_build(module):
+    """And of this interpreter. Launches are recorded and not executed; that a figure is right the slow test sees."""
     table = read(committed.CUDA_COUNTS, cuda_counts.IDENTITY)
-    fresh, _ = cuda_counts.compute(table)
-    assert_same(table, fresh, CUDA_UPDATE, complete=True)
+    if other := differing_tools(table, cuda_counts.toolchain(module)):
+        pytest.skip("; ".join(other))
+    stale, gone = cuda_counts.stale_passes(table)
+    assert not stale and not gone, (
+        f"{len(stale)} passes of {committed.CUDA_COUNTS.name} are of other kernels or of another interpreter, "
+        f"{len(gone)} rows of none: {CUDA_UPDATE}\n" + "\n".join([*stale[:10], *gone[:10]])
+    )
 
 
 @pytest.mark.slow

@@ -124,10 +124,12 @@ def test_traffic(kernel, dilation, dtype):
 
 
 @pytest.mark.parametrize("dtype", BOTH, ids=str)
-@pytest.mark.parametrize("kernel, dilation", SDAN, ids=str)
-def test_arithmetic_in_channels_last(kernel, dilation, dtype):
-    """At least 30 % FMA there too, with 28 channels, which fill neither a vector of 16 bytes nor a power of two."""
-    _, (forward, wgrad) = executed(kernel, dilation, dtype, torch.channels_last, True)
+def test_arithmetic_in_channels_last(dtype):
+    """At least 30 % FMA there too, with 28 channels, which fill neither a vector of 16 bytes nor a power of two.
+
+    Of SDAN's filters the one with the least; of the others the committed counts say it (test_committed.py).
+    """
+    _, (forward, wgrad) = executed((3, 3), 1, dtype, torch.channels_last, True)
     assert fma_share(forward) >= 0.3 and fma_share(wgrad) >= 0.3, (fma_share(forward), fma_share(wgrad))
 
 
