@@ -360,14 +360,16 @@ def measure(
     with torch.no_grad():
         on_step("float64")
         truth = Truth(model, x, windows=c.large)
+        # Before there is any peer, whose threads may go on for a while after a call.
         for dtype in dtypes:
-            torch._dynamo.reset()
             on_step(f"this machine's limits in {dtype}")
             roofline = _limits(device, dtype)
             report.limits[dtype] = roofline
             report.floors[dtype] = roofline.floor(
                 report.multiply_adds, _compulsory_bytes(model, c, DTYPES[dtype])
             )
+        for dtype in dtypes:
+            torch._dynamo.reset()
             runs = list(
                 contenders(c, model, x, dtype, device, peers=peers, everywhere=everywhere, on_step=on_step)
             )
