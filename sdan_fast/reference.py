@@ -41,15 +41,12 @@ def pair(dilation: Dilation) -> tuple[int, int]:
 
 def output_format(x: Tensor) -> torch.memory_format:
     """The memory format that an op's output takes after its first tensor: channels_last only where `x` is just that."""
-    if x.dim() == 4 and not x.is_contiguous():
-        if (
-            torch._C._are_functorch_transforms_active()
-        ):  # vmap does not tell: an example's strides are not its own
-            return torch.contiguous_format
-        if not x.is_contiguous(memory_format=torch.channels_last):
-            return torch.contiguous_format
-        return torch.channels_last
-    return torch.contiguous_format
+    if x.dim() != 4 or x.is_contiguous():
+        return torch.contiguous_format
+    # vmap does not tell how an example lies: the strides that it shows are not the example's own.
+    if torch._C._are_functorch_transforms_active() or not x.is_contiguous(memory_format=torch.channels_last):
+        return torch.contiguous_format
+    return torch.channels_last
 
 
 def depthwise_conv2d(

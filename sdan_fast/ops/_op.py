@@ -169,9 +169,8 @@ class Op:
         self, backend: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> list[Tensor]:
         """Run one overload of the backward op, itself differentiable; `args` begin with grad_output."""
-        if (
-            _batched(args[0]) or _transforms_active()
-        ):  # autograd's is_grads_batched: plain PyTorch has the rules
+        # Under autograd's is_grads_batched, for which kernels have no rules, and plain PyTorch has.
+        if _batched(args[0]) or _transforms_active():
             grads = self.reference_backward(*args, **kwargs)
             return [
                 g for g, wanted in zip(grads, kwargs["output_mask"], strict=True) if wanted and g is not None
