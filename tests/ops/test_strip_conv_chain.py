@@ -47,6 +47,8 @@ class TestStripConvChain(OpContract):
         case("lskNet-35", (1, 2, 40, 38), (35, 1), biases="11"),
         case("channels-18", (1, 18, 21, 20), (11, 1), (11, 6)),
         case("many-bands", (2, 12, 150, 9), (3, 1), (5, 2), (7, 1), biases="101101"),
+        case("one-tap", (1, 2, 9, 75), (1, 3, 1), (7, 1, 1)),
+        case("wide-rows", (2, 2, 11, 203), (5, 1), (11, 3)),
         case("rows-of-28", (1, 28, 61, 34), (11, 1)),
     )
 

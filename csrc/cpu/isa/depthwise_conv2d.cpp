@@ -14,7 +14,14 @@ constexpr int kMaxBlocks = kGroupChannels / 8;
 
 struct ConstantBias {
   Vec value;
-  SDAN_INLINE Vec operator()(int64_t, int64_t) const { return value; }
+  template <int R, int V>
+  SDAN_INLINE void add(Vec (&sums)[R][V], int64_t, int64_t, int64_t) const {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) sums[r][v] = sums[r][v] + value;
+    }
+  }
 };
 
 SDAN_INLINE int64_t round_up(int64_t n) {
@@ -235,15 +242,12 @@ void run_in_place(const DepthwiseArgs& a, int64_t begin, int64_t end) {
     const float bias = a.bias == nullptr ? 0.0f : to_float(static_cast<const T*>(a.bias)[c]);
     const int64_t first = plane * a.h * a.w;
     const T* x = static_cast<const T*>(a.x);
-    const PlaneConv<T> conv = {x,
-                               x + a.n * a.c * a.h * a.w,
-                               x + first,
-                               static_cast<T*>(a.y) + first,
-                               a.h,
-                               a.w,
-                               {weights, kh, kw, static_cast<int>(a.dh), static_cast<int>(a.dw), 1},
-                               set1(bias),
-                               edges};
+    const PlaneConv<T> conv = {
+        x,          x + a.n * a.c * a.h * a.w,
+        x + first,  static_cast<T*>(a.y) + first,
+        a.h,        a.w,
+        a.w,        {weights, kh, kw, static_cast<int>(a.dh), static_cast<int>(a.dw), 1},
+        set1(bias), edges};
     const int64_t h0 = t % a.grid.tiles_h * a.grid.tile_h;
     const int64_t h1 = a.h - h0 < a.grid.tile_h ? a.h : h0 + a.grid.tile_h;
     if (kh == 1) {

@@ -31,7 +31,8 @@ SDAN_INLINE RowEdges edges_of(int64_t w, int64_t pad) {
 // Writes the count() * kw masks.
 SDAN_INLINE void fill_masks(const RowEdges& edges, int64_t w, int kw, int64_t dw) {
   LaneBits* out = edges.masks;
-  for (int64_t v = 0; v < edges.all; v = v + 1 == edges.left ? edges.right : v + 1) {
+  for (int64_t i = 0; i < edges.count(); ++i) {
+    const int64_t v = i < edges.left ? i : i - edges.left + edges.right;
     int64_t first = v * kLanes - (kw - 1) / 2 * dw;
     for (int j = 0; j < kw; ++j, first += dw) {
       const int64_t begin = first < 0 ? (first > -kLanes ? -first : kLanes) : 0;
@@ -67,13 +68,13 @@ struct LoadNeighbours {
   }
 };
 
-// A plane of h x w pixels, of the images [begin, end), and what is made of it.
+// A plane of h x w pixels, of the images [begin, end), and what is made of it, rows y_row apart.
 template <typename T>
 struct PlaneConv {
   const T *begin, *end;
   const T* x;
   T* y;
-  int64_t h, w;
+  int64_t h, w, y_row;
   Taps taps;
   Vec bias;
   RowEdges edges;
@@ -113,7 +114,7 @@ SDAN_INLINE void plane_block(const PlaneConv<T>& p, const Taps& taps, const Plan
   accumulate<false, R, V, KH>(acc, x, taps, row, taps.dw, load);
   T* y = rows.y + c;
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r, y += row) {
+  for (int r = 0; r < R; ++r, y += p.y_row * taps.dh) {
     if constexpr (V > 1) {
 #pragma GCC unroll 4
       for (int v = 0; v < V; v += 2) {
@@ -185,7 +186,7 @@ template <int R, typename T>
 __attribute__((noinline)) void plane_strip(PlaneConv<T> p, PlaneRows<T> rows) {
   const RowEdges& edges = p.edges;
   PlaneRows<T> row = rows;
-  for (int r = 0; r < R; ++r, row.x += p.w, row.y += p.w) {
+  for (int r = 0; r < R; ++r, row.x += p.w, row.y += p.y_row) {
     plane_middle<1, kRowConvVecs, 1>(p, p.taps, row);
   }
   plane_edges<R, 1>(p, p.taps, rows, 0, edges.left, edges.masks);
@@ -204,7 +205,7 @@ SDAN_INLINE void plane_border_row(const PlaneConv<T>& p, int64_t r) {
   taps.skipped = p.taps.kh - taps.kh;
   taps.weights += skip;
   plane_rows<1, kRowConvVecs, 0, T>(
-      p, taps, {p.x + (top + skip * dh) * p.w, p.y + r * p.w, nullptr, nullptr});
+      p, taps, {p.x + (top + skip * dh) * p.w, p.y + r * p.y_row, nullptr, nullptr});
 }
 
 // Rows [h0, h1) of the plane, with a kernel of KH rows: 1, 3, 5 or (KH = 0) four or more. `single`:
@@ -217,7 +218,7 @@ SDAN_INLINE void plane_conv(const PlaneConv<T>& p, int64_t h0, int64_t h1, bool 
   const int64_t begin = h0 > pad ? h0 : (pad < h1 ? pad : h1);
   const int64_t end = h1 < p.h - pad ? h1 : (p.h - pad > begin ? p.h - pad : begin);
   const auto rows_at = [&](int64_t r) __attribute__((always_inline)) {
-    return PlaneRows<T>{p.x + (r - pad) * p.w, p.y + r * p.w, nullptr, nullptr};
+    return PlaneRows<T>{p.x + (r - pad) * p.w, p.y + r * p.y_row, nullptr, nullptr};
   };
   for (int64_t r = h0; r < begin; ++r) plane_border_row(p, r);
   if constexpr (KH == 1) {
@@ -233,7 +234,7 @@ SDAN_INLINE void plane_conv(const PlaneConv<T>& p, int64_t h0, int64_t h1, bool 
         // The dh groups of the next 4 dh rows share out what they have in common.
         const int64_t next = r0 + 4 * dh + 4 * (r - r0);
         rows.next_x = p.x + (next + pad) * p.w;
-        rows.next_y = p.y + next * p.w;
+        rows.next_y = p.y + next * p.y_row;
         if (r + 3 * dh < end) {
           plane_rows<4, kConvVecs, KH>(p, p.taps, rows);
           continue;

@@ -12,6 +12,7 @@
 #include "strip_conv_chain.h"
 
 #include "by_dtype.h"
+#include "plane_conv.h"
 #include "tile_conv.h"
 
 namespace sdan_fast {
@@ -49,18 +50,21 @@ SDAN_INLINE Span clipped(const Axis& axis, int64_t pad) {
 }
 
 struct NoBias {
-  SDAN_INLINE Vec operator()(int64_t, int64_t) const { return zero(); }
+  template <int R, int V>
+  SDAN_INLINE void add(Vec (&)[R][V], int64_t, int64_t, int64_t) const {}
 };
 
 struct NoPrepare {
   SDAN_INLINE void operator()(int64_t) const {}
 };
 
-// Rows that the horizontal pass takes together: with channels as lanes, a vector of the input then
-// serves several taps and a weight several rows.
+// Rows that the horizontal pass takes together at most: with channels as lanes, a vector of the
+// input then serves several taps and a weight several rows; of planes read in place, the vectors at
+// several rows' ends are as many independent sums.
+constexpr int64_t kPlaneRows = 4;
 template <bool kLanewise>
 constexpr int64_t line_rows() {
-  return kLanewise ? kConvVecs : 1;
+  return kLanewise ? kConvVecs : kPlaneRows;
 }
 
 // Runs strips [from, stages) along `count` lines of pixels, `line_floats` apart; `taps` holds each
@@ -166,11 +170,13 @@ struct Buffers {
   Taps* horizontal;  // the strips as row convolutions
   Taps* vertical;    // as column convolutions
   Taps* turned;      // the vertical strips as row convolutions, for the field's column factors
+  LaneBits* masks;   // of the first strip's edges, where it reads the plane in place
   int64_t row_floats, col_floats, line_floats;
 };
 
 template <bool kLanewise>
-Buffers lay_out(const StripChainArgs& a, int64_t rows, int64_t columns, Arena* arena) {
+Buffers lay_out(const StripChainArgs& a, int64_t rows, int64_t columns, int64_t masks,
+                Arena* arena) {
   constexpr int kStep = pixel_floats<kLanewise>();
   constexpr int64_t kSlack = kConvSlack * kLanes;
   Buffers b;
@@ -197,6 +203,7 @@ Buffers lay_out(const StripChainArgs& a, int64_t rows, int64_t columns, Arena* a
   b.horizontal = reinterpret_cast<Taps*>(arena->take(tap_floats));
   b.vertical = reinterpret_cast<Taps*>(arena->take(tap_floats));
   b.turned = reinterpret_cast<Taps*>(arena->take(tap_floats));
+  b.masks = reinterpret_cast<LaneBits*>(arena->take((masks + 1) / 2));
   for (int64_t s = 0; s < a.stages; ++s) {
     const int kw = static_cast<int>(a.horizontal[s].used);
     const int kh = static_cast<int>(a.vertical[s].used);
@@ -242,22 +249,28 @@ void make_field(const StripChainArgs& a, const Buffers& b, const Axis& rows, con
   }
 }
 
-// The field at an output vector: sum over stages of column factor times row factor.
+// The field: sum over stages of column factor times row factor.
 template <bool kLanewise>
 struct FieldBias {
   const float* row;
   const float* col;
   int64_t row_floats, col_floats, stages;
-  SDAN_INLINE Vec operator()(int64_t r, int64_t c) const {
+  template <int R, int V>
+  SDAN_INLINE void add(Vec (&sums)[R][V], int64_t r0, int64_t dh, int64_t c) const {
     constexpr int kStep = pixel_floats<kLanewise>();
-    if (stages == 0) return zero();
-    const float* q = col + r * kStep;
+    const float* q = col + r0 * kStep;
     const float* w = row + c * kStep;
-    Vec sum = load_weight<kLanewise>(q) * load(w);
-    for (int64_t s = 1; s < stages; ++s) {
-      sum = fma(load_weight<kLanewise>(q + s * col_floats), load(w + s * row_floats), sum);
+    for (int64_t s = 0; s < stages; ++s, q += col_floats, w += row_floats) {
+      Vec in[V];
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) in[v] = load(w + v * kLanes);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const Vec factor = load_weight<kLanewise>(q + r * dh * kStep);
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) sums[r][v] = fma(in[v], factor, sums[r][v]);
+      }
     }
-    return sum;
   }
 };
 
@@ -317,10 +330,17 @@ struct Bands {
   const T* x;     // the plane
   int64_t pixel;  // elements from one pixel to the next
   int channels;
+  const PlaneConv<float>* first;  // the first strip where it reads the plane in place, or nullptr
 
   // The horizontal strips of image rows [from, to), which all exist.
   void horizontal(int64_t from, int64_t to, float* out) const {
-    constexpr int64_t kRows = line_rows<kLanewise>();
+    if constexpr (!kLanewise && std::is_same_v<T, float>) {
+      if (first != nullptr) {
+        in_place(from, to, out);
+        return;
+      }
+    }
+    constexpr int64_t kRows = kLanewise ? line_rows<true>() : 1;
     const int64_t width = columns.out_count + a.halo_w;
     const int64_t row = a.w * pixel;
     for (int64_t r = from; r < to; r += kRows, out += kRows * b.row_floats) {
@@ -331,6 +351,29 @@ struct Bands {
       }
       run_lines<kLanewise>(b.line[0], b.line[1], b.line_floats, count, a.horizontal, b.horizontal,
                            0, a.stages, columns, out, b.row_floats);
+    }
+  }
+
+  // The same, without a padded copy.
+  void in_place(int64_t from, int64_t to, float* out) const {
+    const bool last = a.stages == 1;
+    float* line = b.line[0] + pad_from(a.horizontal, 0, a.stages);
+    PlaneConv<float> conv = *first;
+    conv.y_row = last ? b.row_floats : b.line_floats;
+    for (int64_t r = from; r < to; r += kPlaneRows, out += kPlaneRows * b.row_floats) {
+      const int64_t count = to - r < kPlaneRows ? to - r : kPlaneRows;
+      const PlaneRows<float> rows = {conv.x + r * conv.w, last ? out : line, nullptr, nullptr};
+      if (count == kPlaneRows) {
+        plane_strip<kPlaneRows>(conv, rows);
+      } else {
+        for (int64_t l = 0; l < count; ++l) {
+          plane_strip<1>(conv, PlaneRows<float>{rows.x + l * conv.w, rows.y + l * conv.y_row,
+                                                nullptr, nullptr});
+        }
+      }
+      if (last) continue;
+      run_lines<kLanewise>(b.line[0], b.line[1], b.line_floats, count, a.horizontal, b.horizontal,
+                           1, a.stages, columns, out, b.row_floats);
     }
   }
 
@@ -378,10 +421,17 @@ void run_tile(const StripChainArgs& a, int64_t n, int64_t block, int64_t tile) {
   const int64_t c0 = block * a.lanes;
   const int channels = static_cast<int>(a.c - c0 < a.lanes ? a.c - c0 : a.lanes);
 
+  // A tile as wide as the plane needs no copy of it, unless masks would take longer than that.
+  RowEdges edges = edges_of(a.w, strip_pad(a.horizontal[0]));
+  int64_t masks = edges.count() * a.horizontal[0].used;
+  const bool in_place =
+      !kLanewise && std::is_same_v<T, float> && columns.out_count == a.w && masks <= 10 * edges.all;
+  if (!in_place) masks = 0;
+
   Arena arena = {nullptr, 0};
-  lay_out<kLanewise>(a, rows.out_count, columns.out_count, &arena);
+  lay_out<kLanewise>(a, rows.out_count, columns.out_count, masks, &arena);
   arena = {static_cast<float*>(thread_scratch(static_cast<size_t>(arena.used) * sizeof(float))), 0};
-  const Buffers b = lay_out<kLanewise>(a, rows.out_count, columns.out_count, &arena);
+  const Buffers b = lay_out<kLanewise>(a, rows.out_count, columns.out_count, masks, &arena);
   for (int64_t s = 0; s < a.stages; ++s) {
     for (int axis = 0; axis < 2; ++axis) {
       const StripArgs& strip = axis == 0 ? a.horizontal[s] : a.vertical[s];
@@ -397,7 +447,25 @@ void run_tile(const StripChainArgs& a, int64_t n, int64_t block, int64_t tile) {
   const int64_t plane = kLanewise ? n * a.h * a.w * a.c + c0 : (n * a.c + c0) * a.h * a.w;
   const T* x = static_cast<const T*>(a.x) + plane;
 
-  const Bands<kLanewise, T> bands = {a, b, columns, x, pixel, channels};
+  PlaneConv<float> first = {};
+  if constexpr (!kLanewise && std::is_same_v<T, float>) {
+    if (in_place) {
+      edges.masks = b.masks;
+      fill_masks(edges, a.w, static_cast<int>(a.horizontal[0].used), a.horizontal[0].d);
+      const float* images = static_cast<const float*>(a.x);
+      first = {
+          images, images + a.n * a.c * a.h * a.w, x, nullptr, a.h, a.w, 0, b.horizontal[0], zero(),
+          edges};
+      // What the first strip leaves beyond the image's ends.
+      const int64_t pad = pad_from(a.horizontal, 0, a.stages);
+      for (int64_t l = 0; a.stages > 1 && l < kPlaneRows; ++l) {
+        fill_zero(b.line[0] + l * b.line_floats, pad);
+        fill_zero(b.line[0] + l * b.line_floats + pad + a.w, pad);
+      }
+    }
+  }
+  const Bands<kLanewise, T> bands = {
+      a, b, columns, x, pixel, channels, in_place ? &first : nullptr};
   for (int64_t s = 0; s < a.stages; ++s) {
     b.levels[s].first = b.levels[s].last = h0 - pad_from(a.vertical, s, a.stages);
   }

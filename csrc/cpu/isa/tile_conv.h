@@ -246,14 +246,13 @@ struct NoFetch {
   SDAN_INLINE void operator()(int64_t, int64_t, int64_t) const {}
 };
 
-// One block: R rows dh apart by V vectors. `bias(row, column)` is added to the sums, last, since
+// One block: R rows dh apart by V vectors. `bias.add(sums, row, dh, column)` comes last, since
 // starting from a large bias would round every product to its unit; `sink(row, column, sums)` takes
 // V vectors of one row. Rows and columns count output pixels of the tile.
 template <bool kLanewise, int R, int V, int KH, typename Bias, typename Sink, typename Fetcher>
 SDAN_INLINE void conv_block(const float* x, const Taps& taps, ptrdiff_t row_floats, int64_t row0,
                             int64_t column0, const Bias& bias, const Sink& sink,
                             const Fetcher& fetch) {
-  constexpr int kVecPixels = kLanewise ? 1 : kLanes;
   fetch.template operator()<R, V>(row0, column0, taps.dh);
   Vec acc[R][V];
 #pragma GCC unroll 8
@@ -264,13 +263,9 @@ SDAN_INLINE void conv_block(const float* x, const Taps& taps, ptrdiff_t row_floa
   accumulate<kLanewise, R, V, KH>(acc, x, taps, row_floats * taps.dh,
                                   static_cast<ptrdiff_t>(taps.dw) * (kLanewise ? taps.pixel : 1),
                                   LoadAll{});
+  bias.add(acc, row0, taps.dh, column0);
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-    const int64_t row = row0 + r * taps.dh;
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) acc[r][v] = acc[r][v] + bias(row, column0 + v * kVecPixels);
-    sink(row, column0, acc[r]);
-  }
+  for (int r = 0; r < R; ++r) sink(row0 + r * taps.dh, column0, acc[r]);
 }
 
 // A group of R rows over all columns. Not inlined: each instance is one hot loop. All that it needs
