@@ -28,7 +28,8 @@ FLAGS = (
     "-O1", "-g1", "--param=asan-stack=0", "-DSDAN_EXACT_SCRATCH",
 )  # fmt: skip
 
-# The module takes its name before sdan_fast can load the usual one; torch brings the library that it links.
+# The module takes its name before sdan_fast can load the usual one; torch brings the library that it links. A report
+# ends the process: pytest must not have caught the stream that it is written to.
 RUN = """
 import importlib.util, sys
 import torch
@@ -37,7 +38,7 @@ spec = importlib.util.spec_from_file_location(name, file)
 sys.modules[name] = module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 import pytest
-sys.exit(pytest.main(sys.argv[2:]))
+sys.exit(pytest.main(["--capture=sys", *sys.argv[2:]]))
 """
 
 
