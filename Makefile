@@ -18,7 +18,7 @@ WORKERS ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$((cores < 8 ? cor
 PYTEST  := OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=8
 
 .DEFAULT_GOAL := help
-.PHONY: help env build run test test-slow lint format bench gpu-check wheel-check wheel clean distclean
+.PHONY: help env build run test test-slow sanitize lint format bench gpu-check wheel-check wheel clean distclean
 
 help:  ## list the targets
 	@echo "usage: make TARGET [ARGS='...']"
@@ -35,6 +35,10 @@ test: build  ## environment, build, then the fast tests (ARGS: for pytest)
 test-slow: build  ## the tests that make test leaves out (ARGS: for pytest)
 	@echo "==> slow tests"
 	$(PYTEST) --dist worksteal -m slow $(ARGS)
+
+sanitize: $(VENV)/.installed  ## the CPU kernels and their tests under AddressSanitizer and UBSan (ARGS: for pytest)
+	@echo "==> sanitizers"
+	$(PY) scripts/sanitize_cpu.py $(ARGS)
 
 bench: build  ## every benchmark under pytest-benchmark: benchmarks/bench_*.py (ARGS: for pytest)
 	$(PY) -m pytest benchmarks/bench_*.py --benchmark-columns=median,iqr,rounds --benchmark-sort=name $(ARGS)

@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -118,21 +118,27 @@ def _cxx_step(compiler: Compiler, flags: list[str], source: Path, build: Path, t
 
 
 def cpu_steps(
-    root: Path, build: Path, compiler: Compiler, torch: TorchTree, isas: list[str], werror: bool = False
+    root: Path,
+    build: Path,
+    compiler: Compiler,
+    torch: TorchTree,
+    isas: list[str],
+    werror: bool = False,
+    flags: Sequence[str] = (),
 ) -> tuple[list[Step], Path]:
-    """Steps that make _C_cpu, and the file that the last one links."""
+    """Steps that make _C_cpu, and the file that the last one links; `flags` are added to all of them."""
     found = sources(root, "cpu")
     include = _include_flags(root, "cpu", torch)
-    cxx = [*CXX_FLAGS, *(WERROR_FLAGS if werror else ())]
+    cxx = [*CXX_FLAGS, *(WERROR_FLAGS if werror else ()), *flags]
     baseline = [*cxx, *DEFINES, *include]
     steps = [_cxx_step(compiler, baseline, source, build, "baseline") for source in found["baseline"]]
     for source in found["isa"]:
         for isa in isas:
-            flags = [*cxx, *ISA_FLAGS[isa], *DEFINES, f"-DSDAN_ISA={isa}", *include]
-            steps.append(_cxx_step(compiler, flags, source, build, isa))
+            of_isa = [*cxx, *ISA_FLAGS[isa], *DEFINES, f"-DSDAN_ISA={isa}", *include]
+            steps.append(_cxx_step(compiler, of_isa, source, build, isa))
     output = build / f"_C_cpu{SUFFIX}"
     objects = tuple(step.output for step in steps)
-    link = _link_command(compiler, objects, output, torch, [])
+    link = _link_command(compiler, objects, output, torch, list(flags))
     return [*steps, Step(output, (*objects, EXPORTS), link, f"link {output.name}")], output
 
 

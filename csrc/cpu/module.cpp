@@ -128,6 +128,14 @@ void wait_for(const int* counter, int value) {
 void* thread_scratch(size_t bytes, int slot) {
   thread_local Scratch slots[2];
   Scratch& scratch = slots[slot];
+#if defined(SDAN_EXACT_SCRATCH)  // a sanitizer shall see where it ends
+  if (bytes != scratch.size || bytes == 0) {
+    std::free(scratch.data);
+    scratch.size = bytes;
+    if (posix_memalign(&scratch.data, 64, bytes) != 0) throw std::bad_alloc();
+  }
+  return scratch.data;
+#endif
   if (bytes > scratch.size) {
     std::free(scratch.data);
     scratch.size = 0;

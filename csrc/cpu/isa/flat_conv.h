@@ -94,10 +94,11 @@ SDAN_INLINE void flat_units(const FlatConv<T>& conv, const FlatWindow& window, c
   }
 }
 
-// `columns` of R rows with one window.
+// `columns` of R rows with one window. Arguments by value, which no store can change (conv_rows in
+// tile_conv.h).
 template <int R, int KH, typename T>
-__attribute__((noinline)) void flat_part(const FlatConv<T>& conv, const FlatWindow& window,
-                                         const T* x, T* y, int64_t columns) {
+__attribute__((noinline)) void flat_part(FlatConv<T> conv, FlatWindow window, const T* x, T* y,
+                                         int64_t columns) {
   constexpr int kUnits = kFlatSums / R;
   int64_t units = columns / conv.unit;
   const ptrdiff_t unit = conv.unit * conv.column;

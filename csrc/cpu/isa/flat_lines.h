@@ -61,12 +61,10 @@ SDAN_INLINE void line_block(const FlatConv<T>& conv, const FlatWindow& window, c
   }
 }
 
+// Arguments by value, which no store can change (conv_rows in tile_conv.h).
 template <int R, int KH, int KW, typename T>
-__attribute__((noinline)) void line_part_of(const FlatConv<T>& shared, const FlatWindow& seen,
-                                            const T* x, T* y, int64_t columns) {
-  // Copies, which no store can change.
-  const FlatConv<T> conv = shared;
-  const FlatWindow window = seen;
+__attribute__((noinline)) void line_part_of(FlatConv<T> conv, FlatWindow window, const T* x, T* y,
+                                            int64_t columns) {
   constexpr int kVecs = kFlatSums / R;
   const int64_t floats = columns * conv.c;
   const int64_t first = y - conv.y;
