@@ -163,8 +163,31 @@ def test_meta_device() -> None:
         assert SDAN(4, 8, 1)(torch.empty(2, 3, 5, 6)).shape == (2, 3, 20, 24)
 
 
-def test_empty_batch() -> None:
-    assert SDAN(2, 8, 1)(torch.empty(0, 3, 5, 6)).shape == (0, 3, 10, 12)
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_empty_batch(dtype: torch.dtype, backend: str) -> None:
+    model = SDAN(2, 8, 1).to(dtype)
+    x = torch.empty(0, 3, 5, 6, dtype=dtype)
+    with sdan_fast.use_backend(backend):
+        with torch.no_grad():
+            assert model(x).shape == (0, 3, 10, 12)
+        y = model(x.requires_grad_())
+        assert y.shape == (0, 3, 10, 12)
+        y.sum().backward()
+    assert x.grad is not None and x.grad.shape == x.shape
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 0, 6), (2, 3, 5, 0), (0, 3, 0, 0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_pictures_without_pixels_are_refused(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    model = SDAN(2, 8, 1).to(dtype)
+    for training in (False, True):
+        with (
+            torch.set_grad_enabled(training),
+            pytest.raises(ValueError, match="x must have at least one row and one column, and its shape is"),
+        ):
+            model(torch.empty(shape, dtype=dtype))
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 8), (1, 4, 8, 8), (1, 1, 8, 8), (1, 3, 8), (1, 8, 8, 3)])

@@ -27,6 +27,7 @@ from ..modules import (
     check_count,
     gather,
 )
+from ..reference import pixel_shuffle
 from .files import replacing
 
 __all__ = ["SDAN", "BSConv", "CheckpointError"]
@@ -50,6 +51,8 @@ def check_picture(x: Tensor) -> None:
         raise TypeError(f"x must be a torch.Tensor, and it is a {type(x).__name__}")
     if x.dim() != 4 or x.shape[1] != 3:
         raise ValueError(f"x must have the shape (N, 3, H, W), and it has {tuple(x.shape)}")
+    if x.shape[2] == 0 or x.shape[3] == 0:
+        raise ValueError(f"x must have at least one row and one column, and its shape is {list(x.shape)}")
 
 
 class BSConv(nn.Module):
@@ -126,7 +129,7 @@ class SDAN(nn.Module):
         call = self._as_one_op()
         if call is None:
             # Somebody looks at a part, or has put another in its place: each has to be called.
-            return nn.functional.pixel_shuffle(self.up(self.features(x)), self.scale)
+            return pixel_shuffle(self.up(self.features(x)), self.scale)
         tensors, layout = call
         return ops.sdan(x, *tensors, scale=self.scale, block_count=len(self.blocks), **layout)
 
