@@ -101,6 +101,11 @@ def _include_flags(root: Path, kind: str, torch: TorchTree) -> list[str]:
     return [*own, "-isystem", str(torch.include), "-isystem", sysconfig.get_paths()["include"]]
 
 
+def _short_paths(root: Path, torch: TorchTree) -> list[str]:
+    """Checks that fail name their source file: as it is called here, not where it lay when it was compiled."""
+    return [f"-fmacro-prefix-map={folder}/=" for folder in (root, torch.include)]
+
+
 def _quiet(compiler: Compiler) -> tuple[str, ...]:
     return () if "clang" in compiler.version.lower() else GCC_QUIET
 
@@ -129,7 +134,7 @@ def cpu_steps(
     """Steps that make _C_cpu, and the file that the last one links; `flags` are added to all of them."""
     found = sources(root, "cpu")
     include = _include_flags(root, "cpu", torch)
-    cxx = [*CXX_FLAGS, *(WERROR_FLAGS if werror else ()), *flags]
+    cxx = [*CXX_FLAGS, *_short_paths(root, torch), *(WERROR_FLAGS if werror else ()), *flags]
     baseline = [*cxx, *DEFINES, *include]
     steps = [_cxx_step(compiler, baseline, source, build, "baseline") for source in found["baseline"]]
     for source in found["isa"]:
@@ -154,7 +159,7 @@ def cuda_steps(
     """Steps that make _C_cuda, and the file that the last one links."""
     found = sources(root, "cuda")
     include = [*_include_flags(root, "cuda", torch), "-isystem", str(toolkit.include)]
-    cxx = [*CXX_FLAGS, *(WERROR_FLAGS if werror else ())]
+    cxx = [*CXX_FLAGS, *_short_paths(root, torch), *(WERROR_FLAGS if werror else ())]
     steps = [
         _cxx_step(compiler, [*cxx, *DEFINES, *include], source, build, "baseline")
         for source in found["baseline"]

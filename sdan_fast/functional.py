@@ -5,7 +5,8 @@ accumulate in float32), with any strides. Contiguous and channels_last inputs ar
 format of the first tensor. Convolutions have stride 1 and "same" zero padding: d(k-1)/2 on each axis, of the input of
 each convolution. Every op raises TypeError for a wrong type or dtype (mixed floating dtypes included, except under
 autocast) and ValueError for a wrong shape, device or value; RuntimeError if `use_backend` names a backend that cannot
-run the call. Under autocast an op returns the dtype that its plain PyTorch sequence returns on that device.
+run the call. A batch may be empty; images without channels, rows or columns are refused by every op but `star`. Under
+autocast an op returns the dtype that its plain PyTorch sequence returns on that device.
 
 The formulas are those of SDAN (arXiv 2506.12475) as reconstructed from its abstract and its first author's public
 development code; `sdan_fast.reference` has each of them in plain PyTorch.

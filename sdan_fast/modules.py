@@ -3,20 +3,21 @@
 The paper's full text and weights are not public. What is here follows its abstract (arXiv 2506.12475) and the public
 development code of its first author, so it is *a reconstruction*. Tensors are N x C x H x W.
 
-The `nn.Conv2d` inside these modules hold parameters (PyTorch's shapes, initialisation and state-dict keys); where a
-fused op takes their weights, their own `forward`, and hooks on it, do not run.
+A module whose parts are as they were built is one fused op of their parameters. Where a part has a hook, computes a
+parameter (pruning, parametrizations) or was replaced, at any depth, the modules around it call their parts instead.
+Hooks for all modules (`torch.nn.modules.module.register_module_*`) see the calls that there are, no more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from . import functional as F
-from .reference import ACTIVATIONS, BranchConv, SDMParameters, StarParameters
+from .reference import ACTIVATIONS, BranchConv, SDMParameters, StarParameters, output_format
 
 __all__ = ["BRANCHES", "MMLKA", "RSDAM", "SDM", "LayerNorm2d", "StarConv"]
 
@@ -56,23 +57,120 @@ def check_channels(channels: int, groups: int) -> None:
         raise ValueError(f"channels must be divisible by groups ({groups}), and it is {channels}")
 
 
-def pointwise(channels_in: int, channels_out: int, *, bias: bool = True) -> nn.Conv2d:
-    """A 1x1 convolution."""
-    return nn.Conv2d(channels_in, channels_out, 1, bias=bias)
+def as_built(whole: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether one fused op of its parameters does all that calling the parts of `whole`, a `kind`, would.
+
+    What the module is itself does not matter, nor its own hooks: its forward is what runs.
+    """
+    eps: set[float] = set()
+    return _gather_parts(whole, PARTS[kind], [], eps) and len(eps) <= 1
 
 
-def depthwise(channels: int, kernel_size: tuple[int, int], dilation: tuple[int, int] = (1, 1)) -> nn.Conv2d:
-    """A depth-wise convolution with bias and "same" zero padding; a dilation counts along an axis with taps only."""
-    (kh, kw), (dh, dw) = kernel_size, dilation
-    padding = (dh * (kh - 1) // 2, dw * (kw - 1) // 2)
-    return nn.Conv2d(channels, channels, kernel_size, padding=padding, dilation=dilation, groups=channels)
+def gather(part: nn.Module | None, kind: type[nn.Module], tensors: list[Tensor], eps: set[float]) -> bool:
+    """Add a part's parameters in state-dict order, if a fused op of them does all that calling the part would.
+
+    It runs in every forward, on every part, so it reads the dicts behind the attributes of `nn.Module`, which are slow.
+
+    Args:
+        part: a module, or a list of them, which is never called itself.
+        kind: what it was built as.
+        tensors: what to append to.
+        eps: gets what the LayerNorms add to the variance; a fused op has one for all.
+
+    Returns:
+        False if the part or one inside of it is of another type, has a hook, or does not keep its weight itself.
+    """
+    if type(part) is nn.ModuleList:
+        for item in part._modules.values():  # noqa: SIM110 - the generator of `all` takes as long as the rest
+            if not gather(item, kind, tensors, eps):
+                return False
+        return True
+    if part is None or type(part) is not kind or hooked(part):
+        return False
+    inner = PARTS.get(kind)
+    if inner is not None:
+        return _gather_parts(part, inner, tensors, eps)
+    own = part._parameters
+    weight, bias = own.get("weight"), own.get("bias")
+    if weight is None:
+        return False
+    if isinstance(part, LayerNorm2d):
+        eps.add(part.eps)
+    tensors.append(weight)
+    if bias is not None:
+        tensors.append(bias)
+    return True
 
 
-def stage(shape: str, channels: int, k: int, dilation: int) -> list[nn.Conv2d]:
+def _gather_parts(
+    whole: nn.Module, parts: Mapping[str, type[nn.Module]], tensors: list[Tensor], eps: set[float]
+) -> bool:
+    modules = whole._modules
+    for name, kind in parts.items():  # noqa: SIM110
+        if not gather(modules.get(name), kind, tensors, eps):
+            return False
+    return True
+
+
+def hooked(part: nn.Module) -> bool:
+    """Whether a call of the module would do more than its class's forward."""
+    return bool(
+        part._forward_hooks
+        or part._forward_pre_hooks
+        or part._backward_hooks
+        or part._backward_pre_hooks
+        or "forward" in part.__dict__
+    )
+
+
+class PointwiseConv2d(nn.Conv2d):
+    """A 1x1 convolution, by this package's op.
+
+    Args:
+        channels_in: Ci.
+        channels_out: Co.
+        bias: whether there is one.
+
+    Shape: (N, Ci, H, W) -> (N, Co, H, W).
+    """
+
+    def __init__(self, channels_in: int, channels_out: int, *, bias: bool = True) -> None:
+        super().__init__(channels_in, channels_out, 1, bias=bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.pointwise_conv2d(input, self.weight, self.bias)
+
+
+class DepthwiseConv2d(nn.Conv2d):
+    """A depth-wise convolution with bias and "same" zero padding, by this package's op.
+
+    Args:
+        channels: C.
+        kernel_size: (kh, kw), odd.
+        dilation: (dh, dw); it counts along an axis with taps only.
+
+    Shape: (N, C, H, W) -> (N, C, H, W).
+    """
+
+    def __init__(
+        self, channels: int, kernel_size: tuple[int, int], dilation: tuple[int, int] = (1, 1)
+    ) -> None:
+        (kh, kw), (dh, dw) = kernel_size, dilation
+        padding = (dh * (kh - 1) // 2, dw * (kw - 1) // 2)
+        super().__init__(channels, channels, kernel_size, padding=padding, dilation=dilation, groups=channels)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.depthwise_conv2d(input, self.weight, self.bias, dilation=self.dilation)
+
+
+def stage(shape: str, channels: int, k: int, dilation: int) -> list[DepthwiseConv2d]:
     """One stage of a branch: a k x k convolution ("square"), or a 1 x k and a k x 1 one ("strip")."""
     if shape == "square":
-        return [depthwise(channels, (k, k), (dilation, dilation))]
-    return [depthwise(channels, (1, k), (1, dilation)), depthwise(channels, (k, 1), (dilation, 1))]
+        return [DepthwiseConv2d(channels, (k, k), (dilation, dilation))]
+    return [
+        DepthwiseConv2d(channels, (1, k), (1, dilation)),
+        DepthwiseConv2d(channels, (k, 1), (dilation, 1)),
+    ]
 
 
 class LayerNorm2d(nn.Module):
@@ -121,9 +219,9 @@ class StarConv(nn.Module):
             raise ValueError(f"outer must be one of {', '.join(ACTIVATIONS)}, and it is {outer!r}")
         self.outer = outer
         self.norm = LayerNorm2d(channels_in)
-        self.pw1 = pointwise(channels_in, channels_out, bias=False)
-        self.dw = depthwise(channels_out, (3, 3))
-        self.pw2 = pointwise(channels_in, channels_out, bias=False)
+        self.pw1 = PointwiseConv2d(channels_in, channels_out, bias=False)
+        self.dw = DepthwiseConv2d(channels_out, (3, 3))
+        self.pw2 = PointwiseConv2d(channels_in, channels_out, bias=False)
 
     def parameters_in_order(self) -> StarParameters:
         """As `sdan_fast.functional.star_conv` takes them."""
@@ -131,7 +229,10 @@ class StarConv(nn.Module):
         return norm.weight, norm.bias, self.pw1.weight, dw.weight, dw.bias, self.pw2.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.star_conv(x, *self.parameters_in_order(), outer=self.outer, eps=self.norm.eps)
+        if as_built(self, StarConv):
+            return F.star_conv(x, *self.parameters_in_order(), outer=self.outer, eps=self.norm.eps)
+        z = self.norm(x)
+        return F.star(self.dw(self.pw1(z)), self.pw2(z), activation="gelu", outer=self.outer)
 
     def extra_repr(self) -> str:
         return f"outer={self.outer!r}"
@@ -154,11 +255,11 @@ class SDM(nn.Module):
         if check_count("channels", channels) % 2:
             raise ValueError(f"channels must be even, and it is {channels}")
         half = channels // 2
-        self.distill = nn.ModuleList(pointwise(channels, half) for _ in range(3))
+        self.distill = nn.ModuleList(PointwiseConv2d(channels, half) for _ in range(3))
         self.star = nn.ModuleList(
             StarConv(channels, co, outer="gelu") for co in (channels, channels, channels, half)
         )
-        self.fuse = pointwise(4 * half, channels)
+        self.fuse = PointwiseConv2d(4 * half, channels)
 
     def parameters_in_order(self) -> SDMParameters:
         """(distill, star, fuse) as `sdan_fast.functional.sdm` takes them."""
@@ -167,7 +268,15 @@ class SDM(nn.Module):
         return distill, star, (self.fuse.weight, self.fuse.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.sdm(x, *self.parameters_in_order(), eps=cast("StarConv", self.star[0]).norm.eps)
+        if as_built(self, SDM):
+            return F.sdm(x, *self.parameters_in_order(), eps=cast("StarConv", self.star[0]).norm.eps)
+        distilled = []
+        for conv, level in zip(self.distill, self.star, strict=False):
+            distilled.append(nn.functional.gelu(conv(x)))
+            x = level(x)
+        for level in self.star[len(self.distill) :]:
+            x = level(x)
+        return self.fuse(torch.cat([*distilled, x], dim=1))
 
 
 class MMLKA(nn.Module):
@@ -197,15 +306,28 @@ class MMLKA(nn.Module):
             nn.ModuleList([*stage(local, chunk, k, 1), *stage(dilated, chunk, k, (k + 1) // 2)])
             for local, dilated, k in BRANCHES[groups]
         )
-        self.proj = pointwise(channels, channels)
+        self.proj = PointwiseConv2d(channels, channels)
 
     def branches_in_order(self) -> list[list[BranchConv]]:
         """As `sdan_fast.functional.mm_lka` takes them."""
         branches = cast("Iterable[Iterable[nn.Conv2d]]", self.branches)
         return [[(conv.weight, conv.bias, conv.dilation) for conv in branch] for branch in branches]
 
+    def layout(self) -> tuple[list[int], list[int]]:
+        """(how many convolutions each branch has, all their dilations in order, two each)."""
+        branches = [list(branch) for branch in cast("Iterable[Iterable[nn.Conv2d]]", self.branches)]
+        return [len(branch) for branch in branches], [
+            d for b in branches for conv in b for d in conv.dilation
+        ]
+
     def forward(self, x: Tensor) -> Tensor:
-        return F.mm_lka(x, self.branches_in_order(), self.proj.weight, self.proj.bias)
+        if as_built(self, MMLKA):
+            return F.mm_lka(x, self.branches_in_order(), self.proj.weight, self.proj.bias)
+        chunks = list(x.chunk(len(self.branches), dim=1))
+        for i, branch in enumerate(cast("Iterable[Iterable[nn.Module]]", self.branches)):
+            for conv in branch:
+                chunks[i] = conv(chunks[i])
+        return (x * self.proj(torch.cat(chunks, dim=1))).contiguous(memory_format=output_format(x))
 
     def extra_repr(self) -> str:
         return f"{self.channels}, groups={self.groups}"
@@ -225,7 +347,7 @@ class RSDAM(nn.Module):
         super().__init__()
         self.sdm = SDM(channels)
         self.attn = MMLKA(channels, groups)
-        self.proj = pointwise(channels, channels)
+        self.proj = PointwiseConv2d(channels, channels)
         self.norm = LayerNorm2d(channels)
 
     def parameters_in_order(self) -> RSDAMParameters:
@@ -239,12 +361,22 @@ class RSDAM(nn.Module):
             (norm.weight, norm.bias),
         )
 
-    def tensors_in_order(self) -> list[Tensor]:
-        """Every parameter, in state-dict order, as `torch.ops.sdan_fast.sdan` takes them."""
-        (distill, star, fuse), branches, *pairs = self.parameters_in_order()
-        convs = [conv[:2] for branch in branches for conv in branch]
-        groups: list[tuple[Tensor | None, ...]] = [*distill, *star, fuse, *convs, *pairs]
-        return [tensor for group in groups for tensor in group if tensor is not None]
-
     def forward(self, x: Tensor) -> Tensor:
-        return F.rsdam(x, *self.parameters_in_order(), eps=self.norm.eps)
+        if as_built(self, RSDAM):
+            return F.rsdam(x, *self.parameters_in_order(), eps=self.norm.eps)
+        y = x + self.norm(self.proj(self.attn(self.sdm(x))))
+        return y.contiguous(memory_format=output_format(x))
+
+
+# What each module was built of, in state-dict order; of a list, its items.
+PARTS: dict[type[nn.Module], dict[str, type[nn.Module]]] = {
+    StarConv: {
+        "norm": LayerNorm2d,
+        "pw1": PointwiseConv2d,
+        "dw": DepthwiseConv2d,
+        "pw2": PointwiseConv2d,
+    },
+    SDM: {"distill": PointwiseConv2d, "star": StarConv, "fuse": PointwiseConv2d},
+    MMLKA: {"branches": DepthwiseConv2d, "proj": PointwiseConv2d},
+    RSDAM: {"sdm": SDM, "attn": MMLKA, "proj": PointwiseConv2d, "norm": LayerNorm2d},
+}

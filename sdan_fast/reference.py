@@ -109,6 +109,15 @@ def layer_norm2d(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e
     return y.contiguous(memory_format=output_format(x))
 
 
+def pixel_shuffle(x: Tensor, scale: int) -> Tensor:
+    """(N, C * scale^2, H, W) -> (N, C, scale * H, scale * W); PyTorch's own fails in the backward of an empty batch."""
+    if x.shape[0] > 0:
+        return F.pixel_shuffle(x, scale)
+    _, c, h, w = x.shape
+    y = x.view(0, c // scale**2, scale, scale, h, w).permute(0, 1, 4, 2, 5, 3)
+    return y.reshape(0, c // scale**2, scale * h, scale * w)
+
+
 def pointwise_conv2d(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str = "none"
 ) -> Tensor:

@@ -148,6 +148,25 @@ def test_libraries_of_cuda_are_refused(name: str) -> None:
 
 
 @linux_only
+def test_messages_do_not_tell_where_the_module_was_built() -> None:
+    """A failed check names csrc/cpu/star.cpp; the CUDA module has the lines of its kernels besides."""
+    strings = re.findall(rb"[\x20-\x7e]+", module_file("cpu").read_bytes())
+    named = {text for text in strings if text.endswith((b".cpp", b".h")) and b"/" in text}
+    assert b"csrc/cpu/star.cpp" in named
+    assert not [text for text in named if text.startswith(b"/")]
+
+
+def test_the_flags_shorten_paths(tmp_path: Path) -> None:
+    file = compile_cxx(
+        'extern "C" const char* planted() { return __FILE__; }',
+        tmp_path,
+        *extensions._short_paths(tmp_path, toolkit.TorchTree(tmp_path / "torch", "2.14")),
+    )
+    assert b"planted.cpp" in file.read_bytes()
+    assert str(tmp_path / "planted.cpp").encode() not in file.read_bytes()
+
+
+@linux_only
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_the_init_function_is_exported(kind: str) -> None:
     listed = output_of(tool("nm"), "-D", "--defined-only", module_file(kind)).split("\n")

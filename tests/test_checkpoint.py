@@ -286,8 +286,14 @@ def first_authors(model: SDAN) -> dict[str, Tensor]:
     return {names[key]: value for key, value in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("config", [(4, 56, 8), (2, 12, 12), (3, 8, 1)])
-@pytest.mark.parametrize("wrap", ["flat", "params", "params_ema", "both", "module"])
+@pytest.mark.parametrize(
+    ("config", "wrap"),
+    [
+        *(((3, 8, 1), wrap) for wrap in ("flat", "params", "params_ema", "both", "module")),
+        ((4, 56, 8), "params"),
+        ((2, 12, 12), "params"),
+    ],
+)
 def test_converter_round_trip(tmp_path: Path, config: tuple[int, int, int], wrap: str) -> None:
     model = SDAN(*config, 2)
     theirs = first_authors(model)
@@ -306,6 +312,50 @@ def test_converter_round_trip(tmp_path: Path, config: tuple[int, int, int], wrap
     assert list(again.state_dict()) == list(model.state_dict())
     for key, value in model.state_dict().items():
         assert torch.equal(again.state_dict()[key], value), key
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3, 4])
+@pytest.mark.parametrize("wrap", ["flat", "params", "params_ema", "both", "module", "flat module"])
+def test_our_own_layout_loads_too(tmp_path: Path, groups: int, wrap: str) -> None:
+    """What someone who trains this package's SDAN saves, under BasicSR or without it."""
+    model = small(groups)
+    state = model.state_dict()
+    prefixed = {f"module.{key}": value for key, value in state.items()}
+    contents = {
+        "flat": state,
+        "params": {"params": state},
+        "params_ema": {"params_ema": state},
+        "both": {"params": small(groups).state_dict(), "params_ema": state},
+        "module": {"params": prefixed},
+        "flat module": prefixed,
+    }[wrap]
+    torch.save(contents, tmp_path / "net_g.pth")
+    again = from_basicsr(tmp_path / "net_g.pth")
+    assert (again.scale, again.channels, len(again.blocks), again.groups) == (2, 12, 2, groups)
+    assert list(again.state_dict()) == list(state)
+    assert all(torch.equal(again.state_dict()[key], value) for key, value in state.items())
+    target = tmp_path / "out.safetensors"
+    assert convert.main([str(tmp_path / "net_g.pth"), str(target)]) == 0
+    assert SDAN.from_checkpoint(target).groups == groups
+
+
+def test_what_is_wrong_in_our_own_layout_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "x.pth"
+    for wrong, sentence in (
+        ({"epoch": 3}, r"x\.pth has keys that this package's SDAN layout does not: 'epoch'$"),
+        ({"head.pw.weight": "text"}, r"this package's SDAN layout does not: 'head\.pw\.weight'$"),
+        ({"B1.c5.weight": torch.zeros(1)}, r"this package's SDAN layout does not: 'B1\.c5\.weight'$"),
+        ({"up.scale.weight": torch.zeros(1)}, r"x\.pth does not hold an SDAN.*unknown 'up\.scale\.weight'$"),
+        ({"up.bias": torch.zeros(5)}, r"x\.pth: 'up\.bias' must have the shape \(12,\), and it has \(5,\)$"),
+    ):
+        torch.save({**small().state_dict(), **wrong}, path)
+        with pytest.raises(CheckpointError, match=sentence):
+            from_basicsr(path)
+    state = small().state_dict()
+    del state["blocks.1.proj.bias"]
+    torch.save({"params": state}, path)
+    with pytest.raises(CheckpointError, match=r"x\.pth does not hold.*missing 'blocks\.1\.proj\.bias'$"):
+        from_basicsr(path)
 
 
 def test_converter_names_what_it_does_not_know() -> None:

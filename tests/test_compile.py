@@ -70,6 +70,24 @@ def test_training_is_one_graph_for_every_size(backend: str) -> None:
     assert counter.frame_count == 1
 
 
+def test_hooks_inside_of_a_block_are_in_the_graph() -> None:
+    """One graph with the hook in it, and another one when the hook has gone."""
+    net = model().eval()
+    x = picture(1, 12, 16)
+    with torch.no_grad():
+        expected = net(x)
+        handle = net.blocks[1].sdm.star[0].pw1.register_forward_hook(lambda _m, _x, y: 2 * y)
+        hooked = net(x)
+        assert not torch.allclose(hooked, expected, rtol=1e-4, atol=1e-5)
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(net, fullgraph=True, backend=counter)
+        torch.testing.assert_close(compiled(x), hooked, rtol=1e-4, atol=1e-5)
+        assert counter.frame_count == 1
+        handle.remove()
+        torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-5)
+        assert counter.frame_count == 2
+
+
 def test_inductor_runs_inference_and_training() -> None:
     net = model()
     compiled = torch.compile(net, fullgraph=True, dynamic=True)

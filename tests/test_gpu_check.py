@@ -123,13 +123,15 @@ def test_cases_of_the_short_check() -> None:
     assert {(case.batch, *case.size) for case in short} == {(8, 180, 320)}
 
 
-@pytest.mark.slow
 def test_time_that_is_up_leaves_cases_out_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sdan_fast.bench import model, roofline
+    """Of the cases: the network and its training, which come first, are measured in the rehearsal."""
+    from sdan_fast.bench import model, roofline, training
 
     monkeypatch.setattr(roofline, "measure", lambda *_, **__: roofline.Roofline(1e10, 1e11))
     tiny = model.Configuration("tiny", 5, 6, channels=4, blocks=1, scale=1)
     monkeypatch.setitem(model.CONFIGURATIONS, "tiny", tiny)
+    for measured in (model, training):
+        monkeypatch.setattr(measured, "measure", lambda *_, **__: model.Report(tiny, 1, {}, {}, [], False))
     case = cases.Case(cases.SUBJECTS["star"], cases.SUBJECTS["star"].variants[0], (3, 4))
     found = gpu_check.run_benchmarks(
         "cpu", rounds=1, chosen=[case], configuration="tiny", step="tiny", competing=["eager"], seconds=-1

@@ -251,17 +251,142 @@ def test_memory_format_is_kept(groups: int) -> None:
     torch.testing.assert_close(last, plain, rtol=1e-4, atol=1e-4)
 
 
-def test_no_forward_of_an_inner_convolution_runs_behind_the_fused_op() -> None:
-    """Documented in the module: the inner nn.Conv2d only hold parameters, which are read at each call."""
+def test_a_whole_module_is_one_op_whose_parameters_are_read_at_each_call() -> None:
     module = StarConv(4, 4).double()
-    called = []
-    module.pw1.register_forward_hook(lambda *_: called.append(1))
     x = torch.randn(1, 4, 5, 5, dtype=torch.float64)
     before = module(x)
-    assert not called
+    assert sdan_fast.explain(module, x).op == "star_conv"
     with torch.no_grad():
         module.pw1.weight.mul_(2)
     assert not torch.allclose(module(x), before)
+
+
+WHOLES = {
+    "star_conv": lambda: StarConv(8, 4),
+    "sdm": lambda: SDM(8),
+    "mm_lka": lambda: MMLKA(8),
+    "rsdam": lambda: RSDAM(8),
+}
+
+
+def parts_of(make: str) -> list[str]:
+    """The parts that a module calls itself; those of its parts are tested there, and once from the whole network."""
+    whole = WHOLES[make]()
+    inner = [
+        name for name, part in whole.named_modules() if name and isinstance(part, (StarConv, SDM, MMLKA))
+    ]
+    return [
+        name
+        for name, part in whole.named_modules()
+        if name and not isinstance(part, nn.ModuleList) and not any(name.startswith(f"{i}.") for i in inner)
+    ]
+
+
+def check_looked_at(whole: nn.Module, part: str, x: Tensor, op: str) -> None:
+    """All hooks of one part run, in inference and in training, and results stay; without them it is one op again."""
+    assert sdan_fast.explain(whole, x).op == op
+    inner = whole.get_submodule(part)
+    with torch.no_grad():
+        expected = whole(x)
+    seen: list[str] = []
+    kinds = {
+        "pre": inner.register_forward_pre_hook,
+        "forward": inner.register_forward_hook,
+        "backward pre": inner.register_full_backward_pre_hook,
+        "backward": inner.register_full_backward_hook,
+    }
+    for kind, register in kinds.items():
+        seen.clear()
+        handle = register(lambda *_, kind=kind: seen.append(kind))
+        with torch.no_grad():
+            torch.testing.assert_close(whole(x), expected, rtol=1e-4, atol=1e-5)
+        whole(x.clone().requires_grad_()).sum().backward()
+        assert seen == [kind] * (1 if "backward" in kind else 2)
+        handle.remove()
+        assert sdan_fast.explain(whole, x).op == op
+
+
+@pytest.mark.parametrize(("make", "part"), [(make, part) for make in WHOLES for part in parts_of(make)])
+def test_hooks_on_parts_run_at_any_depth(make: str, part: str) -> None:
+    check_looked_at(WHOLES[make](), part, torch.randn(1, 8, 6, 7), make)
+
+
+@pytest.mark.parametrize("make", WHOLES)
+def test_replaced_parts_are_called(make: str) -> None:
+    """Another module in a part's place, a wrapper or none at all, and another forward of the same one."""
+    x = torch.randn(1, 8, 6, 7)
+    for part in parts_of(make):
+        whole = WHOLES[make]()
+        parent, _, name = part.rpartition(".")
+        inner = whole.get_submodule(part)
+        with torch.no_grad():
+            expected = whole(x)
+            inner.forward = lambda y, forward=inner.forward: 2 * forward(y)
+            doubled = whole(x)
+            assert not torch.allclose(doubled, expected), part
+            del inner.forward
+            torch.testing.assert_close(whole(x), expected, rtol=1e-4, atol=1e-5)
+            setattr(whole.get_submodule(parent), name, nn.Sequential(inner))
+            torch.testing.assert_close(whole(x), expected, rtol=1e-4, atol=1e-5, msg=part)
+
+
+class Doubled(nn.Module):
+    """A parametrization."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+@pytest.mark.parametrize("make", WHOLES)
+def test_computed_parameters(make: str) -> None:
+    """What computes a part's weight is asked at each call: parametrizations, and pruning, which has a hook for it."""
+    x = torch.randn(1, 8, 6, 7)
+    for part in parts_of(make):
+        plain, whole = WHOLES[make](), WHOLES[make]()
+        whole.load_state_dict(plain.state_dict())
+        inner = whole.get_submodule(part)
+        if "weight" not in inner._parameters:
+            continue
+        with torch.no_grad():
+            plain.get_submodule(part).weight.mul_(2)
+        nn.utils.parametrize.register_parametrization(inner, "weight", Doubled())
+        for _ in range(2):  # a second step fails where a graph was kept
+            y = whole(x)
+            torch.testing.assert_close(y, plain(x), rtol=1e-4, atol=1e-5)
+            y.sum().backward()
+        with torch.no_grad():
+            torch.testing.assert_close(whole(x), plain(x), rtol=1e-4, atol=1e-5)
+        nn.utils.parametrize.remove_parametrizations(inner, "weight")
+        torch.testing.assert_close(whole(x), plain(x), rtol=1e-4, atol=1e-5)
+        nn.utils.prune.identity(inner, "weight")
+        for _ in range(2):
+            whole(x).sum().backward()
+        with torch.no_grad():
+            torch.testing.assert_close(whole(x), plain(x), rtol=1e-4, atol=1e-5)
+
+
+def test_each_norm_keeps_its_own_eps() -> None:
+    module = RSDAM(8)
+    module.sdm.star[1].norm.eps = 0.5
+    x = torch.randn(1, 8, 6, 7)
+    with torch.no_grad():
+        y = module(x)
+        expected = x + module.norm(module.proj(module.attn(module.sdm(x))))
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+        module.sdm.star[1].norm.eps = module.norm.eps
+        assert not torch.allclose(module(x), y, atol=1e-4)
+
+
+@pytest.mark.parametrize("make", WHOLES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_looked_at_modules_keep_dtype_and_memory_format(make: str, dtype: torch.dtype) -> None:
+    whole = WHOLES[make]().to(dtype, memory_format=torch.channels_last)
+    whole.get_submodule(parts_of(make)[-1]).register_forward_hook(lambda *_: None)
+    x = torch.randn(2, 8, 6, 7, dtype=dtype).to(memory_format=torch.channels_last)
+    y = whole(x)
+    assert y.dtype == dtype
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    y.sum().backward()
 
 
 def test_repr_says_what_it_is() -> None:

@@ -11,8 +11,9 @@ from torch.nn.utils import prune
 import sdan_fast
 from sdan_fast.bench.roofline import multiply_adds
 from sdan_fast.models import SDAN, BSConv
+from sdan_fast.modules import RSDAM
 
-from .test_modules import PlainRSDAM
+from .test_modules import PlainRSDAM, check_looked_at
 
 
 class PlainBSConv(nn.Sequential):
@@ -162,8 +163,31 @@ def test_meta_device() -> None:
         assert SDAN(4, 8, 1)(torch.empty(2, 3, 5, 6)).shape == (2, 3, 20, 24)
 
 
-def test_empty_batch() -> None:
-    assert SDAN(2, 8, 1)(torch.empty(0, 3, 5, 6)).shape == (0, 3, 10, 12)
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_empty_batch(dtype: torch.dtype, backend: str) -> None:
+    model = SDAN(2, 8, 1).to(dtype)
+    x = torch.empty(0, 3, 5, 6, dtype=dtype)
+    with sdan_fast.use_backend(backend):
+        with torch.no_grad():
+            assert model(x).shape == (0, 3, 10, 12)
+        y = model(x.requires_grad_())
+        assert y.shape == (0, 3, 10, 12)
+        y.sum().backward()
+    assert x.grad is not None and x.grad.shape == x.shape
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 0, 6), (2, 3, 5, 0), (0, 3, 0, 0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_pictures_without_pixels_are_refused(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    model = SDAN(2, 8, 1).to(dtype)
+    for training in (False, True):
+        with (
+            torch.set_grad_enabled(training),
+            pytest.raises(ValueError, match="x must have at least one row and one column, and its shape is"),
+        ):
+            model(torch.empty(shape, dtype=dtype))
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 8), (1, 4, 8, 8), (1, 1, 8, 8), (1, 3, 8), (1, 8, 8, 3)])
@@ -195,23 +219,12 @@ def test_repr_and_docstrings_say_what_it_is() -> None:
     assert BSConv(3, 4)(torch.rand(1, 3, 2, 2)).shape == (1, 4, 2, 2)
 
 
-@pytest.mark.parametrize("part", ["head", "blocks.0", "fuse", "tail", "up"])
+@pytest.mark.parametrize(
+    "part", ["head", "head.dw", "blocks.0", "blocks.1.sdm.star.2.pw1", "fuse", "tail", "tail.pw", "up"]
+)
 def test_hooks_on_the_parts_run(part: str) -> None:
-    """Whoever hooks one of the network's own parts sees it called, in inference too, and its gradient."""
-    model = SDAN(2, 4, 2).eval()
-    x = torch.rand(1, 3, 6, 7)
-    with torch.no_grad():
-        expected = model(x)
-    seen: list[str] = []
-    model.get_submodule(part).register_full_backward_hook(lambda *_: seen.append("backward"))
-    with torch.no_grad():
-        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
-    model(x.clone().requires_grad_()).sum().backward()
-    assert seen == ["backward"]
-    model.get_submodule(part).register_forward_hook(lambda *_: seen.append("forward"))
-    with torch.no_grad():
-        model(x)
-    assert seen[-1] == "forward"
+    """Whoever hooks a part of the network, at any depth, sees it called, in inference too, and its gradient."""
+    check_looked_at(SDAN(2, 4, 2).eval(), part, torch.rand(1, 3, 6, 7), "sdan")
 
 
 def test_a_replaced_block_is_called() -> None:
@@ -221,6 +234,26 @@ def test_a_replaced_block_is_called() -> None:
         expected = model(x)
         model.blocks[0] = torch.nn.Sequential(model.blocks[0])
         torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_blocks_that_differ_run_as_they_are() -> None:
+    """The fused op has one layout and one eps for all blocks."""
+    x = torch.rand(1, 3, 6, 7)
+    for change in (
+        lambda model: model.blocks.__setitem__(1, RSDAM(12, 4)),
+        lambda model: setattr(model.blocks[1].norm, "eps", 0.5),
+        lambda model: model.blocks[1].attn.branches.__setitem__(0, RSDAM(12, 3).attn.branches[1]),
+        lambda model: setattr(model.fuse, "bias", None),
+    ):
+        model = SDAN(2, 12, 2, 3).eval()
+        with torch.no_grad():
+            before = model(x)
+            change(model)
+            assert sdan_fast.explain(model, x).op != "sdan"
+            y = model(x)
+            assert y.shape == before.shape
+            parts = nn.functional.pixel_shuffle(model.up(model.features(x)), model.scale)
+            assert torch.equal(y, parts)
 
 
 def test_a_hook_that_computes_a_weight_runs() -> None:

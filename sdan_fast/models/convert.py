@@ -1,9 +1,10 @@
-"""Turns a BasicSR-style .pth in the first author's layout into this package's state dict or safetensors file.
+"""Turns a BasicSR-style .pth into this package's state dict or safetensors file.
 
     python -m sdan_fast.models.convert net_g.pth sdan_x4.safetensors
 
-The file is read with `torch.load(weights_only=True)`: tensors and plain containers, never code. The layout is that
-of the public development code, for groups=2.
+The file is read with `torch.load(weights_only=True)`: tensors and plain containers, never code. The layout is the
+first author's, that of the public development code for groups=2, or this package's own, as someone who trains
+`sdan_fast.models.SDAN` saves it.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ _TOP = {
     "c2.dw": "tail.dw",
     "upsampler.0": "up",
 }
+# What names in this package's layout begin with; none of the first author's does.
+_OURS = ("head.", "blocks.", "fuse.", "tail.", "up.")
 _IN_BLOCK = {"c5": "sdm.fuse", "atten.pointwise": "attn.proj", "c6": "proj", "pixel_norm": "norm"}
 
 
@@ -56,38 +59,50 @@ def _renamed(name: str) -> str | None:
 
 
 def convert_state_dict(state: Mapping[str, Any], *, source: str = "the state dict") -> dict[str, Tensor]:
-    """Rename a state dict from the first author's layout to this package's; tensors are shared, not copied.
+    """A state dict in this package's layout, renamed from the first author's if need be; tensors are not copied.
 
     Args:
-        state: a flat state dict, or BasicSR's dict of them, of which `params_ema` is preferred to `params`. A
-            `module.` prefix on every key (DataParallel's) is dropped.
+        state: a flat state dict in either layout, or BasicSR's dict of them, of which `params_ema` is preferred to
+            `params`. A `module.` prefix on every key (DataParallel's) is dropped.
         source: what to call it in an error, usually its path.
 
     Raises:
         CheckpointError: naming the keys that have no place here.
     """
+    state = _flat(state, source)
+    ours = _is_ours(state)
+    converted: dict[str, Tensor] = {}
+    unknown: list[str] = []
+    for key, value in state.items():
+        name, _, leaf = key.rpartition(".")
+        renamed = _renamed(name) if not ours else name if key.startswith(_OURS) else None
+        if renamed is None or leaf not in ("weight", "bias") or not isinstance(value, Tensor):
+            unknown.append(key)
+        else:
+            converted[f"{renamed}.{leaf}"] = value
+    if unknown:
+        layout = "this package's" if ours else "the first author's"
+        raise CheckpointError(f"{source} has keys that {layout} SDAN layout does not: {few(unknown)}")
+    return converted
+
+
+def _flat(state: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """The state dict itself, out of BasicSR's dict of them and without DataParallel's prefix."""
     for key in ("params_ema", "params"):
         if isinstance(state.get(key), Mapping):
             state = state[key]
             break
     if not state:
         raise CheckpointError(f"{source} holds no parameters")
-    if all(isinstance(key, str) and key.startswith("module.") for key in state):
-        state = {key.removeprefix("module."): value for key, value in state.items()}
-    converted: dict[str, Tensor] = {}
-    unknown: list[str] = []
-    for key, value in state.items():
-        name, _, leaf = str(key).rpartition(".")
-        renamed = _renamed(name)
-        if renamed is None or leaf not in ("weight", "bias") or not isinstance(value, Tensor):
-            unknown.append(str(key))
-        else:
-            converted[f"{renamed}.{leaf}"] = value
-    if unknown:
-        raise CheckpointError(
-            f"{source} has keys that the first author's SDAN layout does not: {few(unknown)}"
-        )
-    return converted
+    flat = {str(key): value for key, value in state.items()}
+    if all(key.startswith("module.") for key in flat):
+        flat = {key.removeprefix("module."): value for key, value in flat.items()}
+    return flat
+
+
+def _is_ours(flat: Mapping[str, Any]) -> bool:
+    """Whether a flat state dict is in this package's layout."""
+    return any(key.startswith(_OURS) for key in flat)
 
 
 def from_basicsr(path: str | os.PathLike[str]) -> SDAN:
@@ -95,7 +110,7 @@ def from_basicsr(path: str | os.PathLike[str]) -> SDAN:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        CheckpointError: if it is damaged, needs code to load, or does not hold one whole SDAN with groups=2.
+        CheckpointError: if it is damaged, needs code to load, or does not hold one whole SDAN.
     """
     path = Path(path)
     if not path.exists():
@@ -107,7 +122,9 @@ def from_basicsr(path: str | os.PathLike[str]) -> SDAN:
         raise CheckpointError(f"{path} cannot be read as a plain PyTorch checkpoint ({reason})") from error
     if not isinstance(loaded, Mapping):
         raise CheckpointError(f"{path} must hold a dict of tensors, and it holds a {type(loaded).__name__}")
-    return SDAN.from_state_dict(convert_state_dict(loaded, source=str(path)), source=f"{path} (renamed)")
+    flat = _flat(loaded, str(path))
+    source = str(path) if _is_ours(flat) else f"{path} (renamed)"
+    return SDAN.from_state_dict(convert_state_dict(flat, source=str(path)), source=source)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

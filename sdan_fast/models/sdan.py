@@ -11,15 +11,23 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from .. import functional as F
 from .. import ops
-from ..modules import BRANCHES, RSDAM, check_channels, check_count, depthwise, pointwise
-from ..reference import pair
+from ..modules import (
+    BRANCHES,
+    PARTS,
+    RSDAM,
+    DepthwiseConv2d,
+    PointwiseConv2d,
+    check_channels,
+    check_count,
+    gather,
+)
+from ..reference import pixel_shuffle
 from .files import replacing
 
 __all__ = ["SDAN", "BSConv", "CheckpointError"]
@@ -43,13 +51,8 @@ def check_picture(x: Tensor) -> None:
         raise TypeError(f"x must be a torch.Tensor, and it is a {type(x).__name__}")
     if x.dim() != 4 or x.shape[1] != 3:
         raise ValueError(f"x must have the shape (N, 3, H, W), and it has {tuple(x.shape)}")
-
-
-def _hooked(part: nn.Module) -> bool:
-    """Whether a call of the module would do more than its forward."""
-    return bool(
-        part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
-    )
+    if x.shape[2] == 0 or x.shape[3] == 0:
+        raise ValueError(f"x must have at least one row and one column, and its shape is {list(x.shape)}")
 
 
 class BSConv(nn.Module):
@@ -66,11 +69,14 @@ class BSConv(nn.Module):
         super().__init__()
         check_count("channels_in", channels_in)
         check_count("channels_out", channels_out)
-        self.pw = pointwise(channels_in, channels_out, bias=False)
-        self.dw = depthwise(channels_out, (3, 3))
+        self.pw = PointwiseConv2d(channels_in, channels_out, bias=False)
+        self.dw = DepthwiseConv2d(channels_out, (3, 3))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.depthwise_conv2d(self.pw(x), self.dw.weight, self.dw.bias)
+        return self.dw(self.pw(x))
+
+
+PARTS[BSConv] = {"pw": PointwiseConv2d, "dw": DepthwiseConv2d}
 
 
 class SDAN(nn.Module):
@@ -99,7 +105,7 @@ class SDAN(nn.Module):
         self.groups = groups
         self.head = BSConv(3 * _REPEATS, channels)
         self.blocks = nn.ModuleList(RSDAM(channels, groups) for _ in range(check_count("blocks", blocks)))
-        self.fuse = pointwise(blocks * channels, channels)
+        self.fuse = PointwiseConv2d(blocks * channels, channels)
         self.tail = BSConv(channels, channels)
         self.up = nn.Conv2d(channels, 3 * scale * scale, 3, padding=1)
 
@@ -119,27 +125,27 @@ class SDAN(nn.Module):
         return self.tail(nn.functional.gelu(self.fuse(torch.cat(deep, dim=1)))) + shallow
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = (self.head, *self.blocks, self.fuse, self.tail, self.up)
-        if any(map(_hooked, parts)) or any(type(block) is not RSDAM for block in self.blocks):
-            # Somebody looks at a part, or has put another in its place: each has to be called.
-            return nn.functional.pixel_shuffle(self.up(self.features(x)), self.scale)
         check_picture(x)
-        head, tail, blocks = self.head, self.tail, cast("list[RSDAM]", list(self.blocks))
-        first = blocks[0]
-        branches = first.attn.branches_in_order()
-        return ops.sdan(
-            x,
-            [head.pw.weight, head.dw.weight, head.dw.bias],
-            [tensor for block in blocks for tensor in block.tensors_in_order()],
-            [self.fuse.weight, self.fuse.bias],
-            [tail.pw.weight, tail.dw.weight, tail.dw.bias],
-            [self.up.weight, self.up.bias],
-            scale=self.scale,
-            block_count=len(self.blocks),
-            dilations=[d for branch in branches for _, _, dilation in branch for d in pair(dilation)],
-            lengths=[len(branch) for branch in branches],
-            eps=first.norm.eps,
-        )
+        call = self._as_one_op()
+        if call is None:
+            # Somebody looks at a part, or has put another in its place: each has to be called.
+            return pixel_shuffle(self.up(self.features(x)), self.scale)
+        tensors, layout = call
+        return ops.sdan(x, *tensors, scale=self.scale, block_count=len(self.blocks), **layout)
+
+    def _as_one_op(self) -> tuple[tuple[list[Tensor], ...], dict[str, Any]] | None:
+        """The parameters and the layout of the blocks as `ops.sdan` takes them; None if the parts have to be called."""
+        tensors: tuple[list[Tensor], ...] = ([], [], [], [], [])
+        eps: set[float] = set()
+        for part, found in zip(PARTS[SDAN], tensors, strict=True):
+            if not gather(self._modules[part], PARTS[SDAN][part], found, eps):
+                return None
+        layouts = [cast("RSDAM", block).attn.layout() for block in self.blocks]
+        lengths, dilations = layouts[0]
+        whole = (3, len(layouts) * (38 + len(dilations)), 2, 3, 2)  # what there is with all biases
+        if tuple(map(len, tensors)) != whole or len(eps) > 1 or any(other != layouts[0] for other in layouts):
+            return None
+        return tensors, {"lengths": lengths, "dilations": dilations, "eps": eps.pop()}
 
     @property
     def receptive_radius(self) -> int:
@@ -218,6 +224,15 @@ class SDAN(nn.Module):
         }
         with replacing(Path(path)) as temporary:
             temporary.write_bytes(save(state, metadata))
+
+
+PARTS[SDAN] = {
+    "head": BSConv,
+    "blocks": RSDAM,
+    "fuse": PointwiseConv2d,
+    "tail": BSConv,
+    "up": nn.Conv2d,
+}  # in the order of the op's arguments
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

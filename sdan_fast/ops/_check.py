@@ -28,12 +28,16 @@ def tensor(name: str, value: Any, *, like: Tensor | None = None, like_name: str 
 
 
 def image(name: str, value: Any, *, like: Tensor | None = None, like_name: str = "x") -> None:
-    """Refuse what is no N x C x H x W tensor, or has no channels: eager convolutions answer that wrongly."""
+    """Refuse what is no N x C x H x W tensor, has no channels, which eager convolutions answer wrongly, or no pixels,
+    which those refuse. A batch may be empty.
+    """
     tensor(name, value, like=like, like_name=like_name)
     if value.dim() != 4:
         raise ValueError(f"{name} must be N x C x H x W, and its shape is {shape(value)}")
     if value.shape[1] == 0:
         raise ValueError(f"{name} must have at least one channel, and its shape is {shape(value)}")
+    if value.shape[2] == 0 or value.shape[3] == 0:
+        raise ValueError(f"{name} must have at least one row and one column, and its shape is {shape(value)}")
 
 
 def parameter(name: str, value: Any, expected: Sequence[int], *, like: Tensor, like_name: str = "x") -> None:

@@ -31,7 +31,7 @@ def check(u: Any, x: Any, weight: Any, bias: Any = None) -> None:
             and weight.layout is torch.strided
             and x.shape == (n, weight.shape[1], h, w)
             and weight.shape == (co, x.shape[1], 1, 1)
-            and co > 0
+            and 0 not in (co, h, w)
             and x.shape[1] > 0
             and (bias is None or (bias.shape == (co,) and bias.dtype is dtype and bias.device == device))
             and (bias is None or bias.layout is torch.strided)

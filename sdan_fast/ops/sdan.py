@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..reference import pixel_shuffle
 from . import _check
 from ._conv import Shape, conv_flops
 from ._op import ComposedOp
@@ -89,7 +90,7 @@ def compose(
         deep.append(rsdam(deep[-1], *block, **_layout(dilations, lengths), eps=eps))
     f = pointwise_conv2d(torch.cat(deep[1:], dim=1), fuse[0], fuse[1], activation="gelu")
     f = depthwise_conv2d(pointwise_conv2d(f, tail[0]), tail[1], tail[2], dilation=[1, 1]) + shallow
-    return F.pixel_shuffle(F.conv2d(f, up[0], up[1], padding=1), scale)
+    return pixel_shuffle(F.conv2d(f, up[0], up[1], padding=1), scale)
 
 
 def flops(

@@ -168,6 +168,7 @@ class OpContract:
     fn_name: str
     cases: Sequence[Case]
     images: int = 1
+    any_shape: bool = False  # whether the op takes images without pixels, too
     grad_cases: Sequence[str] | None = None  # ids for the slow derivative checks; default: the first two
     differentiated_as: str | None = None  # a composed op is differentiated through its parts: the name of one
 
@@ -221,6 +222,29 @@ class OpContract:
             y = self.ours(*empty, **kwargs)
         assert y.shape == self.plain(*empty, **kwargs).shape
         assert y.numel() == 0
+        leaves = fresh(empty, torch.float32, requires_grad=True)
+        with sdan_fast.use_backend(backend):
+            self.ours(*leaves, **kwargs).sum().backward()
+        assert all(leaf.grad is not None and not leaf.grad.any() for leaf in tensors(leaves))
+
+    @pytest.mark.parametrize("backend", ("reference", *BACKENDS))
+    def test_images_without_pixels_are_refused(self, backend: str) -> None:
+        """In every dtype, in inference and in training, by one sentence; PyTorch's convolutions refuse them too."""
+        for dtype in (torch.float32, torch.bfloat16, *[torch.float64] * (backend == "reference")):
+            args, kwargs = self.cases[0].arguments(dtype, device_of(backend))
+            for training in (False, True):
+                for cut in (slice(0), slice(None)), (slice(None), slice(0)):
+                    leaves = fresh(args, dtype, requires_grad=training)
+                    empty = [
+                        a[(slice(None), slice(None), *cut)] if i < self.images else a
+                        for i, a in enumerate(leaves)
+                    ]
+                    with sdan_fast.use_backend(backend):
+                        if self.any_shape:
+                            assert self.ours(*empty, **kwargs).shape == empty[0].shape
+                            continue
+                        with pytest.raises(ValueError, match="must have at least one row and one column"):
+                            self.ours(*empty, **kwargs)
 
     @pytest.mark.parametrize("backend", BACKENDS)
     def test_inputs_stay_and_results_repeat(self, backend: str) -> None:

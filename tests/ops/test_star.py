@@ -27,6 +27,7 @@ def case(name: str, *shape: int, scale: float = 2.0, **kwargs: str) -> Case:
 
 
 class TestStar(OpContract):
+    any_shape = True
     fn_name = "star"
     images = 2
     cases = (

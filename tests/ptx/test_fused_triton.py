@@ -145,12 +145,12 @@ def test_chain(fmt):
 @formats
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BF16], ids=str)
 def test_chain_sweep(dtype, fmt):
-    """SDAN's stages last, and not in float16, which differs from bfloat16 by two conversions: they take a minute.
+    """SDAN's stages last, and of float16, which differs from bfloat16 by two conversions, the odd shape alone.
 
     12 channels are vectors of four and no power of two of them, as SDAN's 28 are.
     """
     cases = [((2, 6, 9, 11), STAGES), ((1, 8, 2, 8), STAGES), ((1, 12, 12, 32), [(11, 1), (11, 6)])]
-    for shape, stages in cases[: 2 if dtype == torch.float16 else 3]:
+    for shape, stages in cases[: 1 if dtype == torch.float16 else 3]:
         args, kwargs = chain_args(shape, stages, MASK, dtype, fmt)
         with ptx_interpreted():
             check_op(strip_conv_chain, chain_reference, args, kwargs)
@@ -183,8 +183,9 @@ def test_star_conv(fmt):
 
 @pytest.mark.slow
 @formats
-@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
-@pytest.mark.parametrize("cc", [80, 89])
+@pytest.mark.parametrize(
+    ("cc", "dtype"), [(80, torch.float32), (80, BF16), (89, BF16)], ids=["80-f32", "80-bf16", "89-bf16"]
+)
 def test_star_conv_sweep(cc, dtype, fmt):
     cases = [((1, 28, 9, 16), 28), ((1, 56, 8, 32), 28), ((1, 8, 6, 8), 12)]
     for shape, out in cases if cc == 80 else cases[:1]:  # see test_sm_89_runs_what_sm_80_runs

@@ -23,7 +23,7 @@ OPS = {"depthwise_conv2d", "layer_norm2d", "mm_lka", "star_conv"}
 
 def results(dtype, backend, model, x):
     """Output and gradients (input, then parameters) of a copy of the model in a dtype on one backend."""
-    copy = SDAN(scale=2, channels=16, blocks=len(model.blocks)).to(dtype)
+    copy = SDAN(scale=2, channels=16, blocks=1).to(dtype)
     copy.load_state_dict(model.state_dict())
     x = x.to(dtype).requires_grad_()
     with sdan_fast.use_backend(backend):
@@ -32,18 +32,15 @@ def results(dtype, backend, model, x):
     return [y.detach(), x.grad, *(p.grad for p in copy.parameters())]
 
 
-@pytest.mark.parametrize(
-    "fmt, blocks",
-    [
-        pytest.param(torch.contiguous_format, 2, id="nchw"),
-        pytest.param(torch.channels_last, 1, id="channels_last"),
-    ],
-)
-@pytest.mark.slow  # minutes in the interpreter
-def test_model(fmt, blocks):
-    """Values and all gradients against float64 at the error bound; no op of it ran on another backend."""
+@pytest.mark.parametrize("fmt", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"])
+@pytest.mark.slow  # a minute in the interpreter
+def test_model(fmt):
+    """Values and all gradients against float64 at the error bound; no op of it ran on another backend.
+
+    One block: another one launches the same kernels on images of the same size.
+    """
     torch.manual_seed(0)
-    model = SDAN(scale=2, channels=16, blocks=blocks)
+    model = SDAN(scale=2, channels=16, blocks=1)
     x = torch.rand(1, 3, 5, 8).contiguous(memory_format=fmt)
     exact = results(torch.float64, "reference", model, x)
     eager = results(torch.float32, "reference", model, x)
