@@ -21,7 +21,7 @@ constexpr int kGradVector = 4;  // wider ones would cost the backward its occupa
 
 // What a step of the channels_last backward takes besides its warps' instructions, in warps': the
 // wait for what it loads.
-constexpr int64_t kStepWarps = 4;
+constexpr int64_t kStepWarps = 3;
 
 StarConvParams star_conv_params(const StarConvShape& s, int outer) {
   StarConvParams p{};
@@ -81,7 +81,7 @@ int rows_of(int64_t height, int64_t more, int64_t least_warps, F&& launch) {
 
 // A tile for each block, which reads two columns and rows more of p on each side, and one of b and
 // of the gradient. Of the tiles with which a large GPU has least to do, or of those that cost it up
-// to a quarter more where these add at most 23 % to what is read, the one that has least to do.
+// to a third more where these add at most 9/40 to what is read, the one that has least to do.
 void plan_tiles(BackwardPlan& plan, const StarConvShape& s, int v, int most_threads) {
   constexpr int64_t kTries = 6, kMostRows = 32, kFewRows = 24;
   StarConvParams& p = plan.p;
@@ -111,10 +111,10 @@ void plan_tiles(BackwardPlan& plan, const StarConvShape& s, int v, int most_thre
       };
       const Tile tile{{work, with_halo(4) + 2 * with_halo(2)}, columns, rows};
       best.keep(tile);
-      if (100 * tile.cost.second <= 123 * 3 * h * w) few.keep(tile);
+      if (40 * tile.cost.second <= 49 * 3 * h * w) few.keep(tile);
     }
   }
-  const Tile& tile = few.columns && 4 * few.cost.first <= 5 * best.cost.first ? few : best;
+  const Tile& tile = few.columns && 3 * few.cost.first <= 4 * best.cost.first ? few : best;
   p.vectors = static_cast<int32_t>(bx), p.columns = static_cast<int32_t>(tile.columns);
   p.rows = static_cast<int32_t>(tile.rows);
   plan.threads = static_cast<unsigned>(ceil_div(tile.columns * bx, 32) * 32);

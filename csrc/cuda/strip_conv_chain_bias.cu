@@ -82,14 +82,16 @@ int64_t field_floats(const ChainShape& s) {
 int64_t chain_bias_floats(DType dtype, const ChainShape& s) {
   int64_t most = plan_sums(dtype, s, 1).partials;
   if (s.channels_last) most = std::max(most, plan_sums(dtype, s, kBiasChannels).partials);
-  return 2 * field_floats(s) + 4 * most;
+  return field_floats(s) + std::max(field_floats(s), 4 * most);
 }
 
 void chain_bias_gradients(DType dtype, const void* grad, const Strip* strips, float* scratch,
                           void* const* grad_biases, const ChainShape& s, Stream stream) {
   const int64_t floats = field_floats(s);
-  // Those across come first: their rows of 4 columns are aligned then.
-  float *fields = scratch, *before = scratch + floats, *partial = scratch + 2 * floats;
+  // Those across come first: their rows of 4 columns are aligned then. The last stage's are at the
+  // beginning, and the partial sums where those before were.
+  float *fields = scratch, *before = scratch + floats, *partial = before;
+  if (s.stages % 2) std::swap(fields, before);
   for (int64_t stage = 0; stage < s.stages; ++stage) {
     const Strip &h = strips[2 * stage], &v = strips[2 * stage + 1];
     FieldParams p{dtype,
