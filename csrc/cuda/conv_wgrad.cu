@@ -29,7 +29,7 @@ GradPlan choose_plan(DType dtype, const ConvShape& s, int together) {
     if (plan.fits) return plan;
   }
   if (s.channels_last) {
-    plan.last = plan_wgrad_last(dtype, s, together > 1 && s.c % 2 == 0);
+    plan.last = plan_wgrad_last(dtype, s, static_cast<int>(std::gcd(s.c, int64_t{together})));
     plan.kind = GradPlan::kLast;
     plan.fits = plan.last.fits, plan.partials = plan.last.partials;
     plan.splits = plan.last.config.grid.x;

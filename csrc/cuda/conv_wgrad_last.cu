@@ -18,6 +18,10 @@ void launch_wgrad_last(DType dtype, const WgradArguments& a, const WgradLastPlan
     if (plan.taps_outer == 7) return run(wgrad_last_kernel<T, kPair, 7, 7>);
     if (plan.taps_outer == 5) return run(wgrad_last_kernel<T, kPair, 9, 5>);
     const bool more = plan.taps == kMoreGradTaps;
+    if constexpr (is_16bit<T>)
+      if (plan.vector == 4)
+        return more ? run(wgrad_last_kernel<T, 4, kMoreGradTaps, 1>)
+                    : run(wgrad_last_kernel<T, 4, kGradTaps, 1>);
     if (plan.vector == kPair)
       more ? run(wgrad_last_kernel<T, kPair, kMoreGradTaps, 1>)
            : run(wgrad_last_kernel<T, kPair, kGradTaps, 1>);

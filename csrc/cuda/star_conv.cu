@@ -19,6 +19,10 @@ constexpr int64_t enough_warps(int v) {
 
 constexpr int kGradVector = 4;  // wider ones would cost the backward its occupancy
 
+// What a step of the channels_last backward takes besides its warps' instructions, in warps': the
+// wait for what it loads.
+constexpr int64_t kStepWarps = 3;
+
 StarConvParams star_conv_params(const StarConvShape& s, int outer) {
   StarConvParams p{};
   p.images = s.n, p.step = s.step;
@@ -49,6 +53,7 @@ bool takes(const StarConvShape& s, int v) {
 struct BackwardPlan {
   StarConvParams p;
   dim3 grid;
+  unsigned threads = kStarConvThreads;
   int64_t splits;  // partial sums of a channel (of an image, for contiguous tensors)
 };
 
@@ -74,34 +79,68 @@ int rows_of(int64_t height, int64_t more, int64_t least_warps, F&& launch) {
   return static_cast<int>(best);
 }
 
-BackwardPlan plan_backward(const StarConvShape& s, int v, int outer) {
+// A tile for each block, which reads two columns and rows more of p on each side, and one of b and
+// of the gradient. Of the tiles with which a large GPU has least to do, or of those that cost it up
+// to a third more where these add at most 9/40 to what is read, the one that has least to do.
+void plan_tiles(BackwardPlan& plan, const StarConvShape& s, int v, int most_threads) {
+  constexpr int64_t kTries = 6, kMostRows = 32, kFewRows = 24;
+  StarConvParams& p = plan.p;
+  const int64_t vectors = s.channels / v, across = ceil_div(vectors, most_threads / 16),
+                bx = ceil_div(vectors, across);
+  // At least 16 columns, of which 14 are outputs.
+  const int64_t least_x = ceil_div(s.width, most_threads / bx - 2),
+                least_y = ceil_div(s.height, kMostRows), h = s.height, w = s.width;
+  using Cost = std::pair<int64_t, int64_t>;  // work, and what is read
+  struct Tile {
+    Cost cost{};
+    int64_t columns = 0, rows = 0;
+    void keep(const Tile& other) {
+      if (!columns || other.cost < cost) *this = other;
+    }
+  } best, few;
+  for (int64_t nx = least_x; nx < least_x + kTries && nx <= w; ++nx) {
+    const int64_t columns = ceil_div(w, nx) + 2, warps = ceil_div(columns * bx, 32);
+    if (ceil_div(w, columns - 2) < nx) continue;
+    for (int64_t ny = least_y; ny < least_y + kFewRows && ny <= h; ++ny) {
+      const int64_t rows = ceil_div(h, ny);
+      if (ceil_div(h, rows) < ny) continue;
+      const int64_t work =
+          ceil_div(s.n * nx * ny * across, kSms) * (warps + kStepWarps) * (rows + 3);
+      const auto with_halo = [&](int64_t more) {
+        return (w + more * (nx - 1)) * (h + more * (ny - 1));
+      };
+      const Tile tile{{work, with_halo(4) + 2 * with_halo(2)}, columns, rows};
+      best.keep(tile);
+      if (40 * tile.cost.second <= 49 * 3 * h * w) few.keep(tile);
+    }
+  }
+  const Tile& tile = few.columns && 3 * few.cost.first <= 4 * best.cost.first ? few : best;
+  p.vectors = static_cast<int32_t>(bx), p.columns = static_cast<int32_t>(tile.columns);
+  p.rows = static_cast<int32_t>(tile.rows);
+  plan.threads = static_cast<unsigned>(ceil_div(tile.columns * bx, 32) * 32);
+  plan.splits = s.n * ceil_div(w, tile.columns - 2) * ceil_div(h, tile.rows);
+  plan.grid = dim3(grid_of(plan.splits), static_cast<unsigned>(across));
+}
+
+BackwardPlan plan_backward(const StarConvShape& s, int v, int outer, int most_threads) {
   BackwardPlan plan;
   StarConvParams& p = plan.p = star_conv_params(s, outer);
-  const auto whole = [](int64_t blocks) { return Launch{blocks, kStarConvWarps * blocks}; };
-  if (!s.channels_last) {
-    const int64_t planes = s.n * s.channels;
-    const auto of_plane = [&](int64_t groups) {
-      return ceil_div(s.width / v * groups, kStarConvWarps * kStarConvOwners);
-    };
-    p.rows =
-        rows_of(s.height, 4, 0, [&](int64_t groups) { return whole(planes * of_plane(groups)); });
-    plan.splits = std::clamp<int64_t>(ceil_div(2 * kSumBlocks, planes), 1,
-                                      of_plane(ceil_div(s.height, p.rows)));
-    p.splits = static_cast<int32_t>(plan.splits);
-    plan.grid = dim3(grid_of(planes * plan.splits));
+  if (s.channels_last) {
+    plan_tiles(plan, s, v, most_threads);
     return plan;
   }
-  // At least 16 columns, of which 14 are outputs.
-  const int64_t vectors = s.channels / v, across = ceil_div(vectors, kStarConvThreads / 16);
-  p.vectors = static_cast<int32_t>(ceil_div(vectors, across));
-  p.columns =
-      static_cast<int32_t>(std::min<int64_t>(kStarConvThreads / p.vectors, int64_t{s.width} + 2));
-  const int64_t per_row = s.n * ceil_div(s.width, p.columns - 2);
-  p.rows =
-      rows_of(s.height, 4, 0, [&](int64_t groups) { return whole(groups * per_row * across); });
-  plan.splits = std::clamp<int64_t>(ceil_div(s.height, p.rows) * per_row, 1,
-                                    std::max<int64_t>(1, kSumBlocks / across));
-  plan.grid = dim3(static_cast<unsigned>(plan.splits), static_cast<unsigned>(across));
+  const int64_t planes = s.n * s.channels;
+  const auto of_plane = [&](int64_t groups) {
+    return ceil_div(s.width / v * groups, kStarConvWarps * kStarConvOwners);
+  };
+  p.rows = rows_of(s.height, 4, 0, [&](int64_t groups) {
+    const int64_t blocks = planes * of_plane(groups);
+    return Launch{blocks, kStarConvWarps * blocks};
+  });
+  plan.splits = std::clamp<int64_t>(ceil_div(2 * kSumBlocks, planes), 1,
+                                    of_plane(ceil_div(s.height, p.rows)));
+  p.splits = static_cast<int32_t>(plan.splits);
+  plan.grid = dim3(grid_of(planes * plan.splits));
   return plan;
 }
 
@@ -148,7 +187,8 @@ void star_conv_forward(DType dtype, const void* p, const void* b, const void* we
 int64_t star_conv_partial_floats(const StarConvShape& s) {
   int64_t most = 0;
   for (const int v : {1, kGradVector})
-    if (takes(s, v)) most = std::max(most, plan_backward(s, v, 0).splits);
+    for (const int threads : {star_conv_last_threads<float>, star_conv_last_threads<bfloat16>})
+      if (takes(s, v)) most = std::max(most, plan_backward(s, v, 0, threads).splits);
   return most * s.channels * kStarConvSums * (s.channels_last ? 1 : s.n);
 }
 
@@ -165,14 +205,18 @@ void star_conv_backward(DType dtype, const void* grad, const void* p, const void
          {grad, p, b, static_cast<const void*>(grad_p), static_cast<const void*>(grad_b)})
       wide = wide && aligned(t, kAlign);
     const int v = wide ? kGradVector : 1;
-    const BackwardPlan plan = plan_backward(s, v, outer);
+    const BackwardPlan plan = plan_backward(s, v, outer, star_conv_last_threads<T>);
     const auto run = [&](auto kernel) {
-      const size_t shared =
-          s.channels_last ? kStarConvSums * v * (kStarConvThreads + plan.p.vectors) * 4 : 0;
-      launch("star_conv_backward", kernel, star_conv_config(plan.grid, shared, stream),
-             static_cast<const T*>(grad), static_cast<const T*>(p), static_cast<const T*>(b),
-             static_cast<const T*>(weight), static_cast<const T*>(bias), static_cast<T*>(grad_p),
-             static_cast<T*>(grad_b), partial, plan.p);
+      const size_t shared = s.channels_last
+                                ? size_t{4} * kStarConvSums * static_cast<size_t>(v) *
+                                      (plan.threads + static_cast<size_t>(plan.p.vectors))
+                                : 0;
+      Config config = star_conv_config(plan.grid, shared, stream);
+      config.block = dim3(plan.threads);
+      launch("star_conv_backward", kernel, config, static_cast<const T*>(grad),
+             static_cast<const T*>(p), static_cast<const T*>(b), static_cast<const T*>(weight),
+             static_cast<const T*>(bias), static_cast<T*>(grad_p), static_cast<T*>(grad_b), partial,
+             plan.p);
     };
     if (s.channels_last)
       wide ? run(star_conv_backward_last_kernel<T, kGradVector>)

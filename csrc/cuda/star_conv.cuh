@@ -21,6 +21,9 @@
 namespace sdan_fast::cuda {
 
 constexpr int kStarConvThreads = 256, kStarConvWarps = kStarConvThreads / 32;
+// Of the channels_last backward, at most: 168 registers each, or 255.
+template <typename T>
+constexpr int star_conv_last_threads = is_16bit<T> ? 384 : 256;
 constexpr int kStarConvOwners = 30;  // threads of a warp that own something, in the backward
 constexpr int kStarConvSums = 10;    // 9 taps and the bias
 
@@ -341,12 +344,12 @@ __global__ void __launch_bounds__(kStarConvThreads, 1)
   }
 }
 
-// A block is s.columns neighbouring columns, the outer two of which only help, by s.vectors vectors
-// of channels (blockIdx.y counts these); blockIdx.x goes over the tiles. The other arguments are
-// those of star_conv_backward_kernel; partial is [blockIdx.x][channel][10]. Dynamic shared memory:
-// kStarConvSums * V * (kStarConvThreads + s.vectors) floats.
+// A block is a tile, blockIdx.x: s.columns neighbouring columns, the outer two of which only help,
+// and s.rows rows, by s.vectors vectors of channels (blockIdx.y counts these). The other arguments
+// are those of star_conv_backward_kernel; partial is [blockIdx.x][channel][10]. Dynamic shared
+// memory: kStarConvSums * V * (blockDim.x + s.vectors) floats.
 template <typename T, int V>
-__global__ void __launch_bounds__(kStarConvThreads, 1)
+__global__ void __launch_bounds__(star_conv_last_threads<T>, 1)
     star_conv_backward_last_kernel(const T* __restrict__ grad, const T* __restrict__ p,
                                    const T* __restrict__ b, const T* __restrict__ weight,
                                    const T* __restrict__ bias, T* __restrict__ grad_p,
@@ -361,7 +364,10 @@ __global__ void __launch_bounds__(kStarConvThreads, 1)
   const bool channel = lane < s.columns && c < s.channels;
   const int tiles_x = (s.width + s.columns - 3) / (s.columns - 2),
             groups = (s.height + s.rows - 1) / s.rows;
-  float w[9][V], shift[V], acc[kStarConvSums][V];
+  // The bias waits in shared memory behind the buffers of exchange, for each thread by itself:
+  // registers are few enough for star_conv_last_threads then.
+  float* own_bias = shared + 2 * threads * V;
+  float w[9][V], acc[kStarConvSums][V], shift[V];
   SDAN_UNROLL
   for (int e = 0; e < V; ++e) {
     shift[e] = channel && bias ? load_one(bias + c + e) : 0.0f;
@@ -370,78 +376,88 @@ __global__ void __launch_bounds__(kStarConvThreads, 1)
     SDAN_UNROLL
     for (int k = 0; k < kStarConvSums; ++k) acc[k][e] = 0;
   }
+  put_vector<V>(own_bias, t, shift);
   if (channel) load_taps<T, V>(weight, c, w);
-  for (int64_t tile = blockIdx.x; tile < s.images * groups * tiles_x; tile += gridDim.x) {
-    const int column = static_cast<int>(tile % tiles_x) * (s.columns - 2) + lane - 1;
-    const int row = static_cast<int>(tile / tiles_x % groups) * s.rows;
-    const int64_t first = tile / tiles_x / groups * s.height * s.width + column;
-    const bool live = channel && column >= 0 && column < s.width;
-    const bool owner = live && lane > 0 && lane < s.columns - 1;
-    float x[3][3][V], second[V], third[V];  // rows and columns of p; open rows of its gradient
+  const int tile = static_cast<int>(blockIdx.x);
+  const int column = tile % tiles_x * (s.columns - 2) + lane - 1;
+  const int row = tile / tiles_x % groups * s.rows;
+  const bool live = channel && column >= 0 && column < s.width;
+  const bool owner = live && lane > 0 && lane < s.columns - 1;
+  const bool left = live && column > 0, right = live && column + 1 < s.width;
+  // At each step row r of p arrives, row r - 1 of a and of its gradient is made, and row r - 2 of
+  // the gradient of p is ready. The first r is row - 2; `at` is row r - 1, and a row before that.
+  const int64_t next = s.step * s.width, next_g = int64_t{s.channels} * s.width;
+  const int64_t pixel =
+      (static_cast<int64_t>(tile / tiles_x / groups) * s.height + row - 4) * s.width + column;
+  int64_t at = pixel * s.step + c, at_g = pixel * s.channels + c;
+  float x[3][3][V], second[V], third[V];  // rows and columns of p; open rows of its gradient
+  SDAN_UNROLL
+  for (int e = 0; e < V; ++e) {
+    second[e] = third[e] = 0;
     SDAN_UNROLL
-    for (int e = 0; e < V; ++e) {
-      second[e] = third[e] = 0;
+    for (int i = 0; i < 9; ++i) x[i / 3][i % 3][e] = 0;
+  }
+  const int rows = s.height - row < s.rows ? s.height - row : s.rows;
+  int turn = 0;
+  bool inside = false, own = false;  // whether row r is in the image, and r - 1 the thread's own
+  for (int k = 0; k < rows + 4; ++k) {
+    const bool has_a = inside && live, owned = own;
+    inside = static_cast<unsigned>(row - 2 + k) < static_cast<unsigned>(s.height);
+    own = owner && static_cast<unsigned>(k - 3) < static_cast<unsigned>(rows);
+    at += next, at_g += next_g;
+    SDAN_UNROLL
+    for (int j = 0; j < 3; ++j) {
       SDAN_UNROLL
-      for (int i = 0; i < 9; ++i) x[i / 3][i % 3][e] = 0;
+      for (int e = 0; e < V; ++e) x[0][j][e] = x[1][j][e], x[1][j][e] = x[2][j][e];
     }
-    for (int k = 0; k < s.rows + 4; ++k) {
-      const int r = row - 2 + k, ra = r - 1;  // the row of p that arrives, and that of a
-      const int64_t pixel = first + static_cast<int64_t>(r) * s.width, at = pixel - s.width;
-      const bool inside = live && r >= 0 && r < s.height;
-      const bool has_a = live && k >= 2 && ra >= 0 && ra < s.height;
-      const bool own = owner && has_a && k >= 3 && k < s.rows + 3;
-      SDAN_UNROLL
-      for (int j = 0; j < 3; ++j) {
-        SDAN_UNROLL
-        for (int e = 0; e < V; ++e) x[0][j][e] = x[1][j][e], x[1][j][e] = x[2][j][e];
-        load_or_zero<T, V>(p + (pixel + j - 1) * s.step + c,
-                           inside && column + j > 0 && column + j <= s.width, x[2][j]);
-      }
-      if (k < 2) continue;  // three rows of p make the first one of a
-      float a[V], vb[V], g[V];
-      load_or_zero<T, V>(b + at * s.step + c, has_a, vb);
-      load_or_zero<T, V>(grad + at * s.channels + c, has_a, g);
-      SDAN_UNROLL
-      for (int e = 0; e < V; ++e) a[e] = shift[e];
-      SDAN_UNROLL
-      for (int i = 0; i < 9; ++i) add_product<V>(w[i], x[i / 3][i % 3], a);
-      star_gradients<kCoarse>(g, a, vb, kGelu, s.outer);
-      if (own && grad_b) store<V>(grad_b + at * s.step + c, a);
-      SDAN_UNROLL
-      for (int e = 0; e < V; ++e) {
-        if (!has_a) vb[e] = 0;
-        if (own) acc[9][e] += vb[e];
-      }
-      if (partial && own) {
+    const T* from = p + at + next;
+    load_or_zero<T, V>(from - s.step, inside && left, x[2][0]);
+    load_or_zero<T, V>(from, inside && live, x[2][1]);
+    load_or_zero<T, V>(from + s.step, inside && right, x[2][2]);
+    if (k < 2) continue;  // three rows of p make the first one of a
+    float a[V], vb[V], g[V];
+    load_or_zero<T, V>(b + at, has_a, vb);
+    load_or_zero<T, V>(grad + at_g, has_a, g);
+    get_vector<V>(own_bias, t, true, a);
+    SDAN_UNROLL
+    for (int i = 0; i < 9; ++i) add_product<V>(w[i], x[i / 3][i % 3], a);
+    star_gradients<kCoarse>(g, a, vb, kGelu, s.outer);
+    SDAN_UNROLL
+    for (int e = 0; e < V; ++e) vb[e] = has_a ? vb[e] : 0.0f;
+    if (own) {
+      if (grad_b) store<V>(grad_b + at, a);
+      if (partial) {
         SDAN_UNROLL
         for (int i = 0; i < 9; ++i) add_product<V>(vb, x[i / 3][i % 3], acc[i]);
+        SDAN_UNROLL
+        for (int e = 0; e < V; ++e) acc[9][e] += vb[e];
       }
-      if (!grad_p) continue;
-      // Two buffers in turn: the barrier of one step says that everybody has read the step before.
-      float* exchange = shared + k % 2 * threads * V;
-      put_vector<V>(exchange, t, vb);
-      __syncthreads();
-      float ga[3][V], done[V];
-      get_vector<V>(exchange, t - s.vectors, channel && lane > 0, ga[0]);
-      get_vector<V>(exchange, t + s.vectors, channel && lane < s.columns - 1, ga[2]);
-      SDAN_UNROLL
-      for (int e = 0; e < V; ++e) ga[1][e] = vb[e];
-      // The taps reversed, as in the contiguous kernel.
-      SDAN_UNROLL
-      for (int j = 0; j < 3; ++j) add_product<V>(w[2 - j], ga[j], third);
-      SDAN_UNROLL
-      for (int e = 0; e < V; ++e) done[e] = third[e], third[e] = second[e], second[e] = 0;
-      SDAN_UNROLL
-      for (int j = 0; j < 3; ++j) {
-        add_product<V>(w[5 - j], ga[j], third);
-        add_product<V>(w[8 - j], ga[j], second);
-      }
-      if (owner && k >= 4 && ra - 1 < s.height)
-        store<V>(grad_p + (at - s.width) * s.step + c, done);
     }
-    __syncthreads();  // the next tile begins with the first buffer again
+    if (!grad_p) continue;
+    // Two buffers in turn: the barrier of one step says that everybody has read the step before.
+    float* exchange = shared + turn;
+    turn = threads * V - turn;
+    put_vector<V>(exchange, t, vb);
+    __syncthreads();
+    float ga[3][V], done[V];
+    get_vector<V>(exchange, t - s.vectors, t >= s.vectors, ga[0]);
+    get_vector<V>(exchange, t + s.vectors, t + s.vectors < threads, ga[2]);
+    SDAN_UNROLL
+    for (int e = 0; e < V; ++e) ga[1][e] = vb[e];
+    // The taps reversed, as in the contiguous kernel.
+    SDAN_UNROLL
+    for (int j = 0; j < 3; ++j) add_product<V>(w[2 - j], ga[j], third);
+    SDAN_UNROLL
+    for (int e = 0; e < V; ++e) done[e] = third[e], third[e] = second[e], second[e] = 0;
+    SDAN_UNROLL
+    for (int j = 0; j < 3; ++j) {
+      add_product<V>(w[5 - j], ga[j], third);
+      add_product<V>(w[8 - j], ga[j], second);
+    }
+    if (owned) store<V>(grad_p + at - next, done);
   }
   if (!partial) return;
+  __syncthreads();  // the exchange is over
   const int pitch =
       threads + s.vectors;  // the sums of one tap follow those of another in the banks
   SDAN_UNROLL

@@ -2,13 +2,14 @@
 #include "strip_conv_chain_bias.cuh"
 
 #include <algorithm>
+#include <numeric>
 
 #include "launch.h"
 
 namespace sdan_fast::cuda {
 namespace {
 
-constexpr int64_t kBiasBlocks = 1056;  // 8 for each SM of a large GPU
+constexpr int kBiasChannels = 4;  // of a thread, in channels_last
 
 struct SumsPlan {
   Config config;
@@ -21,23 +22,37 @@ int columns_of(DType dtype) {
   return dtype == DType::kFloat32 ? 4 : 8;
 }
 
-SumsPlan plan_sums(DType dtype, const ChainShape& s) {
+// channels_last: v channels of a thread. Columns are cut such that the SM of a large GPU that has
+// the most blocks has the least to do.
+SumsPlan plan_sums_last(const ChainShape& s, int v, int64_t bytes) {
   SumsPlan plan;
-  if (s.channels_last) {
-    const int64_t across = ceil_div(s.c, 64), bx = ceil_div(s.c, across), by = kBiasThreads / bx;
-    // Columns are cut as far as the GPU needs it, but not into fewer than 8 rows.
-    const int64_t blocks = ceil_div(kBiasBlocks, across);
-    const int64_t segments =
-        std::clamp<int64_t>(ceil_div(blocks * by, s.n * s.w), 1, ceil_div(s.h, 8));
-    plan.segment = ceil_div(s.h, segments);
-    plan.splits =
-        std::clamp<int64_t>(blocks, 1, ceil_div(s.n * s.w * ceil_div(s.h, plan.segment), by));
-    plan.partials = plan.splits * s.c;
-    plan.config.block = dim3(static_cast<unsigned>(bx), static_cast<unsigned>(by));
-    plan.config.grid = dim3(static_cast<unsigned>(plan.splits), static_cast<unsigned>(across));
-    plan.config.shared_bytes = static_cast<size_t>(bx * by * 4 * 4);
-    return plan;
+  const int64_t lanes = ceil_div(s.c, v), across = ceil_div(lanes, 64),
+                bx = ceil_div(lanes, across);
+  // Whole sectors of a row, where that leaves few threads out.
+  const int64_t most = kBiasThreads / bx, whole = 32 / std::gcd(s.c * bytes, int64_t{32}),
+                by = most < 4 * whole ? most : most / whole * whole;
+  constexpr int64_t kFixed = 2;  // what a column's segment takes besides, in groups of its rows
+  int64_t least = 0, blocks = 1;
+  for (int64_t cuts = 1; cuts <= ceil_div(s.h, kBiasRows); ++cuts) {
+    const int64_t segment = ceil_div(ceil_div(s.h, cuts), kBiasRows) * kBiasRows;
+    const int64_t turns = ceil_div(s.n * s.w * ceil_div(s.h, segment), by);
+    const int64_t cost = ceil_div(turns * across, kSms) * (segment / kBiasRows + kFixed);
+    if (least && cost >= least) continue;
+    least = cost, plan.segment = segment, blocks = turns;
   }
+  plan.splits = std::clamp<int64_t>(blocks, 1, ceil_div(2 * kSms, across));
+  plan.partials = plan.splits * s.c;
+  plan.config.block = dim3(static_cast<unsigned>(bx), static_cast<unsigned>(by));
+  plan.config.grid = dim3(static_cast<unsigned>(plan.splits), static_cast<unsigned>(across));
+  const int n = 4 * v, pitch = std::max(bias_pitch(static_cast<int>(bx * by), n),
+                                        bias_pitch(static_cast<int>(bx * by), n / 2));
+  plan.config.shared_bytes = static_cast<size_t>(n) * static_cast<size_t>(pitch) * 4;
+  return plan;
+}
+
+SumsPlan plan_sums(DType dtype, const ChainShape& s, int v) {
+  if (s.channels_last) return plan_sums_last(s, v, dtype == DType::kFloat32 ? 4 : 2);
+  SumsPlan plan;
   const int64_t planes = s.n * s.c;
   // Some rows for each thread, or else its own sums would cost more than they, but work for every
   // SM of a large GPU: the cut after which the one with the most blocks has the least.
@@ -65,14 +80,18 @@ int64_t field_floats(const ChainShape& s) {
 }  // namespace
 
 int64_t chain_bias_floats(DType dtype, const ChainShape& s) {
-  return 2 * field_floats(s) + 4 * plan_sums(dtype, s).partials;
+  int64_t most = plan_sums(dtype, s, 1).partials;
+  if (s.channels_last) most = std::max(most, plan_sums(dtype, s, kBiasChannels).partials);
+  return field_floats(s) + std::max(field_floats(s), 4 * most);
 }
 
 void chain_bias_gradients(DType dtype, const void* grad, const Strip* strips, float* scratch,
                           void* const* grad_biases, const ChainShape& s, Stream stream) {
   const int64_t floats = field_floats(s);
-  // Those across come first: their rows of 4 columns are aligned then.
-  float *fields = scratch, *before = scratch + floats, *partial = scratch + 2 * floats;
+  // Those across come first: their rows of 4 columns are aligned then. The last stage's are at the
+  // beginning, and the partial sums where those before were.
+  float *fields = scratch, *before = scratch + floats, *partial = before;
+  if (s.stages % 2) std::swap(fields, before);
   for (int64_t stage = 0; stage < s.stages; ++stage) {
     const Strip &h = strips[2 * stage], &v = strips[2 * stage + 1];
     FieldParams p{dtype,
@@ -91,7 +110,8 @@ void chain_bias_gradients(DType dtype, const void* grad, const Strip* strips, fl
     launch("chain_fields", chain_fields_kernel, c, h.weight, v.weight,
            static_cast<const float*>(before), fields, s.stages, p);
   }
-  SumsPlan plan = plan_sums(dtype, s);
+  const bool together = s.c % kBiasChannels == 0 && aligned(grad, 16);
+  SumsPlan plan = plan_sums(dtype, s, together ? kBiasChannels : 1);
   plan.config.stream = stream;
   for (int64_t first = 0; first < s.stages; first += 2) {
     const int stages = static_cast<int>(std::min<int64_t>(2, s.stages - first));
@@ -110,19 +130,28 @@ void chain_bias_gradients(DType dtype, const void* grad, const Strip* strips, fl
                        stages,
                        static_cast<int32_t>(plan.segment),
                        s.w % columns_of(dtype) == 0 && aligned(grad, 16)};
-    launch("chain_bias_sums",
-           s.channels_last            ? chain_bias_sums_last_kernel
-           : dtype == DType::kFloat32 ? chain_bias_sums_kernel<4>
-                                      : chain_bias_sums_kernel<8>,
-           plan.config, grad, behind, partial, p);
+    if (s.channels_last)
+      with_type(dtype, [&](auto element) {
+        using T = decltype(element);
+        launch("chain_bias_sums",
+               together ? chain_bias_sums_last_kernel<T, kBiasChannels>
+                        : chain_bias_sums_last_kernel<T, 1>,
+               plan.config, static_cast<const T*>(grad), behind, partial, p);
+      });
+    else
+      launch("chain_bias_sums",
+             dtype == DType::kFloat32 ? chain_bias_sums_kernel<4> : chain_bias_sums_kernel<8>,
+             plan.config, grad, behind, partial, p);
     // A sum for each channel and bias.
+    const int64_t row = 2 * stages;
     SumParams sums{};
     sums.dtype = dtype, sums.splits = static_cast<int32_t>(plan.splits);
-    sums.outer = s.c, sums.inner = 2 * stages, sums.images = s.channels_last ? 1 : s.n;
-    sums.outer_stride = s.channels_last ? 1 : plan.splits, sums.inner_stride = plan.partials;
-    sums.image_stride = s.c * plan.splits, sums.split_stride = s.channels_last ? s.c : 1;
+    sums.outer = s.c, sums.inner = row, sums.images = s.channels_last ? 1 : s.n;
+    sums.outer_stride = s.channels_last ? row : plan.splits;
+    sums.inner_stride = s.channels_last ? 1 : plan.partials;
+    sums.image_stride = s.c * plan.splits, sums.split_stride = s.channels_last ? row * s.c : 1;
     std::copy(wanted, wanted + 2 * stages, sums.to);
-    for (int k = 0; k <= kSumOutputs; ++k) sums.first[k] = std::min(k, 2 * stages);
+    for (int k = 0; k <= kSumOutputs; ++k) sums.first[k] = std::min<int64_t>(k, row);
     sum_parts(partial, sums, stream);
   }
 }

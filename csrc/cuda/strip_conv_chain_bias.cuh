@@ -254,70 +254,127 @@ __global__ void __launch_bounds__(kBiasThreads, 2)
   }
 }
 
-// From sums of grad * down over a column to what it adds to the four bias gradients.
-struct BiasSums {
-  CarefulSum column[3], total[4];
-  __device__ __forceinline__ void add_column(const float (&across)[3]) {
-    SDAN_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      const CarefulSum& s = column[(i + 1) / 2];
-      total[i].add(s.sum * across[i / 2 + 1]);
-      total[i].add(-s.lost * across[i / 2 + 1]);
-    }
-  }
-  __device__ __forceinline__ void next_column() {
-    SDAN_UNROLL
-    for (int i = 0; i < 3; ++i) column[i] = CarefulSum{};
-  }
-};
+// Floats from one row of sums of all threads to the next, `n` (a power of two) of which belong to a
+// thread: 32 neighbouring sums, those of a thread one after the other, lie in 32 banks.
+__host__ __device__ constexpr int bias_pitch(int threads, int n) {
+  const int to = n < 32 ? 32 / n : 1;
+  return threads + ((to - threads) & 31);
+}
 
-// channels_last tensors. blockDim.x channels, blockDim.y columns of segments of images, in turn;
-// grid: (splits, channels / blockDim.x). Block x writes partial[i][x][channel]. Dynamic shared
-// memory: 4 * blockDim.x * blockDim.y floats.
-__global__ void __launch_bounds__(kBiasThreads)
-    chain_bias_sums_last_kernel(const void* __restrict__ grad, const BiasFields fields,
+// channels_last tensors. blockDim.x lanes of V channels, blockDim.y columns of segments of images,
+// in turn; grid: (splits, channels / (V blockDim.x)). In 16 bits the terms of kBiasRows rows are
+// added plainly, their sums carefully. Block x writes partial[x][channel][i] for the biases i, in
+// the order of chain_bias_sums_kernel. Dynamic shared memory: 4 V rows of bias_pitch floats.
+template <typename T, int V>
+__global__ void __launch_bounds__(kBiasThreads, 2)
+    chain_bias_sums_last_kernel(const T* __restrict__ grad, const BiasFields fields,
                                 float* __restrict__ partial, const BiasParams p) {
+  constexpr int R = kBiasRows;
+  constexpr bool kCareful = !is_16bit<T>;
   SDAN_DYNAMIC_SHARED(raw);
-  auto* sums = reinterpret_cast<float*>(raw);  // [bias][thread]
-  const int c = static_cast<int>(blockIdx.y * blockDim.x + threadIdx.x);
+  auto* sums = reinterpret_cast<float*>(raw);  // [channel of a thread][bias][thread]
+  const int first = static_cast<int>(blockIdx.y * blockDim.x) * V,
+            c = first + static_cast<int>(threadIdx.x) * V;
   const int segments = (p.height + p.segment - 1) / p.segment;
   const int64_t columns = p.images * segments * p.width,
-                next = static_cast<int64_t>(gridDim.x) * blockDim.y;
-  const auto field = [&](const float* f, int at) {
-    return f ? f[static_cast<int64_t>(at) * p.channels + c] : 1.0f;
-  };
-  BiasSums mine;
+                next = static_cast<int64_t>(gridDim.x) * blockDim.y,
+                line = static_cast<int64_t>(p.width) * p.channels;
+  CarefulSum total[4][V];
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
        c < p.channels && i < columns; i += next) {
-    const int x = static_cast<int>(i % p.width),
-              begin = static_cast<int>(i / p.width % segments) * p.segment,
+    const Quotient of_rows(i, p.width), of_images(of_rows.whole, segments);
+    const int x = static_cast<int>(of_rows.rest),
+              begin = static_cast<int>(of_images.rest) * p.segment,
               end = p.height - begin < p.segment ? p.height : begin + p.segment;
-    const int64_t image = i / p.width / segments * p.height * p.width;
-    mine.next_column();
-    for (int y = begin; y < end; ++y) {
-      const int64_t pixel = image + static_cast<int64_t>(y) * p.width + x;
-      const float v = load_any(p.dtype, grad, pixel * p.channels + c);
+    const T* from = grad + (of_images.whole * p.height + begin) * line +
+                    static_cast<int64_t>(x) * p.channels + c;
+    CarefulSum column[3][V];
+    int64_t at = static_cast<int64_t>(begin) * p.channels + c;  // in a field down the columns
+    const auto add_rows = [&](auto whole, int rows) {
+      const auto there = [&](int r) { return decltype(whole)::value || r < rows; };
+      // All loads come before any arithmetic.
+      float v[R][V];
       SDAN_UNROLL
-      for (int s = 0; s < 3; ++s)
-        if (s <= p.stages) mine.column[s].add(v * field(fields.down[s], y));
-    }
-    float across[3] = {1, 1, 1};
+      for (int r = 0; r < R; ++r, from += line) {
+        SDAN_UNROLL
+        for (int e = 0; e < V; ++e) v[r][e] = 0;
+        if (there(r)) load<V>(from, v[r]);
+      }
+      SDAN_UNROLL
+      for (int s = 0; s < 3; ++s) {
+        if (s > p.stages) continue;
+        [[maybe_unused]] float few[V] = {};
+        const float* factors = fields.down[s] ? fields.down[s] + at : nullptr;
+        SDAN_UNROLL
+        for (int r = 0; r < R; ++r) {
+          float down[V];
+          SDAN_UNROLL
+          for (int e = 0; e < V; ++e) down[e] = 1;
+          if (factors && there(r)) load<V>(factors + static_cast<int64_t>(r) * p.channels, down);
+          SDAN_UNROLL
+          for (int e = 0; e < V; ++e) {
+            if constexpr (kCareful)
+              column[s][e].add(v[r][e] * down[e]);
+            else
+              few[e] = fmaf(v[r][e], down[e], few[e]);
+          }
+        }
+        if constexpr (!kCareful) {
+          SDAN_UNROLL
+          for (int e = 0; e < V; ++e) column[s][e].add(few[e]);
+        }
+      }
+      at += int64_t{R} * p.channels;
+    };
+    int y = begin;
+    for (; y + R <= end; y += R) add_rows(std::true_type{}, R);
+    if (y < end) add_rows(std::false_type{}, end - y);
+    // H_s has the field down(s), all others those behind it.
     SDAN_UNROLL
-    for (int s = 1; s < 3; ++s)
-      if (s <= p.stages) across[s] = field(fields.across[s], x);
-    mine.add_column(across);
+    for (int s = 1; s < 3; ++s) {
+      if (s > p.stages) continue;
+      float across[V];
+      SDAN_UNROLL
+      for (int e = 0; e < V; ++e) across[e] = 1;
+      if (fields.across[s])
+        load<V>(fields.across[s] + static_cast<int64_t>(x) * p.channels + c, across);
+      SDAN_UNROLL
+      for (int k = 2 * s - 2; k < 2 * s; ++k) {
+        SDAN_UNROLL
+        for (int e = 0; e < V; ++e) {
+          const CarefulSum& of = column[(k + 1) / 2][e];
+          if constexpr (kCareful) {
+            total[k][e].add(of.sum * across[e]);
+            total[k][e].add(-of.lost * across[e]);
+          } else {
+            total[k][e].add((of.sum - of.lost) * across[e]);
+          }
+        }
+      }
+    }
   }
-  const int threads = static_cast<int>(blockDim.x * blockDim.y),
-            thread = static_cast<int>(threadIdx.y * blockDim.x + threadIdx.x);
+  const int lanes = static_cast<int>(blockDim.x), rows = static_cast<int>(blockDim.y),
+            threads = lanes * rows, biases = 2 * p.stages, mine = V * biases,
+            pitch = bias_pitch(threads, mine),
+            thread = static_cast<int>(threadIdx.y) * lanes + static_cast<int>(threadIdx.x);
   SDAN_UNROLL
-  for (int i = 0; i < 4; ++i) sums[i * threads + thread] = mine.total[i].sum - mine.total[i].lost;
+  for (int k = 0; k < 4; ++k) {
+    if (k >= biases) continue;
+    SDAN_UNROLL
+    for (int e = 0; e < V; ++e)
+      sums[(e * biases + k) * pitch + thread] = total[k][e].sum - total[k][e].lost;
+  }
   __syncthreads();
-  if (c >= p.channels) return;
-  for (int i = static_cast<int>(threadIdx.y); i < 2 * p.stages; i += static_cast<int>(blockDim.y)) {
-    CarefulSum s;
-    for (int k = 0; k < static_cast<int>(blockDim.y); ++k)
-      s.add(sums[i * threads + k * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x)]);
-    partial[(static_cast<int64_t>(i) * gridDim.x + blockIdx.x) * p.channels + c] = s.sum;
+  for (int i = thread; i < lanes * mine && first + i / biases < p.channels; i += threads) {
+    const float* from = sums + i % mine * pitch + i / mine;
+    CarefulSum even, odd;  // two chains of additions are under way
+    int k = 0;
+    for (; k + 1 < rows; k += 2) even.add(from[k * lanes]), odd.add(from[(k + 1) * lanes]);
+    if (k < rows) even.add(from[k * lanes]);
+    even.add(odd.sum);
+    even.add(-odd.lost);
+    const int64_t to = static_cast<int64_t>(blockIdx.x) * p.channels + first;
+    partial[to * biases + i] = even.sum - even.lost;
   }
 }
 

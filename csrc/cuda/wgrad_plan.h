@@ -203,16 +203,16 @@ struct WgradLastPlan : ConvPlan {
   int64_t partials = 0;                  // rows of the partial sums
 };
 
-// A thread has two channels in 16 bits (one where they are odd), and the taps of plan_wgrad_tile;
-// of 9 x 9 half of them.
-inline WgradLastPlan plan_wgrad_last(DType dtype, const ConvShape& s, bool paired) {
+// A thread has two channels in 16 bits, of strips four (one where they are odd), and the taps of
+// plan_wgrad_tile; of 9 x 9 half of them. together: how many channels may be read at once.
+inline WgradLastPlan plan_wgrad_last(DType dtype, const ConvShape& s, int together) {
   WgradLastPlan plan;
   if (too_long(s)) return plan;
   ConvParams& p = plan.p = conv_params(s);
   const int64_t length = p.vertical ? p.height : p.width, other = p.vertical ? p.width : p.height;
   const int inner = p.vertical ? p.kh : p.kw, outer = p.vertical ? p.kw : p.kh;
-  const bool single = dtype != DType::kFloat32 && !paired;
-  plan.vector = dtype != DType::kFloat32 && paired ? 2 : 1;
+  const bool half = dtype != DType::kFloat32, single = half && together == 1;
+  plan.vector = half ? std::min(together, outer == 1 ? 4 : 2) : 1;
   if (inner == outer && !single && (inner == 3 || inner == 5 || inner == 7 || inner == 9))
     plan.taps = inner, plan.taps_outer = std::min(inner, inner == 9 ? 5 : 7);
   else if (ceil_div(inner, kMoreGradTaps) < ceil_div(inner, kGradTaps))

@@ -123,7 +123,8 @@ def test_channels_last(text, dtype, shape, rows, v, outer, approx):
     exact, wanted = case.answers(torch.float64)
     eager, usual = case.answers(dtype)
     assert_bound(case.y, eager, exact)
-    blocks, vectors, columns = 2, shape[1] // v, 6
+    vectors, columns = shape[1] // v, 6
+    blocks = shape[0] * -(-shape[2] // rows) * -(-shape[3] // (columns - 2))  # the tiles
     partial = torch.full((blocks, shape[1], 10), NAN)
     gp, gb = case.halves(case.grads)
     args = [case.g, p, b, case.weight, case.bias, gp, gb, partial]
@@ -173,12 +174,13 @@ def test_traffic(text, dtype, last):
     assert st.global_store_bytes == case.y.numel() * case.y.element_size()
     shares = {"forward": (efficiency(st, "ld", size), efficiency(st, "st", size))}
     gp, gb = case.halves(case.grads)
-    partial = torch.full((2 * shape[1], 10), NAN)
+    tiles = -(-shape[2] // rows) * -(-shape[3] // 16)
+    partial = torch.full((tiles * shape[1], 10), NAN)
     args = [case.g, p, b, case.weight, case.bias, gp, gb, partial]
     if last:
         args.append(params(shape, rows, "gelu", True, 1, 18, 14))
         name, shared = name_of(text, "star_conv_backward_last", dtype, 4), 10 * 4 * (THREADS + 14) * 4
-        st = run(text, name, (2, 1), THREADS, args, shared_bytes=shared)
+        st = run(text, name, (tiles, 1), THREADS, args, shared_bytes=shared)
     else:
         args.append(params(shape, rows, "gelu", False, 2))
         st = run(text, name_of(text, "star_conv_backward", dtype, 4), 2, THREADS, args)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 
 import pytest
@@ -14,6 +15,7 @@ from sdan_fast.ops._op import OPS
 pytestmark = pytest.mark.skipif(nvcc() is None, reason="no nvcc")
 CHAIN = OPS["strip_conv_chain"]
 DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+MANGLED = {torch.float32: "If", torch.bfloat16: "INS0_8bfloat16E"}
 STAGES = ((11, 5, 1, 1), (7, 3, 3, 2), (3, 9, 1, 4))  # kw, kh, dw, dh
 
 
@@ -21,7 +23,9 @@ STAGES = ((11, 5, 1, 1), (7, 3, 3, 2), (3, 9, 1, 4))  # kw, kh, dw, dh
 def text():
     signature = "(const void*, const BiasFields, float*, const BiasParams)"
     instances = [f"void chain_bias_sums_kernel<{v}>{signature}" for v in (4, 8)]
-    return ptx("strip_conv_chain_bias.cuh", tuple(instances))  # the others are no templates
+    for t, v in ((t, v) for t in ("float", "bfloat16") for v in (1, 4)):
+        instances.append(f"void chain_bias_sums_last_kernel<{t}, {v}>{signature.replace('void', t, 1)}")
+    return ptx("strip_conv_chain_bias.cuh", tuple(instances))  # chain_fields is no template
 
 
 def with_pointers(tensors):
@@ -55,15 +59,19 @@ def bias_gradients(text, grad, weights, stages, segment):
         splits = 3 if last else segments
         partials = splits * c if last else n * c * segments
         partial = torch.full((4 * partials,), nan)
-        grid, block = ((splits, 1), (c, 256 // c)) if last else ((partials,), (256,))
+        v, biases = 1 if c % 4 else 4, 2 * some  # of a thread of channels_last
+        grid, block = ((splits, 1), (c // v, 256 * v // c)) if last else ((partials,), (256,))
         wide = 16 // grad.element_size()
-        name = entry(text, "chain_bias_sums_last_kernelE" if last else f"chain_bias_sums_kernelILi{wide}E")
-        shared = 16 * block[0] * block[1] if last else 0
+        last_name = f"chain_bias_sums_last_kernel{MANGLED[grad.dtype]}Li{v}E"
+        name = entry(text, last_name if last else f"chain_bias_sums_kernelILi{wide}E")
+        threads = math.prod(block)
+        pitch = threads + (32 // (v * biases) - threads) % 32
+        shared = 4 * v * biases * pitch if last else 0
         args = [grad, with_pointers([*down, *across]), partial, p]
         stats.append(run(text, name, grid, block, args, shared_bytes=shared))
         outputs = grads[2 * first : 2 * first + 2 * some]
-        row, split = (1, c) if last else (splits, 1)
-        strides = (row, partials, c * splits, split)
+        # Of channels, biases, images and splits.
+        strides = (biases, 1, 0, biases * c) if last else (splits, partials, c * splits, 1)
         sum_parts(partial, outputs, list(range(2 * some + 1)), c, 1 if last else n, splits, strides)
     return grads, stats
 
