@@ -231,10 +231,15 @@ __global__ void __launch_bounds__(kFewThreads, 1)
       for (int e = 0; e < V; ++e) gv[j][e] = 0;
       if (i0 + j * in.dilation < in.length) load<V>(from_g, gv[j]);
       from_g += tap_step;
-      // Two are added plainly, and their sum carefully.
+      // In 16 bits two are added plainly, and their sum carefully.
       SDAN_UNROLL
-      for (int e = 0; e < V; ++e)
-        if (blockIdx.z == 0 && j % 2) total[e].add(gv[j - 1][e] + gv[j][e]);
+      for (int e = 0; e < V; ++e) {
+        if (blockIdx.z != 0) continue;
+        if constexpr (!is_16bit<T>)
+          total[e].add(gv[j][e]);
+        else if (j % 2)
+          total[e].add(gv[j - 1][e] + gv[j][e]);
+      }
     }
     const int i = i0 - halo + first * in.dilation, end = i + (P + valid - 2) * in.dilation;
     const auto add = [&](auto inside) {
