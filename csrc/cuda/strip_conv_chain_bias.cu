@@ -33,7 +33,7 @@ SumsPlan plan_sums_last(const ChainShape& s, int v, int64_t bytes) {
                 by = most < 4 * whole ? most : most / whole * whole;
   constexpr int64_t kFixed = 2;  // what a column's segment takes besides, in groups of its rows
   int64_t least = 0, blocks = 1;
-  for (int64_t cuts = 1; cuts <= ceil_div(s.h, kBiasRows); ++cuts) {
+  for (int64_t cuts = 1; cuts <= ceil_div(s.h, 2 * kBiasRows); ++cuts) {
     const int64_t segment = ceil_div(ceil_div(s.h, cuts), kBiasRows) * kBiasRows;
     const int64_t turns = ceil_div(s.n * s.w * ceil_div(s.h, segment), by);
     const int64_t cost = ceil_div(turns * across, kSms) * (segment / kBiasRows + kFixed);
