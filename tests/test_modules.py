@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import sdan_fast
 from sdan_fast.modules import BRANCHES, MMLKA, RSDAM, SDM, LayerNorm2d, StarConv
@@ -358,7 +359,7 @@ def test_computed_parameters(make: str) -> None:
             torch.testing.assert_close(whole(x), plain(x), rtol=1e-4, atol=1e-5)
         nn.utils.parametrize.remove_parametrizations(inner, "weight")
         torch.testing.assert_close(whole(x), plain(x), rtol=1e-4, atol=1e-5)
-        nn.utils.prune.identity(inner, "weight")
+        prune.identity(inner, "weight")
         for _ in range(2):
             whole(x).sum().backward()
         with torch.no_grad():

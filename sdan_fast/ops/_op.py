@@ -372,9 +372,8 @@ class ComposedOp(Op):
         if torch.compiler.is_compiling():
             self.check(*args, **kwargs)
             return self.overloads[backend](*args, **kwargs)
-        if (
-            args[0].numel() == 0
-        ):  # kernels have nothing to do for images without pixels either, and say nothing
+        # The kernels check what they read, and of images without pixels they read nothing.
+        if args[0].numel() == 0:
             self.check(*args, **kwargs)
         try:
             with _below_autograd():
