@@ -29,10 +29,14 @@ Isa picked_isa();
 const char* isa_name(Isa isa);
 
 // Whether the picked set's kernels may multiply pairs of bfloat16 (AVX512-BF16): the processor can,
-// and SDAN_FAST_CPU_ISA names no set, not even avx512.
+// faster than it multiplies float32, and SDAN_FAST_CPU_ISA names no set, not even avx512.
 bool picked_pairs();
 
-// picked_pairs(), where a function's call would cost as much as what depends on it. Kernels may
+// Whether those pairs go through the processor's matrix tiles (AMX).
+bool picked_tiles();
+
+// Whether the picked set rounds to bfloat16 in one instruction (AVX512-BF16), where a function's
+// call would cost as much as what depends on it. Kernels may
 // read it, constants that are made when the library is loaded may not.
 extern const bool rounds_bf16;
 

@@ -14,14 +14,24 @@ struct ImageView {
   int64_t stride_n, stride_c, stride_h, stride_w;
 };
 
+// The operand of LDTILECFG: how many rows of how many bytes each matrix tile has.
+struct alignas(64) TileConfig {
+  uint8_t palette, start_row, reserved[14];
+  uint16_t row_bytes[16];
+  uint8_t rows[16];
+};
+
 // A 1x1 convolution: weights as pack_pointwise lays them out, one bias per output (never null).
 // With `pairs` each weight is two bfloat16, of neighbouring input channels (isa/pairs.h); the
-// convolution then reads tiles of pairs.
+// convolution then reads tiles of pairs. Unless `tiles` is null it is for the processor's matrix
+// tiles (isa/matrix_tiles.h): for each group of outputs, input and step of input rows a row of 16
+// pairs for each output; and each bias 16 times.
 struct Pointwise {
   const float* weight;
   const float* bias;
   int ci, co;
   bool pairs;
+  const TileConfig* tiles;
 };
 
 // One StarConv, outer(GELU(DW(PW1 z)) * PW2 z) with z = LN(x). The affine part of LN is folded into

@@ -13,6 +13,7 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <numeric>
 #include <string>
 #include <utility>
 #include <vector>
@@ -32,6 +33,7 @@ class FloatArena {
   explicit FloatArena(const FloatArena& other) : pairs_(other.pairs_) {}
 
   bool pairs() const { return pairs_; }
+  bool tiles() const { return pairs_ && picked_tiles(); }
 
   float* take(int64_t count) {
     const size_t bytes = (static_cast<size_t>(count) * sizeof(float) + 63) & ~size_t{63};
@@ -120,6 +122,65 @@ inline float* FloatArena::values(const Tensor& t) {
   return p;
 }
 
+// The shape of matrix tiles for a 1x1 convolution of inputs of so many rows each: as few tiles as
+// can be, and all alike. Palette 0, that is none, if an input has less rows than a tile.
+inline TileConfig tile_config(int64_t co, const std::vector<int64_t>& input_rows) {
+  const auto even = [](int64_t n) {
+    const int64_t tiles = (n + 15) / 16;
+    return (n + tiles - 1) / tiles;
+  };
+  TileConfig config{};
+  int64_t rows = 1;
+  for (const int64_t n : input_rows) rows = std::max(rows, even(n));
+  for (const int64_t n : input_rows) {
+    if (n < rows) return config;
+  }
+  config.palette = 1;
+  for (int i = 0; i < 8; ++i) {
+    config.rows[i] = static_cast<uint8_t>(i < 6 ? even(co) : rows);
+    config.row_bytes[i] = static_cast<uint16_t>(i == 4 || i == 5 ? 4 * rows : 64);
+  }
+  return config;
+}
+
+// weight: co x the sum of input_rows, pairs.
+inline Pointwise pack_tiles(FloatArena& arena, const float* weight, const float* bias, int64_t co,
+                            int64_t ci, const std::vector<int64_t>& input_rows,
+                            const TileConfig& config) {
+  const int64_t outputs = config.rows[0], rows = config.rows[6];
+  int64_t all = 0, steps = 0;
+  for (const int64_t n : input_rows) {
+    all += n;
+    steps += (n + rows - 1) / rows;
+  }
+  const int64_t groups = (co + outputs - 1) / outputs;
+  float* packed = arena.zeros(groups * steps * outputs * 16);
+  float* p = packed;
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t m0 = std::min(g * outputs, co - outputs);
+    int64_t before = 0;
+    for (const int64_t n : input_rows) {
+      for (int64_t begin = 0; begin < n; begin += rows) {
+        const int64_t k0 = std::min(begin, n - rows);
+        for (int64_t m = m0; m < m0 + outputs; ++m, p += 16) {
+          // What the step before had already stays zero.
+          for (int64_t k = begin; k < k0 + rows; ++k) p[k - k0] = weight[m * all + before + k];
+        }
+      }
+      before += n;
+    }
+  }
+  float* biases = arena.take(16 * co);
+  for (int64_t m = 0; m < co; ++m) std::fill_n(biases + 16 * m, 16, bias[m]);
+  float* kept = arena.take(sizeof(TileConfig) / sizeof(float));
+  return {packed,
+          biases,
+          static_cast<int>(ci),
+          static_cast<int>(co),
+          true,
+          new (kept) TileConfig(config)};
+}
+
 // The 1x1 convolution of one input of `ci` channels, or of several whose channels `inputs` counts:
 // each of them is a tile of its own, and so has pairs of its own.
 inline Pointwise pack(FloatArena& arena, const float* weight, const float* bias, int64_t co,
@@ -129,8 +190,9 @@ inline Pointwise pack(FloatArena& arena, const float* weight, const float* bias,
   std::vector<float> paired;
   if (arena.pairs()) {
     if (inputs.empty()) inputs.push_back(ci);
-    rows = 0;
-    for (const int64_t n : inputs) rows += (n + 1) / 2;
+    std::vector<int64_t> input_rows;
+    for (const int64_t n : inputs) input_rows.push_back((n + 1) / 2);
+    rows = std::accumulate(input_rows.begin(), input_rows.end(), int64_t{0});
     paired.resize(static_cast<size_t>(co * rows));
     float* p = paired.data();
     for (int64_t m = 0; m < co; ++m) {
@@ -145,10 +207,16 @@ inline Pointwise pack(FloatArena& arena, const float* weight, const float* bias,
       }
     }
     weight = paired.data();
+    if (arena.tiles()) {
+      const TileConfig config = tile_config(co, input_rows);
+      if (config.palette != 0) {
+        return pack_tiles(arena, weight, bias, co, ci, input_rows, config);
+      }
+    }
   }
   float* packed = arena.take(co * rows);
   pack_kernel(weight, static_cast<int>(co), static_cast<int>(rows), packed);
-  return {packed, bias, static_cast<int>(ci), static_cast<int>(co), arena.pairs()};
+  return {packed, bias, static_cast<int>(ci), static_cast<int>(co), arena.pairs(), nullptr};
 }
 
 inline Pointwise pack(FloatArena& arena, const Tensor& weight, const std::optional<Tensor>& bias,

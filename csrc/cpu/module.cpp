@@ -11,6 +11,11 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#if defined(__x86_64__)
+#include <cpuid.h>
 #endif
 
 #include "dispatch.h"
@@ -86,20 +91,53 @@ Isa picked_isa() {
   return picked;
 }
 
-bool picked_pairs() {
+namespace {
+
+bool picked_bf16() {
 #if defined(__x86_64__)
-  static const bool picked = [] {
-    const char* cap = std::getenv(kIsaVariable);
-    return picked_isa() == Isa::kAvx512 && (cap == nullptr || *cap == '\0') &&
-           __builtin_cpu_supports("avx512bf16");
-  }();
-  return picked;
+  const char* cap = std::getenv(kIsaVariable);
+  return picked_isa() == Isa::kAvx512 && (cap == nullptr || *cap == '\0') &&
+         __builtin_cpu_supports("avx512bf16");
 #else
   return false;
 #endif
 }
 
-const bool rounds_bf16 = picked_pairs();
+// Whether the processor has matrix tiles, and products of bfloat16 for them.
+bool has_tiles() {
+#if defined(__x86_64__)
+  unsigned a, b, c, d;
+  constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d & kBf16) != 0 && (d & kTiles) != 0;
+#else
+  return false;
+#endif
+}
+
+// Their state is so large that Linux saves it only for a process that has asked.
+bool may_use_tiles() {
+#if defined(__x86_64__) && defined(__linux__) && defined(SYS_arch_prctl)
+  constexpr long kAsk = 0x1023 /* ARCH_REQ_XCOMP_PERM */, kTileData = 18;
+  return syscall(SYS_arch_prctl, kAsk, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+}  // namespace
+
+bool picked_tiles() {
+  static const bool picked = picked_bf16() && has_tiles() && may_use_tiles();
+  return picked;
+}
+
+bool picked_pairs() {
+  // Processors with tiles multiply pairs of vectors at half the rate of float32.
+  static const bool picked = picked_tiles() || (picked_bf16() && !has_tiles());
+  return picked;
+}
+
+const bool rounds_bf16 = picked_bf16();
 
 constexpr size_t kHugePage = size_t{2} << 20;
 
@@ -176,11 +214,17 @@ PyObject* bf16_pairs(PyObject*, PyObject*) {
   return PyBool_FromLong(sdan_fast::picked_pairs() ? 1 : 0);
 }
 
+PyObject* bf16_tiles(PyObject*, PyObject*) {
+  return PyBool_FromLong(sdan_fast::picked_tiles() ? 1 : 0);
+}
+
 PyMethodDef methods[] = {
     {"isa", isa, METH_NOARGS,
      "isa() -> str: the instruction set that the kernels of this process use."},
     {"bf16_pairs", bf16_pairs, METH_NOARGS,
      "bf16_pairs() -> bool: whether bfloat16 ops multiply pairs of them (AVX512-BF16)."},
+    {"bf16_tiles", bf16_tiles, METH_NOARGS,
+     "bf16_tiles() -> bool: whether they do so in matrix tiles (AMX)."},
     {"isas", isas, METH_NOARGS, "isas() -> list[str]: the instruction sets compiled in."},
     {"fma_loop", sdan_fast::fma_loop, METH_O,
      "fma_loop(rounds) -> float: multiply-adds on registers; how many operations they were."},

@@ -42,7 +42,7 @@ Tensor pointwise_conv2d(const Tensor& x, const Tensor& weight, std::optional<Ten
       dense_pixels(plan.y, co, pixels)) {
     FloatArena rows(arena);
     float* packed = arena.take(output_products_floats(ci, co));
-    plan.conv = {nullptr, nullptr, static_cast<int>(ci), static_cast<int>(co), false};
+    plan.conv = {nullptr, nullptr, static_cast<int>(ci), static_cast<int>(co), false, nullptr};
     pack_kernel(rows.values(weight), rows.values_or(bias, co, 0.0f), plan.conv.co, plan.conv.ci,
                 packed);
     plan.outputs = packed;

@@ -198,6 +198,7 @@ void gate_scratch(const GatePlan* plan, int64_t* bytes) {
 }
 
 void gate_run(const GatePlan* plan, const Region* region, void* scratch) {
+  const TileScope tiles(plan->gate);
   GateScratch s;
   place_gate(*plan, static_cast<char*>(scratch), &s);
   PrefetchQueue queue;

@@ -98,7 +98,8 @@ static void pointwise_pixels(const float* x, ptrdiff_t x_stride, const Pointwise
                              ptrdiff_t out_stride, int64_t n, PrefetchQueue* queue, int lines) {
   constexpr int kMost = 64;
   const int rows = tile_rows(pw.ci, pw.pairs);
-  const int wanted = (rows + kSummed - 1) / kSummed;
+  // Matrix tiles sum as they please.
+  const int wanted = pw.tiles != nullptr ? 1 : (rows + kSummed - 1) / kSummed;
   const int count = wanted < kMost ? wanted : kMost;
   PointwiseInput in[kMost];
   for (int k = 0; k < count; ++k) {

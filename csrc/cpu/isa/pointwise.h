@@ -10,6 +10,7 @@
 // rows.
 #pragma once
 
+#include "matrix_tiles.h"
 #include "pairs.h"
 #include "prefetch.h"
 #include "vec.h"
@@ -50,13 +51,6 @@ static inline void pack_pointwise_weight(const float* weight, int co, int ci, fl
     }
   }
 }
-
-// `count` rows of input, `stride` floats from one to the next: channels, or pairs of them.
-struct PointwiseInput {
-  const float* x;
-  ptrdiff_t stride;
-  int count;
-};
 
 // Where registers are free, inputs are summed in turn in two or four sums. Shorter sums round less,
 // which images of a few pixels (one vector) and products of one or two outputs need to be no worse
@@ -265,6 +259,13 @@ static inline void pointwise_block(const PointwiseInput* inputs, int input_count
 static inline void pointwise_block(const PointwiseInput* inputs, int input_count, ptrdiff_t column,
                                    const Pointwise& pw, float* out, ptrdiff_t out_stride, int vecs,
                                    PrefetchQueue* queue = nullptr, int lines = 0) {
+#if SDAN_IS_AVX512
+  if (pw.tiles != nullptr) {
+    const int steps = prefetch_steps(pw.co, inputs[0].count, input_count), blocks = tile_blocks(pw);
+    return tile_products(inputs, input_count, column, pw, out, out_stride, vecs, queue,
+                         (steps * lines + blocks - 1) / blocks);
+  }
+#endif
   if constexpr (kHasPairs) {
     if (pw.pairs) {
       return pointwise_block_as<MultiplyPairs>(inputs, input_count, column, pw.weight, pw.bias,

@@ -150,6 +150,7 @@ void run_planes(const PointwiseConvPlan& plan, int64_t first, int64_t last, cons
 // A part of the pixels by way of tiles.
 void run_tiles(const PointwiseConvPlan& plan, int64_t part, const Scratch& s) {
   const Pointwise& conv = plan.conv;
+  const TileScope tiles(conv);
   const int lines =
       lines_a_step(conv.co + conv.ci, prefetch_steps(conv.co, tile_rows(conv.ci, conv.pairs), 1));
   PrefetchQueue queue;

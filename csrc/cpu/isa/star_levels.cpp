@@ -365,6 +365,7 @@ void star_chain_scratch(const StarChain* chain, int64_t width, int64_t* bytes) {
 
 void star_chain_run(const StarChain* chain, const Region* region, bool upwards,
                     ChainMeeting* meeting, void* scratch) {
+  const TileScope tiles(chain->levels[0].pw1);
   Band band;
   band.chain = chain;
   band.region = *region;
