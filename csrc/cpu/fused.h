@@ -24,8 +24,7 @@ struct alignas(64) TileConfig {
 // A 1x1 convolution: weights as pack_pointwise lays them out, one bias per output (never null).
 // With `pairs` each weight is two bfloat16, of neighbouring input channels (isa/pairs.h); the
 // convolution then reads tiles of pairs. Unless `tiles` is null it is for the processor's matrix
-// tiles (isa/matrix_tiles.h): for each group of outputs, input and step of input rows a row of 16
-// pairs for each output; and each bias 16 times.
+// tiles (isa/matrix_tiles.h): a second factor or, for PointwiseConvPlan's pixels, a first one.
 struct Pointwise {
   const float* weight;
   const float* bias;

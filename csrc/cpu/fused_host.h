@@ -122,63 +122,94 @@ inline float* FloatArena::values(const Tensor& t) {
   return p;
 }
 
-// The shape of matrix tiles for a 1x1 convolution of inputs of so many rows each: as few tiles as
-// can be, and all alike. Palette 0, that is none, if an input has less rows than a tile.
-inline TileConfig tile_config(int64_t co, const std::vector<int64_t>& input_rows) {
-  const auto even = [](int64_t n) {
-    const int64_t tiles = (n + 15) / 16;
-    return (n + tiles - 1) / tiles;
-  };
-  TileConfig config{};
-  int64_t rows = 1;
-  for (const int64_t n : input_rows) rows = std::max(rows, even(n));
-  for (const int64_t n : input_rows) {
-    if (n < rows) return config;
-  }
-  config.palette = 1;
-  for (int i = 0; i < 8; ++i) {
-    config.rows[i] = static_cast<uint8_t>(i < 6 ? even(co) : rows);
-    config.row_bytes[i] = static_cast<uint16_t>(i == 4 || i == 5 ? 4 * rows : 64);
-  }
-  return config;
+// The fewest tiles of at most 16 rows that n take, as even as possible: the rows of each.
+inline int64_t tile_share(int64_t n) {
+  const int64_t tiles = (n + 15) / 16;
+  return (n + tiles - 1) / tiles;
 }
 
-// weight: co x the sum of input_rows, pairs.
-inline Pointwise pack_tiles(FloatArena& arena, const float* weight, const float* bias, int64_t co,
-                            int64_t ci, const std::vector<int64_t>& input_rows,
-                            const TileConfig& config) {
-  const int64_t outputs = config.rows[0], rows = config.rows[6];
-  int64_t all = 0, steps = 0;
-  for (const int64_t n : input_rows) {
-    all += n;
-    steps += (n + rows - 1) / rows;
+// Sums of `rows` x `columns`, factors of `rows` x `depth` and `depth` x `columns`.
+inline const TileConfig* make_tile_config(FloatArena& arena, int64_t rows, int64_t columns,
+                                          int64_t depth) {
+  TileConfig config{};
+  config.palette = 1;
+  for (int i = 0; i < 8; ++i) {
+    config.rows[i] = static_cast<uint8_t>(i < 6 ? rows : depth);
+    config.row_bytes[i] = static_cast<uint16_t>(4 * (i == 4 || i == 5 ? depth : columns));
   }
-  const int64_t groups = (co + outputs - 1) / outputs;
-  float* packed = arena.zeros(groups * steps * outputs * 16);
-  float* p = packed;
-  for (int64_t g = 0; g < groups; ++g) {
-    const int64_t m0 = std::min(g * outputs, co - outputs);
+  return new (arena.take(sizeof(TileConfig) / sizeof(float))) TileConfig(config);
+}
+
+// f(first output, first row, how many rows the tile before has too) for each group of outputs and,
+// in it, for each step of `depth` over the rows of each input.
+template <typename F>
+void for_tiles(int64_t co, int64_t depth, const std::vector<int64_t>& input_rows, const F& f) {
+  const int64_t outputs = tile_share(co);
+  for (int64_t m = 0; m < co; m += outputs) {
     int64_t before = 0;
     for (const int64_t n : input_rows) {
-      for (int64_t begin = 0; begin < n; begin += rows) {
-        const int64_t k0 = std::min(begin, n - rows);
-        for (int64_t m = m0; m < m0 + outputs; ++m, p += 16) {
-          // What the step before had already stays zero.
-          for (int64_t k = begin; k < k0 + rows; ++k) p[k - k0] = weight[m * all + before + k];
-        }
+      for (int64_t k = 0; k < n; k += depth) {
+        // The last tile is zero where it repeats the one before.
+        const int64_t first = std::min(k, n - depth);
+        f(std::min(m, co - outputs), before + first, k - first);
       }
       before += n;
     }
   }
-  float* biases = arena.take(16 * co);
-  for (int64_t m = 0; m < co; ++m) std::fill_n(biases + 16 * m, 16, bias[m]);
-  float* kept = arena.take(sizeof(TileConfig) / sizeof(float));
-  return {packed,
-          biases,
-          static_cast<int>(ci),
-          static_cast<int>(co),
-          true,
-          new (kept) TileConfig(config)};
+}
+
+// For matrix tiles with pixels along the columns. weight: co x the sum of input_rows, pairs. False
+// if an input has less rows than a tile, all of them being alike.
+inline bool pack_tiles(FloatArena& arena, const float* weight, const float* bias,
+                       const std::vector<int64_t>& input_rows, Pointwise* pw) {
+  const int64_t outputs = tile_share(pw->co);
+  int64_t depth = 1, all = 0, tiles = 0;
+  for (const int64_t n : input_rows) depth = std::max(depth, tile_share(n));
+  for (const int64_t n : input_rows) {
+    if (n < depth) return false;
+    all += n;
+    tiles += (n + depth - 1) / depth;
+  }
+  tiles *= (pw->co + outputs - 1) / outputs;
+  float* packed = arena.zeros(tiles * outputs * 16);
+  float* biases = arena.take(int64_t{16} * pw->co);
+  pw->weight = packed;
+  pw->bias = biases;
+  pw->tiles = make_tile_config(arena, outputs, 16, depth);
+  for_tiles(pw->co, depth, input_rows, [&](int64_t m, int64_t row, int64_t known) {
+    for (int64_t i = 0; i < outputs; ++i, packed += 16) {
+      const float* w = weight + (m + i) * all + row;
+      std::copy(w + known, w + depth, packed + known);
+    }
+  });
+  for (int64_t m = 0; m < pw->co; ++m) std::fill_n(biases + 16 * m, 16, bias[m]);
+  return true;
+}
+
+// For matrix tiles with pixels along the rows, `pixels` of them in all, of an even number of
+// channels that are neighbours. weight: co x ci, row by row.
+inline Pointwise pack_pixel_tiles(FloatArena& arena, const float* weight, const float* bias,
+                                  int64_t co, int64_t ci, int64_t pixels) {
+  const int64_t rows = ci / 2, depth = tile_share(rows), outputs = tile_share(co);
+  const int64_t tiles = (co + outputs - 1) / outputs * ((rows + depth - 1) / depth);
+  float* packed = arena.zeros(tiles * depth * 16);
+  const Pointwise pw{packed,
+                     bias,
+                     static_cast<int>(ci),
+                     static_cast<int>(co),
+                     true,
+                     make_tile_config(arena, std::min<int64_t>(pixels, 16), outputs, depth)};
+  for_tiles(co, depth, {rows}, [&](int64_t m, int64_t row, int64_t known) {
+    for (int64_t k = 0; k < depth; ++k, packed += 16) {
+      if (k < known) continue;
+      for (int64_t i = 0; i < outputs; ++i) {
+        const float* w = weight + (m + i) * ci + 2 * (row + k);
+        const uint32_t both = bfloat16_bits(w[0]) | bfloat16_bits(w[1]) << 16;
+        __builtin_memcpy(packed + i, &both, sizeof(both));
+      }
+    }
+  });
+  return pw;
 }
 
 // The 1x1 convolution of one input of `ci` channels, or of several whose channels `inputs` counts:
@@ -207,12 +238,8 @@ inline Pointwise pack(FloatArena& arena, const float* weight, const float* bias,
       }
     }
     weight = paired.data();
-    if (arena.tiles()) {
-      const TileConfig config = tile_config(co, input_rows);
-      if (config.palette != 0) {
-        return pack_tiles(arena, weight, bias, co, ci, input_rows, config);
-      }
-    }
+    Pointwise pw{nullptr, nullptr, static_cast<int>(ci), static_cast<int>(co), true, nullptr};
+    if (arena.tiles() && pack_tiles(arena, weight, bias, input_rows, &pw)) return pw;
   }
   float* packed = arena.take(co * rows);
   pack_kernel(weight, static_cast<int>(co), static_cast<int>(rows), packed);
@@ -224,6 +251,13 @@ inline Pointwise pack(FloatArena& arena, const Tensor& weight, const std::option
   FloatArena rows(arena);
   return pack(arena, rows.values(weight), arena.values_or(bias, weight.size(0), 0.0f),
               weight.size(0), weight.size(1), std::move(inputs));
+}
+
+inline Pointwise pack_pixel_tiles(FloatArena& arena, const Tensor& weight,
+                                  const std::optional<Tensor>& bias, int64_t pixels) {
+  FloatArena rows(arena);
+  return pack_pixel_tiles(arena, rows.values(weight), arena.values_or(bias, weight.size(0), 0.0f),
+                          weight.size(0), weight.size(1), pixels);
 }
 
 // The 1x1 convolution of weight * z + bias, so that the affine part of a LayerNorm needs no pass of

@@ -29,15 +29,18 @@ struct PartSums {
   int64_t rows_at;  // of the sums of rows among them, two floats for each
 };
 
-// activation(1x1 convolution of x) into y.
+// activation(1x1 convolution of x) into y, or u times that.
 struct PointwiseConvPlan {
   PixelTiling tiling;
+  // With `pixel_tiles` its matrix tiles have pixels along their rows, and x, y and u are dense
+  // pixels whose channels are neighbours. No other convolution takes a u.
   Pointwise conv;
+  bool pixel_tiles;
   // In place of conv's own weights and bias, those of pack_output_products: x and y are dense
   // pixels whose channels are neighbours. Else null.
   const float* outputs;
   Activation activation;
-  PixelView x, y;
+  PixelView x, y, u;
 };
 
 // Floats of pack_output_products that are enough for every instruction set.

@@ -27,6 +27,30 @@ inline Tensor dense(const Tensor& t) {
   return in_format(t, output_format(t));
 }
 
+// Whether pixels lie one after another, each with its channels side by side.
+inline bool dense_pixels(const PixelView& v, int64_t channels, int64_t pixels) {
+  return v.stride_p == channels && (v.stride_c == 1 || channels == 1) &&
+         (v.run_pixels >= pixels || v.stride_run == v.run_pixels * channels);
+}
+
+// The plan for `pixels` pixels, but for its tiling.
+inline void run_pointwise_conv(PointwiseConvPlan plan, int64_t pixels) {
+  static const auto scratch_kernel = SDAN_PICK_KERNEL(pointwise_conv2d_scratch);
+  static const auto run_kernel = SDAN_PICK_KERNEL(pointwise_conv2d_run);
+  // By the shape alone, so that no sum depends on the number of threads.
+  const int64_t tile = pixels < 16 * 384 ? 192 : 384, tiles = (pixels + tile - 1) / tile;
+  plan.tiling = {pixels, tile, tiles, tiles};
+  int64_t bytes = 0;
+  scratch_kernel(&plan, &bytes);
+  const int64_t co = plan.conv.co, ci = plan.conv.ci;
+  // Neighbouring tiles by one thread, which asks for each while it computes the one before.
+  run_rows(threads_for(pixels * (co * ci + 8 * (co + ci))), 1, tiles, 1,
+           [&](int64_t, int64_t begin, int64_t end) {
+             void* scratch = thread_scratch(static_cast<size_t>(bytes));
+             for (int64_t i = begin; i < end; ++i) run_kernel(&plan, i, scratch);
+           });
+}
+
 // Tiles of `channels` channels that the sums over pixels are taken of: about half of a small
 // second-level cache, the sums' own work being a share that falls with the tile.
 inline PixelTiling pixel_tiling(int64_t pixels, int64_t channels, int64_t sums) {

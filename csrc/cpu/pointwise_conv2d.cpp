@@ -7,16 +7,8 @@
 namespace sdan_fast {
 namespace {
 
-// Whether pixels lie one after another, each with its channels side by side.
-bool dense_pixels(const PixelView& v, int64_t channels, int64_t pixels) {
-  return v.stride_p == channels && (v.stride_c == 1 || channels == 1) &&
-         (v.run_pixels >= pixels || v.stride_run == v.run_pixels * channels);
-}
-
 Tensor pointwise_conv2d(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
                         std::string activation) {
-  static const auto scratch_kernel = SDAN_PICK_KERNEL(pointwise_conv2d_scratch);
-  static const auto run_kernel = SDAN_PICK_KERNEL(pointwise_conv2d_run);
   static const auto pack_kernel = SDAN_PICK_KERNEL(pack_output_products);
   constexpr const char* op = "pointwise_conv2d";
   const DType dtype = check_image(x, op);
@@ -30,33 +22,26 @@ Tensor pointwise_conv2d(const Tensor& x, const Tensor& weight, std::optional<Ten
   PointwiseConvPlan plan{};
   plan.activation = parse_activation(activation, op, "activation");
   const int64_t pixels = x.size(0) * x.size(2) * x.size(3);
-  // By the shape alone, so that no sum depends on the number of threads.
-  const int64_t tile = pixels < 16 * 384 ? 192 : 384, tiles = (pixels + tile - 1) / tile;
-  plan.tiling = {pixels, tile, tiles, tiles};
   const Tensor x_dense = dense(x);
   plan.x = pixels_of(x_dense, dtype);
   plan.y = pixels_of(y, dtype);
-  // Vectors along the outputs save turning the pixels around, unless most of their lanes are empty.
-  // Pairs of bfloat16 are made from planes.
-  if (!arena.pairs() && 2 * co >= vector_lanes() && dense_pixels(plan.x, ci, pixels) &&
-      dense_pixels(plan.y, co, pixels)) {
-    FloatArena rows(arena);
+  const bool rows = dense_pixels(plan.x, ci, pixels) && dense_pixels(plan.y, co, pixels);
+  if (rows && arena.tiles() && ci % 2 == 0) {
+    plan.pixel_tiles = true;
+    plan.conv = pack_pixel_tiles(arena, weight, bias, pixels);
+  } else if (rows && !arena.pairs() && 2 * co >= vector_lanes()) {
+    // Vectors along the outputs save turning the pixels around, unless most of their lanes are
+    // empty. Pairs of bfloat16 are made from planes.
+    FloatArena values(arena);
     float* packed = arena.take(output_products_floats(ci, co));
     plan.conv = {nullptr, nullptr, static_cast<int>(ci), static_cast<int>(co), false, nullptr};
-    pack_kernel(rows.values(weight), rows.values_or(bias, co, 0.0f), plan.conv.co, plan.conv.ci,
+    pack_kernel(values.values(weight), values.values_or(bias, co, 0.0f), plan.conv.co, plan.conv.ci,
                 packed);
     plan.outputs = packed;
   } else {
     plan.conv = pack(arena, weight, bias);
   }
-  int64_t bytes = 0;
-  scratch_kernel(&plan, &bytes);
-  // Neighbouring tiles by one thread, which asks for each while it computes the one before.
-  run_rows(threads_for(pixels * (co * ci + 8 * (co + ci))), 1, tiles, 1,
-           [&](int64_t, int64_t begin, int64_t end) {
-             void* scratch = thread_scratch(static_cast<size_t>(bytes));
-             for (int64_t i = begin; i < end; ++i) run_kernel(&plan, i, scratch);
-           });
+  run_pointwise_conv(plan, pixels);
   return y;
 }
 

@@ -2,6 +2,7 @@
 #include "isa/pointwise_gate.h"
 
 #include "gate.h"
+#include "pixels_host.h"
 #include "tensor_util.h"
 
 namespace sdan_fast {
@@ -50,6 +51,18 @@ Tensor pointwise_gate(const Tensor& u, const Tensor& x, const Tensor& weight,
   }
   const Tensor u_dense = in_format(u, format);
   const Tensor x_dense = in_format(x, format);
+  const int64_t plane = u.size(2) * u.size(3);
+  if (arena.tiles() && args.ci % 2 == 0) {
+    PointwiseConvPlan plan{};
+    const int64_t pixels = u.size(0) * plane;
+    plan.pixel_tiles = true;
+    plan.conv = pack_pixel_tiles(arena, weight, bias, pixels);
+    plan.x = pixels_of(x_dense, args.dtype);
+    plan.u = pixels_of(u_dense, args.dtype);
+    plan.y = pixels_of(y, args.dtype);
+    run_pointwise_conv(plan, pixels);
+    return y;
+  }
   const Tensor weight_dense = in_format(weight, Format::kContiguous);
   std::optional<Tensor> bias_dense;
   if (bias.has_value()) bias_dense = in_format(*bias, Format::kContiguous);
@@ -59,7 +72,6 @@ Tensor pointwise_gate(const Tensor& u, const Tensor& x, const Tensor& weight,
   args.bias = bias_dense.has_value() ? bias_dense->const_data_ptr() : nullptr;
   args.y = y.mutable_data_ptr();
 
-  const int64_t plane = u.size(2) * u.size(3);
   // A plane of one pixel is laid out the same in both formats; only one of them has lanes to fill.
   args.channels_last = format == Format::kChannelsLast || plane == 1;
   args.pairs = arena.pairs() && args.channels_last && args.ci % 2 == 0;

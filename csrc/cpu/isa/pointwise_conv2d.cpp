@@ -1,6 +1,7 @@
 // activation(1x1 convolution of x) in one pass over memory, chunk by chunk of the batch's pixels:
-// channels_last with vectors along the outputs (pixel_products.h), NCHW along the pixels
-// (plane_products.h), the rest and pairs of bfloat16 in tiles that pixels are turned to and back.
+// channels_last with vectors along the outputs (pixel_products.h) or in matrix tiles, NCHW along
+// the pixels (plane_products.h), the rest and pairs of bfloat16 in tiles that pixels are turned to
+// and back.
 #include "activate.h"
 #include "by_dtype.h"
 #include "pixel_products.h"
@@ -18,6 +19,10 @@ struct Scratch {
   ptrdiff_t stride;
 };
 
+// Pixels whose sums stay in the first-level cache until they are rounded; two matrix tiles and
+// more.
+constexpr int64_t kTilePixels = 64;
+
 OutputProducts output_products_of(const PointwiseConvPlan& plan) {
   return {plan.outputs, plan.conv.ci, plan.conv.co};
 }
@@ -29,7 +34,11 @@ bool is_planes(const PointwiseConvPlan& plan) {
 int64_t place(const PointwiseConvPlan& plan, char* base, Scratch* s) {
   ScratchCursor cursor{base, 0};
   const bool converted = plan.x.dtype != DType::kFloat32;
-  if (plan.outputs != nullptr) {
+  if (plan.pixel_tiles) {
+    s->stride = 0;
+    s->x = nullptr;
+    s->y = cursor.take(plan.conv.co * kTilePixels);
+  } else if (plan.outputs != nullptr) {
     const int64_t pixels = converted ? pixels_together(output_products_of(plan)) : 0;
     s->stride = 0;
     s->x = cursor.take(plan.conv.ci * pixels);
@@ -111,6 +120,38 @@ void run_pixels(const PointwiseConvPlan& plan, int64_t first, int64_t last, cons
     if (has_second_step<T>(plan)) activate_values(plan.activation, sums, n * co, y);
   }
 }
+
+#if SDAN_IS_AVX512
+// y = u * x for n values.
+void multiply_values(const bfloat16* u, const float* x, int64_t n, bfloat16* y) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(y + i, load(u + i) * load(x + i));
+  if (i == n) return;
+  const int lanes = static_cast<int>(n - i);
+  store_n(y + i, load_n(u + i, lanes) * load_n(x + i, lanes), lanes);
+}
+
+// Pixels [first, last) of channels_last images, by matrix tiles.
+void run_pixel_tiles(const PointwiseConvPlan& plan, int64_t first, int64_t last, float* sums) {
+  const TileScope scope(plan.conv);
+  const int64_t ci = plan.conv.ci, co = plan.conv.co, least = plan.conv.tiles->rows[0];
+  const auto* x = static_cast<const bfloat16*>(plan.x.data);
+  const auto* u = static_cast<const bfloat16*>(plan.u.data);
+  auto* y = static_cast<bfloat16*>(plan.y.data);
+  for (int64_t i = first; i < last; i += kTilePixels) {
+    const int64_t n = last - i < kTilePixels ? last - i : kTilePixels;
+    // Too few pixels for a tile are computed with some of those before them, which are there: a
+    // tile is no larger than the batch.
+    const int64_t more = n < least ? least - n : 0;
+    pixel_tile_products(plan.conv, x + (i - more) * ci, n + more, sums);
+    if (u != nullptr) {
+      multiply_values(u + i * co, sums + more * co, n * co, y + i * co);
+    } else {
+      activate_values(plan.activation, sums + more * co, n * co, y + i * co);
+    }
+  }
+}
+#endif
 
 // Pixels [first, last) of the batch's planes, which do not go on from one image to the next.
 template <typename T>
@@ -197,6 +238,9 @@ void pointwise_conv2d_run(const PointwiseConvPlan* plan, int64_t part, void* scr
   const int64_t first = t.tiles * part / t.parts * t.tile;
   const int64_t end = t.tiles * (part + 1) / t.parts * t.tile;
   const int64_t last = end < t.pixels ? end : t.pixels;
+#if SDAN_IS_AVX512
+  if (plan->pixel_tiles) return run_pixel_tiles(*plan, first, last, s.y);
+#endif
   if (plan->outputs != nullptr) {
     by_dtype(plan->x.dtype, [&](auto v) { run_pixels<decltype(v)>(*plan, first, last, s); });
   } else if (is_planes(*plan)) {
