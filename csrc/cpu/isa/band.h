@@ -114,6 +114,21 @@ static inline void load_tile(const ImageView& view, int64_t image, int64_t y, in
 }
 
 // Image row = src[c][0, n).
+// All channels of a tile in pairs (pairs.h).
+static inline void load_pair_tile(const ImageView& view, int64_t image, int64_t y, int64_t x,
+                                  int channels, int64_t n, float* dst, ptrdiff_t dst_stride) {
+#if SDAN_IS_AVX512
+  if (view.dtype == DType::kBFloat16 && view.stride_w == 1) {
+    const auto* src =
+        static_cast<const bfloat16*>(view.data) + image * view.stride_n + y * view.stride_h + x;
+    return load_pairs(src, view.stride_c, channels, n, dst, dst_stride);
+  }
+#endif
+  load_tile(view, image, y, x, 0, channels, n, dst, dst_stride);
+  pack_pairs(dst, dst_stride, channels, static_cast<int>(round_up(n, kLanes) / kLanes), dst,
+             dst_stride);
+}
+
 template <typename T>
 static void store_tile_as(const ImageView& view, int64_t image, int64_t y, int64_t x,
                           int first_channel, int channels, int64_t n, const float* src,

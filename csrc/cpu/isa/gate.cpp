@@ -98,10 +98,9 @@ void copy_block(const Block& x, int channels, bool pairs, float* out) {
   }
 }
 
-// out = the 1x1 convolution of a block, which is packed in place where that takes pairs.
-void multiply(float* x, const Pointwise& pw, float* out, int vecs, PrefetchQueue* queue,
+// out = the 1x1 convolution of a block, in pairs where that takes them.
+void multiply(const float* x, const Pointwise& pw, float* out, int vecs, PrefetchQueue* queue,
               int lines) {
-  if (pw.pairs) pack_pairs(x, kBlock, pw.ci, vecs, x, kBlock);
   const PointwiseInput in{x, kBlock, tile_rows(pw.ci, pw.pairs)};
   pointwise_block(&in, 1, 0, pw, out, kBlock, vecs, queue, lines);
 }
@@ -125,7 +124,11 @@ void gate_block(const GatePlan& plan, const GateScratch& s, const Region& region
                 int64_t x, int64_t n, PrefetchQueue* queue, int lines, const Block& row) {
   const int channels = plan.gate.co;
   const int vecs = static_cast<int>((n + kLanes - 1) / kLanes);
-  load_tile(plan.u, region.n, y, x, 0, plan.gate.ci, n, s.u, kBlock);
+  if (plan.gate.pairs) {
+    load_pair_tile(plan.u, region.n, y, x, plan.gate.ci, n, s.u, kBlock);
+  } else {
+    load_tile(plan.u, region.n, y, x, 0, plan.gate.ci, n, s.u, kBlock);
+  }
   multiply(s.u, plan.gate, s.p, vecs, queue, lines);
   const Block gated = load_block(plan.x, region, y, x, channels, n, s.x);
   if (plan.project.co == 0) {
@@ -136,6 +139,7 @@ void gate_block(const GatePlan& plan, const GateScratch& s, const Region& region
   }
   multiply_block(s.p, gated, {s.p, kBlock}, channels);
   const int co = plan.project.co;
+  if (plan.project.pairs) pack_pairs(s.p, kBlock, channels, vecs, s.p, kBlock);
   multiply(s.p, plan.project, s.q, vecs, queue, lines);
   normalise_block<false>(s.q, kBlock, co, plan.eps, s.q, kBlock, vecs);
   // A whole block's result may go where it is wanted at once; the last of a row might reach beyond.

@@ -38,6 +38,18 @@ static inline void load_pixels(const PixelView& view, int64_t first, int64_t n, 
   }
 }
 
+// The same in pairs (pairs.h); past the n pixels there may be anything up to a whole vector.
+static inline void load_pixel_pairs(const PixelView& view, int64_t first, int64_t n, int channels,
+                                    float* dst, ptrdiff_t stride) {
+  const ImageView image = image_of(view);
+  for (int64_t done = 0; done < n;) {
+    const int64_t run = (first + done) / view.run_pixels, at = (first + done) % view.run_pixels;
+    const int64_t left = view.run_pixels - at < n - done ? view.run_pixels - at : n - done;
+    load_pair_tile(image, run, 0, at, channels, left, dst + done, stride);
+    done += left;
+  }
+}
+
 static inline void store_pixels(const PixelView& view, int64_t first, int64_t n, int channels,
                                 const float* src, ptrdiff_t stride) {
   const ImageView image = image_of(view);

@@ -201,19 +201,24 @@ void run_tiles(const PointwiseConvPlan& plan, int64_t part, const Scratch& s) {
         queue.clear();
         fetch_pixels(&queue, plan.x, chunk, conv.ci, false);
         fetch_pixels(&queue, plan.y, chunk, conv.co, true);
-        load_pixels(plan.x, chunk.first, chunk.n, conv.ci, s.x, s.stride);
         if (conv.pairs) {
-          const int vecs = static_cast<int>((chunk.n + kLanes - 1) / kLanes);
-          pack_pairs(s.x, s.stride, conv.ci, vecs, s.x, s.stride);
+          load_pixel_pairs(plan.x, chunk.first, chunk.n, conv.ci, s.x, s.stride);
+        } else {
+          load_pixels(plan.x, chunk.first, chunk.n, conv.ci, s.x, s.stride);
         }
-        pointwise_pixels(s.x, s.stride, conv, s.y, s.stride, chunk.n, &queue, lines);
-        if (plan.activation != Activation::kNone) {
-          for (int m = 0; m < conv.co; ++m) {
-            float* row = s.y + m * s.stride;
-            activate_values(plan.activation, row, chunk.n, row);
+        // Matrix tiles are so fast that it matters where their sums wait to be rounded.
+        const int64_t together = conv.tiles != nullptr ? kBlock : kChunk;
+        for (int64_t at = 0; at < chunk.n; at += together) {
+          const int64_t n = chunk.n - at < together ? chunk.n - at : together;
+          pointwise_pixels(s.x + at, s.stride, conv, s.y, s.stride, n, &queue, lines);
+          if (plan.activation != Activation::kNone) {
+            for (int m = 0; m < conv.co; ++m) {
+              float* row = s.y + m * s.stride;
+              activate_values(plan.activation, row, n, row);
+            }
           }
+          store_pixels(plan.y, chunk.first + at, n, conv.co, s.y, s.stride);
         }
-        store_pixels(plan.y, chunk.first, chunk.n, conv.co, s.y, s.stride);
       },
       [](int64_t) {});
 }

@@ -238,15 +238,18 @@ SDAN_INLINE Vec from_bf16_bits(__m256i b) {
 // eight steps; they take denormal numbers for zero. Written as assembly, so that these units need
 // no flag of their own for them.
 
+// Words of one half of a vector and of the other, in turn.
+SDAN_INLINE __m512i pair_order() {
+  return _mm512_set_epi32(0x001f000f, 0x001e000e, 0x001d000d, 0x001c000c, 0x001b000b, 0x001a000a,
+                          0x00190009, 0x00180008, 0x00170007, 0x00160006, 0x00150005, 0x00140004,
+                          0x00130003, 0x00120002, 0x00110001, 0x00100000);
+}
+
 // The even ones in the lower halves of the lanes, the odd ones above.
 SDAN_INLINE Vec make_pairs(Vec even, Vec odd) {
   __m512i both;
   asm("vcvtne2ps2bf16 %2, %1, %0" : "=v"(both) : "v"(odd.v), "v"(even.v));
-  const __m512i interleaved =
-      _mm512_set_epi32(0x001f000f, 0x001e000e, 0x001d000d, 0x001c000c, 0x001b000b, 0x001a000a,
-                       0x00190009, 0x00180008, 0x00170007, 0x00160006, 0x00150005, 0x00140004,
-                       0x00130003, 0x00120002, 0x00110001, 0x00100000);
-  return {_mm512_castsi512_ps(_mm512_permutexvar_epi16(interleaved, both))};
+  return {_mm512_castsi512_ps(_mm512_permutexvar_epi16(pair_order(), both))};
 }
 
 // The bits that bfloat16 keeps, rounded to nearest even, in each lane's upper half.
