@@ -140,11 +140,11 @@ inline const TileConfig* make_tile_config(FloatArena& arena, int64_t rows, int64
   return new (arena.take(sizeof(TileConfig) / sizeof(float))) TileConfig(config);
 }
 
-// f(first output, first row, how many rows the tile before has too) for each group of outputs and,
-// in it, for each step of `depth` over the rows of each input.
+// f(first output, first row, how many rows the tile before has too) for each group of `outputs`
+// and, in it, for each step of `depth` over the rows of each input.
 template <typename F>
-void for_tiles(int64_t co, int64_t depth, const std::vector<int64_t>& input_rows, const F& f) {
-  const int64_t outputs = tile_share(co);
+void for_tiles(int64_t co, int64_t outputs, int64_t depth, const std::vector<int64_t>& input_rows,
+               const F& f) {
   for (int64_t m = 0; m < co; m += outputs) {
     int64_t before = 0;
     for (const int64_t n : input_rows) {
@@ -176,7 +176,7 @@ inline bool pack_tiles(FloatArena& arena, const float* weight, const float* bias
   pw->weight = packed;
   pw->bias = biases;
   pw->tiles = make_tile_config(arena, outputs, 16, depth);
-  for_tiles(pw->co, depth, input_rows, [&](int64_t m, int64_t row, int64_t known) {
+  for_tiles(pw->co, outputs, depth, input_rows, [&](int64_t m, int64_t row, int64_t known) {
     for (int64_t i = 0; i < outputs; ++i, packed += 16) {
       const float* w = weight + (m + i) * all + row;
       std::copy(w + known, w + depth, packed + known);
@@ -187,10 +187,11 @@ inline bool pack_tiles(FloatArena& arena, const float* weight, const float* bias
 }
 
 // For matrix tiles with pixels along the rows, `pixels` of them in all, of an even number of
-// channels that are neighbours. weight: co x ci, row by row.
+// channels that are neighbours. weight: co x ci, row by row. Groups of outputs fill a row of sums,
+// so that none crosses a cache line.
 inline Pointwise pack_pixel_tiles(FloatArena& arena, const float* weight, const float* bias,
                                   int64_t co, int64_t ci, int64_t pixels) {
-  const int64_t rows = ci / 2, depth = tile_share(rows), outputs = tile_share(co);
+  const int64_t rows = ci / 2, depth = tile_share(rows), outputs = std::min<int64_t>(co, 16);
   const int64_t tiles = (co + outputs - 1) / outputs * ((rows + depth - 1) / depth);
   float* packed = arena.zeros(tiles * depth * 16);
   const Pointwise pw{packed,
@@ -199,7 +200,7 @@ inline Pointwise pack_pixel_tiles(FloatArena& arena, const float* weight, const 
                      static_cast<int>(co),
                      true,
                      make_tile_config(arena, std::min<int64_t>(pixels, 16), outputs, depth)};
-  for_tiles(co, depth, {rows}, [&](int64_t m, int64_t row, int64_t known) {
+  for_tiles(co, outputs, depth, {rows}, [&](int64_t m, int64_t row, int64_t known) {
     for (int64_t k = 0; k < depth; ++k, packed += 16) {
       if (k < known) continue;
       for (int64_t i = 0; i < outputs; ++i) {

@@ -170,17 +170,20 @@ static inline void tile_products(const PointwiseInput* inputs, int input_count, 
   }
 }
 
-// sums[pixel][output] for n pixels x, whose ci channels, an even number, are neighbours, as the
-// outputs are. n is at least the rows of a tile, which the last pixels fill with some of those
-// before them.
+SDAN_INLINE TileOutputs pixel_tile_outputs(const Pointwise& pw) {
+  return {pw.co, pw.tiles->row_bytes[0] / 4};
+}
+
+// sums[pixel][group of outputs][16] for n pixels x, whose ci channels, an even number, are
+// neighbours. n is at least the rows of a tile, which the last pixels fill with some of those
+// before them. Nothing is prefetched: rows of pixels follow one another.
 static inline void pixel_tile_products(const Pointwise& pw, const bfloat16* x, int64_t n,
                                        float* sums) {
   configure_tiles(*pw.tiles);
-  const TileOutputs outputs{pw.co, pw.tiles->row_bytes[0] / 4};
+  const TileOutputs outputs = pixel_tile_outputs(pw);
   const int pixels = pw.tiles->rows[0], rows = pw.tiles->rows[6], groups = outputs.groups();
   const int steps = (pw.ci / 2 + rows - 1) / rows, last_row = pw.ci / 2 - rows;
   const ptrdiff_t x_bytes = pw.ci * static_cast<ptrdiff_t>(sizeof(bfloat16));
-  const ptrdiff_t sums_bytes = pw.co * static_cast<ptrdiff_t>(sizeof(float));
   const ptrdiff_t group = ptrdiff_t{16} * rows * steps;
   for (int64_t i = 0; i < n; i += 2 * pixels) {
     const int64_t at[2] = {i < n - pixels ? i : n - pixels,
@@ -197,9 +200,9 @@ static inline void pixel_tile_products(const Pointwise& pw, const bfloat16* x, i
         }
         float* o[2][2];
         for (int p = 0; p < 2; ++p) {
-          for (int q = 0; q < 2; ++q) o[p][q] = sums + at[p] * pw.co + m[q];
+          for (int q = 0; q < 2; ++q) o[p][q] = sums + (at[p] * groups + g + q) * 16;
         }
-        store_sums<A, B>(o, sums_bytes);
+        store_sums<A, B>(o, groups * kTileRow);
       });
     }
   }

@@ -37,7 +37,7 @@ int64_t place(const PointwiseConvPlan& plan, char* base, Scratch* s) {
   if (plan.pixel_tiles) {
     s->stride = 0;
     s->x = nullptr;
-    s->y = cursor.take(plan.conv.co * kTilePixels);
+    s->y = cursor.take(round_up(plan.conv.co, 16) * kTilePixels);
   } else if (plan.outputs != nullptr) {
     const int64_t pixels = converted ? pixels_together(output_products_of(plan)) : 0;
     s->stride = 0;
@@ -122,19 +122,28 @@ void run_pixels(const PointwiseConvPlan& plan, int64_t first, int64_t last, cons
 }
 
 #if SDAN_IS_AVX512
-// y = u * x for n values.
-void multiply_values(const bfloat16* u, const float* x, int64_t n, bfloat16* y) {
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) store(y + i, load(u + i) * load(x + i));
-  if (i == n) return;
-  const int lanes = static_cast<int>(n - i);
-  store_n(y + i, load_n(u + i, lanes) * load_n(x + i, lanes), lanes);
+// y = u * sums, or sums where u is null, for n pixels of sums as pixel_tile_products leaves them.
+void finish_pixel_tiles(const TileOutputs& outputs, const float* sums, int64_t n, const bfloat16* u,
+                        bfloat16* y) {
+  const int groups = outputs.groups(), lanes = outputs.each;
+  for (int64_t i = 0; i < n; ++i) {
+    for (int g = 0; g < groups; ++g, sums += kLanes) {
+      const int64_t at = i * outputs.all + outputs.begin(g);
+      if (lanes == kLanes) {
+        store(y + at, u != nullptr ? load(u + at) * load(sums) : load(sums));
+      } else {
+        store_n(y + at, u != nullptr ? load_n(u + at, lanes) * load(sums) : load(sums), lanes);
+      }
+    }
+  }
 }
 
 // Pixels [first, last) of channels_last images, by matrix tiles.
 void run_pixel_tiles(const PointwiseConvPlan& plan, int64_t first, int64_t last, float* sums) {
   const TileScope scope(plan.conv);
   const int64_t ci = plan.conv.ci, co = plan.conv.co, least = plan.conv.tiles->rows[0];
+  const TileOutputs outputs = pixel_tile_outputs(plan.conv);
+  const int64_t row = int64_t{outputs.groups()} * kLanes;
   const auto* x = static_cast<const bfloat16*>(plan.x.data);
   const auto* u = static_cast<const bfloat16*>(plan.u.data);
   auto* y = static_cast<bfloat16*>(plan.y.data);
@@ -144,11 +153,9 @@ void run_pixel_tiles(const PointwiseConvPlan& plan, int64_t first, int64_t last,
     // tile is no larger than the batch.
     const int64_t more = n < least ? least - n : 0;
     pixel_tile_products(plan.conv, x + (i - more) * ci, n + more, sums);
-    if (u != nullptr) {
-      multiply_values(u + i * co, sums + more * co, n * co, y + i * co);
-    } else {
-      activate_values(plan.activation, sums + more * co, n * co, y + i * co);
-    }
+    float* of = sums + more * row;
+    if (plan.activation != Activation::kNone) activate_values(plan.activation, of, n * row, of);
+    finish_pixel_tiles(outputs, of, n, u == nullptr ? u : u + i * co, y + i * co);
   }
 }
 #endif
