@@ -38,6 +38,9 @@ class TestPointwiseConv2d(OpContract):
         case("long-sums", 1, 64, 130, 1, 1),
         case("pairs-and-a-rest", 2, 70, 6, 3, 11, activation="gelu"),
         case("wide", 1, 56, 448, 6, 9, activation="gelu"),
+        # Neither outputs, inputs nor pixels come out even in matrix tiles; less pixels than one has rows.
+        case("tiles-and-a-rest", 1, 47, 62, 5, 13, activation="gelu"),
+        case("less-than-a-tile", 1, 34, 66, 1, 3),
     )
 
     @pytest.fixture(autouse=True)

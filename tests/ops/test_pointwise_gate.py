@@ -31,6 +31,9 @@ class TestPointwiseGate(OpContract):
         case("many", 1, 64, 28, 5, 50),
         case("long-sums", 1, 64, 130, 1, 1),
         case("pairs-and-a-rest", 2, 70, 6, 3, 11),
+        # Neither outputs, inputs nor pixels come out even in matrix tiles; less pixels than one has rows.
+        case("tiles-and-a-rest", 1, 47, 62, 5, 13),
+        case("less-than-a-tile", 1, 33, 34, 1, 3),
     )
 
 

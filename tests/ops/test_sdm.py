@@ -41,6 +41,7 @@ class TestSDM(OpContract):
         case("one-level", 1, 6, 7, 5, levels=1),
         case("prime", 1, 14, 13, 37),
         case("sdan", 1, 56, 11, 50),
+        case("tiles-and-a-rest", 1, 68, 5, 21),
     )
     grad_cases = ("tiny",)
 
