@@ -24,12 +24,14 @@ RESULTS = generated.ROOT / "benchmarks" / "results"
 COMMAND = "python scripts/readme_numbers.py"
 _OPS = ("bench", "ops", "--device", "cpu", "--size", "180x320", "--pass", "forward", "--seconds", "40")
 _MODEL = ("bench", "model", "--device", "cpu", "--seconds", "30")
-# What --measure runs; the files are the source of every number in the tables. Those of AVX2 come from a processor
-# that has no more: where it has, the peers would take it.
+# What --measure runs; the files are the source of every number in the tables. A processor measures those of its own
+# kind: where it has more, the peers would take it.
 MEASURED: dict[str, tuple[str, ...]] = {
     "cpu-model.json": _MODEL,
     "cpu-ops.json": _OPS,
     "cpu-training.json": ("bench", "training", "--device", "cpu", "--seconds", "60"),
+    "cpu-model-amx.json": _MODEL,
+    "cpu-ops-amx.json": _OPS,
     "cpu-model-avx2.json": _MODEL,
     "cpu-ops-avx2.json": _OPS,
 }
@@ -37,11 +39,11 @@ MEASURED: dict[str, tuple[str, ...]] = {
 
 def here() -> list[str]:
     """The files that this processor can measure: training with what it has, and inference of its kind."""
-    import torch  # takes seconds, which --check has no use for
+    from sdan_fast.backends import kernel_instruction_set  # takes seconds, which --check has no use for
 
-    if torch.backends.cpu.get_cpu_capability() == "AVX2":
-        return [name for name in MEASURED if "avx2" in name or "training" in name]
-    return [name for name in MEASURED if "avx2" not in name]
+    kinds = {"avx2": "-avx2", "avx512+amx": "-amx"}
+    kind = kinds.get(kernel_instruction_set() or "", "")
+    return [f"cpu-model{kind}.json", f"cpu-ops{kind}.json", "cpu-training.json"]
 
 
 def where(result: dict[str, Any]) -> str:
@@ -173,9 +175,11 @@ def blocks() -> list[tuple[Path, str, str]]:
     steps = "three times a forward's multiply-adds at the FMA rate"
     return [
         (README, "model numbers", model_tables(load("cpu-model.json"))),
+        (README, "AMX model numbers", model_tables(load("cpu-model-amx.json"))),
         (README, "AVX2 model numbers", model_tables(load("cpu-model-avx2.json"))),
         (README, "training numbers", model_tables(load("cpu-training.json"), steps)),
         (README, "op numbers", ops_table(load("cpu-ops.json"))),
+        (PERFORMANCE, "AMX op numbers", ops_table(load("cpu-ops-amx.json"))),
         (PERFORMANCE, "AVX2 op numbers", ops_table(load("cpu-ops-avx2.json"))),
     ]
 

@@ -69,12 +69,15 @@ def _load_extension(name: str) -> str | None:
 
 
 def kernel_instruction_set() -> str | None:
-    """What the compiled CPU kernels of this process use; None where they are not available."""
+    """What the compiled CPU kernels of this process use; None where they are not available.
+
+    "portable", "avx2" or "avx512"; "avx512+amx" where bfloat16 is multiplied in matrix tiles.
+    """
     try:
         extension = importlib.import_module("sdan_fast._C_cpu")
     except ImportError:
         return None
-    return str(extension.isa())
+    return str(extension.isa()) + ("+amx" if extension.bf16_tiles() else "")
 
 
 def _build_reason(name: str) -> str | None:
