@@ -163,6 +163,11 @@ def test_auto_leaves_to_pytorch_what_it_does_faster() -> None:
         weight = torch.empty(inputs, inputs, 1, 1, dtype=torch.bfloat16)
         assert chosen("pointwise_gate", (1, inputs, 180, 320), torch.bfloat16, weight) == expected
         assert chosen("pointwise_gate", (1, inputs, 16, 16), torch.bfloat16, weight) == "cpu"
+    tiles = sdan_fast.backends.kernel_instruction_set() == "avx512+amx"
+    weight = torch.empty(56, 56, 1, 1, dtype=torch.bfloat16)
+    for activation, expected in (("none", "reference" if tiles else "cpu"), ("gelu", "cpu")):
+        found = chosen("pointwise_conv2d", (1, 56, 180, 320), torch.bfloat16, weight, activation=activation)
+        assert found == expected, activation
     gate = torch.empty(large).to(memory_format=torch.channels_last)
     chain = [(torch.empty(28, 1, 1, 11), None, torch.empty(28, 1, 11, 1), None, 6)]
     expected = "cpu" if short_vectors else "reference"

@@ -72,6 +72,8 @@ _REACH = 12  # columns between the outermost taps up to which they are used for 
 
 # With short vectors the kernels lose where oneDNN's channels_last kernels do not, and the other way about.
 AVX2: bool = backends.kernel_instruction_set() == "avx2"
+# Whether both we and oneDNN multiply bfloat16 in matrix tiles.
+AMX: bool = (backends.kernel_instruction_set() or "").endswith("+amx")
 # Where a processor multiplies pairs of bfloat16; elsewhere nobody measured PyTorch's bfloat16 against ours.
 _PAIRS: bool = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -12,7 +13,7 @@ from .. import reference
 from . import _check
 from ._conv import Shape, conv_backward, conv_backward_flops, conv_flops
 from ._op import Op
-from .depthwise_conv2d import convolution_autocast
+from .depthwise_conv2d import AMX, convolution_autocast, in_large_channels_last
 from .star import ACTIVATIONS, activation_backward
 
 
@@ -61,3 +62,16 @@ pointwise_conv2d = Op(
     output_shape=lambda x, weight, *_, **__: [x.shape[0], weight.shape[0], *x.shape[2:]],
     plain_elsewhere=True,
 )
+
+
+_LARGE = 2_000_000  # elements from which oneDNN's products of matrix tiles are ahead
+
+
+def slower(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str = "none") -> str | None:
+    """Large channels_last images of bfloat16 and nothing after the product, where that is one of matrix tiles."""
+    if AMX and activation == "none" and in_large_channels_last(x, torch.bfloat16, _LARGE):
+        return "PyTorch's own product is faster in channels_last and bfloat16 without an activation"
+    return None
+
+
+pointwise_conv2d.slower["cpu"] = slower
