@@ -56,20 +56,19 @@ def depthwise_conv2d(
     dh, dw = pair(dilation)
     kh, kw = weight.shape[-2:]
     padding = (dh * (kh - 1) // 2, dw * (kw - 1) // 2)
-    if kw > 13 and x.is_cpu and not x.is_contiguous() and _convolves_in_bfloat16(x):
-        # In channels_last, a view of it too, PyTorch 2.14.1 may never return on processors with AVX512-BF16
-        # (docs/decisions.md).
+    if kw > 13 and x.is_cpu and not x.is_contiguous() and _convolves_in_16_bits(x):
+        # In channels_last, a view of it too, PyTorch 2.14.1 may never return on processors with AVX512-BF16 or,
+        # in float16, AVX512-FP16 (docs/decisions.md).
         return depthwise_conv2d(x.contiguous(), weight, bias, dilation=dilation).contiguous(
             memory_format=output_format(x)
         )
     return F.conv2d(x, weight, bias, padding=padding, dilation=(dh, dw), groups=weight.shape[0])
 
 
-def _convolves_in_bfloat16(x: Tensor) -> bool:
-    """Whether a convolution of a CPU tensor runs in bfloat16, its own or autocast's."""
-    if torch.is_autocast_enabled("cpu"):
-        return torch.get_autocast_dtype("cpu") == torch.bfloat16
-    return x.dtype == torch.bfloat16
+def _convolves_in_16_bits(x: Tensor) -> bool:
+    """Whether a convolution of a CPU tensor runs in bfloat16 or float16, its own or autocast's."""
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    return dtype in (torch.bfloat16, torch.float16)
 
 
 def strip_conv_chain(x: Tensor, stages: Sequence[StripStage]) -> Tensor:
