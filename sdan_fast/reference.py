@@ -8,6 +8,7 @@ inside a chain the intermediate (bias included) counts as zero outside the image
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -56,19 +57,13 @@ def depthwise_conv2d(
     dh, dw = pair(dilation)
     kh, kw = weight.shape[-2:]
     padding = (dh * (kh - 1) // 2, dw * (kw - 1) // 2)
-    if kw > 13 and x.is_cpu and not x.is_contiguous() and _convolves_in_16_bits(x):
-        # In channels_last, a view of it too, PyTorch 2.14.1 may never return on processors with AVX512-BF16 or,
-        # in float16, AVX512-FP16 (docs/decisions.md).
-        return depthwise_conv2d(x.contiguous(), weight, bias, dilation=dilation).contiguous(
-            memory_format=output_format(x)
-        )
-    return F.conv2d(x, weight, bias, padding=padding, dilation=(dh, dw), groups=weight.shape[0])
-
-
-def _convolves_in_16_bits(x: Tensor) -> bool:
-    """Whether a convolution of a CPU tensor runs in bfloat16 or float16, its own or autocast's."""
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-    return dtype in (torch.bfloat16, torch.float16)
+    if kw > 13 and x.is_cpu and dtype in (torch.bfloat16, torch.float16):
+        # In 16 bits PyTorch 2.14.1 may never return (docs/decisions.md). It sums in float32 anyway.
+        wide = [None if t is None else t.to(dtype).float() for t in (x, weight, bias)]
+        with torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext():
+            return F.conv2d(*wide, padding=padding, dilation=(dh, dw), groups=weight.shape[0]).to(dtype)
+    return F.conv2d(x, weight, bias, padding=padding, dilation=(dh, dw), groups=weight.shape[0])
 
 
 def strip_conv_chain(x: Tensor, stages: Sequence[StripStage]) -> Tensor:
