@@ -112,12 +112,12 @@ def interpreting_triton() -> bool:
 
 
 _INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
-_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 BACKENDS: dict[str, Backend] = {
-    "cpu": Backend("cpu", ("cpu",), _KERNEL_DTYPES, _load_extension("_C_cpu")),
-    "triton": Backend("triton", ("cpu",) if _INTERPRETING else ("cuda",), _KERNEL_DTYPES, _triton_missing()),
-    "cuda": Backend("cuda", ("cuda",), _KERNEL_DTYPES, _cuda_missing()),
+    "cpu": Backend("cpu", ("cpu",), KERNEL_DTYPES, _load_extension("_C_cpu")),
+    "triton": Backend("triton", ("cpu",) if _INTERPRETING else ("cuda",), KERNEL_DTYPES, _triton_missing()),
+    "cuda": Backend("cuda", ("cuda",), KERNEL_DTYPES, _cuda_missing()),
 }
 
 
@@ -136,7 +136,7 @@ _DYNAMO_READS_CONTEXT = tuple(map(int, torch.__version__.split(".")[:2])) >= (2,
 _for_dynamo = _INITIAL
 
 
-def _named() -> str:
+def named() -> str:
     """The backend in force, in a form that the Dynamo at hand can trace."""
     if _DYNAMO_READS_CONTEXT or not torch.compiler.is_compiling():
         return _current.get()
@@ -181,7 +181,7 @@ def choose(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     Raises:
         RuntimeError: if a named backend cannot run it, with the reason.
     """
-    name = _named()
+    name = named()
     if name == "auto":
         for candidate in ORDER[:-1]:
             if (

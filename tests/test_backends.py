@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import threading
 import timeit
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 
 import sdan_fast
 from sdan_fast import backends
@@ -294,3 +297,48 @@ def test_auto_prefers_pytorch_where_it_is_faster(name: str, call, where: tuple[i
             assert sdan_fast.explain(name, *args, **kwargs).backend == "cpu"
             with torch.no_grad():
                 assert sdan_fast.explain(name, *args, **kwargs).backend == "reference"
+
+
+def _wrong_calls() -> list[tuple[str, Callable[[], Tensor]]]:
+    x, square = torch.randn(1, 4, 5, 6), torch.randn(4, 1, 3, 3)
+    row, column, one = torch.randn(4, 1, 1, 3), torch.randn(4, 1, 3, 1), torch.randn(4, 4, 1, 1)
+    vector, empty = torch.randn(4), torch.randn(1, 4, 0, 6)
+    return [
+        ("another shape", lambda: F.star(x, x[:, :2])),
+        ("no activation", lambda: F.star(x, x, activation="tanh")),
+        ("another dtype", lambda: F.star(x, x.double())),
+        ("another device", lambda: F.star(x, x.to("meta"))),
+        ("no tensor", lambda: F.star(x, 1.0)),  # type: ignore[arg-type]
+        ("no image", lambda: F.layer_norm2d(x[0], vector, vector)),
+        ("no rows", lambda: F.layer_norm2d(empty, vector, vector)),
+        ("a weight too short", lambda: F.layer_norm2d(x, vector[:2], vector)),
+        ("a weight elsewhere", lambda: F.layer_norm2d(x, vector.to("meta"), vector)),
+        ("eps of bool", lambda: F.layer_norm2d(x, vector, vector, True)),
+        ("eps below zero", lambda: F.layer_norm2d(x, vector, vector, -1.0)),
+        ("a sparse image", lambda: F.layer_norm2d(x.to_sparse(), vector, vector)),
+        ("a sparse weight", lambda: F.pointwise_conv2d(x, one.to_sparse())),
+        ("a weight of floats of 64 bits", lambda: F.pointwise_conv2d(x, one.double())),
+        ("a bias too short", lambda: F.pointwise_conv2d(x, one, vector[:1])),
+        ("inputs that do not fit", lambda: F.pointwise_gate(x, x[:, :2], one)),
+        ("a bias of integers", lambda: F.pointwise_gate(x, x, one, vector.int())),
+        ("an even kernel", lambda: F.depthwise_conv2d(x, torch.randn(4, 1, 2, 2))),
+        ("dilation zero", lambda: F.depthwise_conv2d(x, square, dilation=0)),
+        ("dilation of bool", lambda: F.depthwise_conv2d(x, square, dilation=True)),
+        ("a dilation too large", lambda: F.depthwise_conv2d(x, square, dilation=1 << 30)),
+        ("three dilations", lambda: F.depthwise_conv2d(x, square, dilation=(1, 1, 1))),  # type: ignore[arg-type]
+        ("no stages", lambda: F.strip_conv_chain(x, [])),
+        ("a square strip", lambda: F.strip_conv_chain(x, [(square, None, column, None, 1)])),
+        (
+            "a chain's bias too long",
+            lambda: F.strip_conv_chain(x, [(row, one[0, 0, 0], column, x[0, 0, 0], 1)]),
+        ),
+    ]
+
+
+@pytest.mark.parametrize("name", [name for name, _ in _wrong_calls()])
+def test_calls_that_a_kernel_checks_are_refused_alike(name: str) -> None:
+    call = dict(_wrong_calls())[name]
+    with torch.enable_grad(), pytest.raises((TypeError, ValueError)) as checked:
+        call()
+    with torch.no_grad(), pytest.raises(checked.type, match=re.escape(str(checked.value))):
+        call()

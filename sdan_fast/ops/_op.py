@@ -25,6 +25,7 @@ NAMESPACE = "sdan_fast"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 OPS: dict[str, Op] = {}
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _transforms_active = torch._C._are_functorch_transforms_active
@@ -58,6 +59,8 @@ class Op:
             the dtype that the reference sequence returns).
         output_shape: takes the op's arguments; the output's shape where it is not the first tensor's.
         plain_elsewhere: whether a named backend without a kernel for it leaves it to plain PyTorch.
+        kernel_checks: where the CPU kernel itself refuses every tensor that `check` refuses: takes the op's arguments,
+            and returns whether the others, too, are such that the kernel checks them.
     """
 
     name: str
@@ -70,6 +73,7 @@ class Op:
     autocast: Callable[[Sequence[Tensor], torch.dtype, str], tuple[torch.dtype, torch.dtype]] | None = None
     output_shape: Callable[..., list[Any]] | None = None
     plain_elsewhere: bool = False
+    kernel_checks: Callable[..., bool] | None = None
 
     composed: ClassVar[bool] = False  # see ComposedOp
 
@@ -106,6 +110,8 @@ class Op:
         """Check the arguments, choose a backend, run it; differentiable, compilable, autocast-aware."""
         if _autocasting():
             return self._autocast_call(args, kwargs)
+        if self.kernel_checks is not None and (found := self._checked_by_kernel(args, kwargs)) is not None:
+            return found
         self.check(*args, **kwargs)
         backend = backends.choose(self, args, kwargs)
         if _transforms_active():  # vmap, jvp and the like see through plain PyTorch best
@@ -122,6 +128,42 @@ class Op:
             return self.differentiable(backend, args, kwargs)
         with _below_autograd():
             return self.overloads[backend](*args, **kwargs)
+
+    def _checked_by_kernel(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """The result of a plain CPU call in inference, whose checks here would take longer than a small kernel.
+
+        None for every other call, and for one that the kernel refuses: then the checks say what is wrong with it.
+        """
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or not args:
+            return None
+        x = args[0]
+        for arg in args:
+            for t in arg if type(arg) is list else (arg,):
+                if type(t) in _PLAIN:
+                    if not t.is_cpu:
+                        return None
+                elif t is not None and type(t) is not float:
+                    return None
+        if (
+            type(x) not in _PLAIN
+            or x.dtype not in backends.KERNEL_DTYPES
+            or x.numel() == 0
+            or "cpu" not in self.kernels
+            or backends.named() not in ("auto", "cpu")
+            or _transforms_active()
+            or _forward_mode()
+        ):
+            return None
+        try:
+            if not self.kernel_checks(*args, **kwargs):  # type: ignore[misc]
+                return None
+            slower = self.slower.get("cpu")
+            if slower is not None and backends.named() == "auto" and slower(*args, **kwargs) is not None:
+                return None
+            with _below_autograd():
+                return self.overloads["cpu"](*args, **kwargs)
+        except Exception:
+            return None
 
     def _left_to_pytorch_with_gradient(self, args: tuple[Any, ...]) -> bool:
         """Whether a call that no kernel takes needs this op's own gradient formula.

@@ -63,6 +63,7 @@ depthwise_conv2d = Op(
     autocast=convolution_autocast,
     flops=flops,
     backward_flops=backward_flops,
+    kernel_checks=lambda *_, dilation=(): all(type(d) is int for d in dilation),
 )
 
 
@@ -117,6 +118,8 @@ def _few(kh: int, kw: int, dh: int, dw: int, low: bool) -> bool:
 
 def slower(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, dilation: Pair = (1, 1)) -> str | None:
     """Kernels of few taps on large channels_last images: how few, was measured for each form and dtype."""
+    if not torch.compiler.is_compiling() and x.numel() < LARGE:
+        return None
     kh, kw = weight.shape[2], weight.shape[3]
     dh, dw = reference.pair(dilation)
     for dtype in (torch.float32, torch.bfloat16):

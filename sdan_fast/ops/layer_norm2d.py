@@ -82,6 +82,7 @@ layer_norm2d = Op(
     autocast=autocast,
     flops=lambda *_, **__: 0,  # FlopCounterMode counts no normalization
     backward_flops=lambda *_, **__: 0,
+    kernel_checks=lambda x, weight, bias, eps=1e-5: type(eps) is float and 0 < eps < float("inf"),
 )
 
 

@@ -90,4 +90,5 @@ star = Op(
     autocast=autocast,
     flops=lambda *_, **__: 0,  # FlopCounterMode counts no element-wise op
     backward_flops=lambda *_, **__: 0,
+    kernel_checks=lambda *_, **__: True,
 )

@@ -114,6 +114,7 @@ strip_conv_chain = Op(
     autocast=convolution_autocast,
     flops=flops,
     backward_flops=backward_flops,
+    kernel_checks=lambda *_, dilations, **__: all(type(d) is int for d in dilations),
 )
 
 

@@ -11,35 +11,48 @@ namespace sdan_fast {
 namespace SDAN_ISA {
 namespace {
 
+constexpr int kStagedVecs = 4;  // vectors of pixels that NCHW takes together
+
 template <typename T>
 void to_floats(float* out, const T* p, int64_t n, float missing) {
   for (int64_t i = 0; i < n; ++i) out[i] = p == nullptr ? missing : to_float(p[i]);
 }
 
-// V vectors of pixels of a staged tile, whose channels are `stride` floats apart, in place. While
-// it computes, it asks for what will be moved next: the same pixels of the output, y, and of the
-// next tile, `next`.
+// V vectors of pixels of a plane each, of which `lanes` of the last are pixels. The first pass over
+// the channels copies them to `staged`, `stride` floats a channel, for the other two: planes are
+// often multiples of a large power of two apart, so that their lines evict each other. Meanwhile
+// it asks for the same pixels of the output, the second pass for those that come next.
 template <int V, typename T>
-SDAN_INLINE void pixels_nchw(const LayerNormArgs& a, float* x, int64_t stride, const float* weight,
-                             const float* bias, const T* y, const T* next) {
+SDAN_INLINE void pixels_nchw(const LayerNormArgs& a, const T* x, T* y, int lanes, float* staged,
+                             int64_t stride, const float* weight, const float* bias) {
   Statistics<V> s;
   statistics_of_planes(
-      s, x, stride, a.c, a.eps,
+      s, staged, stride, a.c, a.eps,
       [&](int64_t c) __attribute__((always_inline)) {
 #pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) prefetch_write(y + c * a.pixels + v * kLanes);
+        for (int v = 0; v < V; ++v) {
+          const T* p = x + c * a.pixels + v * kLanes;
+          store(staged + c * stride + v * kLanes,
+                V > 1 || lanes == kLanes ? load(p) : load_n(p, lanes));
+          prefetch_write(y + c * a.pixels + v * kLanes);
+        }
       },
       [&](int64_t c) __attribute__((always_inline)) {
 #pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) __builtin_prefetch(next + c * a.pixels + v * kLanes, 0, 2);
+        for (int v = 0; v < V; ++v) __builtin_prefetch(x + c * a.pixels + (V + v) * kLanes, 0, 2);
       });
-  for (int64_t c = 0; c < a.c; ++c, x += stride) {
+  for (int64_t c = 0; c < a.c; ++c, staged += stride, y += a.pixels) {
     const Vec w = set1(weight[c]);
     const Vec b = set1(bias[c]);
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
-      const Vec d = (load(x + v * kLanes) - s.mean[v]) - s.rest[v];
-      store(x + v * kLanes, fma(d * s.rstd[v], w, b));
+      const Vec d = (load(staged + v * kLanes) - s.mean[v]) - s.rest[v];
+      const Vec z = fma(d * s.rstd[v], w, b);
+      if (V > 1 || lanes == kLanes) {
+        store(y + v * kLanes, z);
+      } else {
+        store_n(y, z, lanes);
+      }
     }
   }
 }
@@ -49,20 +62,17 @@ void tile_nchw(const LayerNormArgs& a, int64_t image, int64_t first, int64_t las
                const float* weight, const float* bias, float* staged) {
   const int64_t at = image * a.c * a.pixels + first;
   const int64_t n = last - first;
-  const int64_t stride = staged_stride(n);
+  constexpr int64_t kStride = staged_stride(kStagedVecs * kLanes);
   const T* x = static_cast<const T*>(a.x) + at;
   T* y = static_cast<T*>(a.y) + at;
-  stage_planes(staged, stride, x, a.pixels, a.c, n);
   int64_t i = 0;
-  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
-    pixels_nchw<4>(a, staged + i, stride, weight, bias, y + i, x + n + i);
+  for (; i + kStagedVecs * kLanes <= n; i += kStagedVecs * kLanes) {
+    pixels_nchw<kStagedVecs>(a, x + i, y + i, kLanes, staged, kStride, weight, bias);
   }
   for (; i < n; i += kLanes) {
-    pixels_nchw<1>(a, staged + i, stride, weight, bias, y + i, x + n + i);
+    const int lanes = n - i < kLanes ? static_cast<int>(n - i) : kLanes;
+    pixels_nchw<1>(a, x + i, y + i, lanes, staged, kStride, weight, bias);
   }
-  write_planes(y, a.pixels, a.c, n, [&](int64_t c, int64_t k, int) __attribute__((always_inline)) {
-    return load(staged + c * stride + k);
-  });
 }
 
 // G neighbouring pixels.
@@ -109,8 +119,7 @@ void tile_channels_last(const LayerNormArgs& a, int64_t first, int64_t last, con
 
 template <typename T>
 void run(const LayerNormArgs& a, int64_t begin, int64_t end) {
-  const int64_t staged_floats =
-      a.channels_last ? 0 : a.c * staged_stride(a.tile < a.pixels ? a.tile : a.pixels);
+  const int64_t staged_floats = a.channels_last ? 0 : a.c * staged_stride(kStagedVecs * kLanes);
   float* staged = static_cast<float*>(
       thread_scratch(static_cast<size_t>(staged_floats + 2 * a.c) * sizeof(float)));
   float* weight = staged + staged_floats;

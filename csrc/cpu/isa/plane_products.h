@@ -2,7 +2,7 @@
 // go straight to where they are wanted, no tile of them is written and read again.
 //
 // The register blocks are those of pointwise.h. Group after group of outputs goes over all pixels
-// of the tile, so that the inputs of a tile should fit a first-level cache.
+// of the tile.
 #pragma once
 
 #include "pointwise.h"
@@ -13,17 +13,25 @@ namespace sdan_fast {
 namespace SDAN_ISA {
 
 // Pixels to copy at a time: rows of several lines, and inputs that about fill a first-level cache.
+// With AVX-512, whose products ask each level of the caches for less, an eighth of a second-level
+// one: the longer the rows, the more of them the processor's own prefetchers see coming.
+constexpr int64_t kPlaneFloats = SDAN_IS_AVX512 ? 65536 : 8192;
+constexpr int64_t kPlanePixels = SDAN_IS_AVX512 ? 384 : 256;
+
 SDAN_INLINE int64_t plane_pixels(int64_t ci) {
-  const int64_t n = 8192 / ci / 64 * 64;
-  return n < 64 ? 64 : n > 256 ? 256 : n;
+  const int64_t n = kPlaneFloats / ci / 64 * 64;
+  return n < 64 ? 64 : n > kPlanePixels ? kPlanePixels : n;
 }
 
 // finish(m, v, sum) takes M x V sums. Of every 64 inputs, of a few pixels (V = 1) of every 16, the
 // sums are taken apart, and the bias comes last: one long chain rounds more than a blocked product,
 // and the fewer the results the more luck PyTorch's largest error may have.
-template <int M, int V, typename Finish>
+//
+// fetch(m) asks for memory, for each output once, in between: all of a block's lines at once are
+// more than a core may have outstanding.
+template <int M, int V, typename Fetch, typename Finish>
 SDAN_INLINE void plane_kernel(const float* x, ptrdiff_t stride, int ci, const float* weight,
-                              const float* bias, const Finish& finish) {
+                              const float* bias, const Fetch& fetch, const Finish& finish) {
   constexpr int S = kPointwiseSums<M, V>;
   constexpr int kSummed = V == 1 ? 16 : 64;
   Vec acc[S][M][V], before[M][V];
@@ -40,6 +48,8 @@ SDAN_INLINE void plane_kernel(const float* x, ptrdiff_t stride, int ci, const fl
     x += stride;
     weight += M;
   };
+  const int every = 2 * ci >= M * S ? 2 * ci / M / S * S : S;  // inputs for two outputs' lines
+  int fetched = 0;
   for (int begin = 0; begin < ci; begin += kSummed) {
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
@@ -51,13 +61,19 @@ SDAN_INLINE void plane_kernel(const float* x, ptrdiff_t stride, int ci, const fl
       }
     }
     int left = ci - begin < kSummed ? ci - begin : kSummed;
-    for (; left >= S; left -= S) {
+    while (left >= S) {
+      int steps = (left < every ? left : every) / S;
+      left -= steps * S;
+      for (int end = fetched + 2; fetched < end && fetched < M; ++fetched) fetch(fetched);
+      do {
 #pragma GCC unroll 4
-      for (int s = 0; s < S; ++s) add_row(s);
+        for (int s = 0; s < S; ++s) add_row(s);
+      } while (--steps > 0);
     }
     for (; left > 0; --left) add_row(0);
     add_up(acc);
   }
+  for (; fetched < M; ++fetched) fetch(fetched);
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) {
     const Vec b = set1(bias[m]);
@@ -79,11 +95,11 @@ static void plane_group(const Pointwise& pw, int first, const float* x, ptrdiff_
   const float* weight = pw.weight + static_cast<int64_t>(first) * ci;
   const float* bias = pw.bias + first;
   const auto pixels = [&](int64_t i) __attribute__((always_inline)) {
-    fetch(first, M, i);
-    plane_kernel<M, V>(x + i, stride, ci, weight, bias,
-                       [&](int m, int v, Vec sum) __attribute__((always_inline)) {
-                         finish(first + m, i + v * kLanes, sum, kLanes);
-                       });
+    plane_kernel<M, V>(
+        x + i, stride, ci, weight, bias,
+        [&](int m) __attribute__((always_inline)) { fetch(first + m, i); },
+        [&](int m, int v, Vec sum)
+            __attribute__((always_inline)) { finish(first + m, i + v * kLanes, sum, kLanes); });
   };
   if (n >= V * kLanes) {
     int64_t i = 0;
@@ -94,15 +110,16 @@ static void plane_group(const Pointwise& pw, int first, const float* x, ptrdiff_
   }
   for (int64_t i = 0; i < n; i += kLanes) {
     const int lanes = n - i < kLanes ? static_cast<int>(n - i) : kLanes;
-    plane_kernel<M, 1>(x + i, stride, ci, weight, bias,
-                       [&](int m, int, Vec sum)
-                           __attribute__((always_inline)) { finish(first + m, i, sum, lanes); });
+    plane_kernel<M, 1>(
+        x + i, stride, ci, weight, bias, [](int) {},
+        [&](int m, int, Vec sum)
+            __attribute__((always_inline)) { finish(first + m, i, sum, lanes); });
   }
 }
 
 // finish(m, i, sum, lanes) for all outputs m of n pixels, a vector of them from pixel i on, some
-// more than once; `lanes` of the vector are pixels. fetch(m, count, i) comes before the sums of
-// `count` outputs, m and on, of the kPointwiseVecs vectors from pixel i on. x: a tile, zero up to
+// more than once; `lanes` of the vector are pixels. fetch(m, i) comes once for each output m and
+// the kPointwiseVecs vectors from pixel i on. x: a tile, zero up to
 // whole vectors; pw packed by pack_pointwise_weight. Neither may hold anything by reference
 // (plane_group).
 template <typename Fetch, typename Finish>
@@ -139,14 +156,13 @@ SDAN_INLINE void plane_products(const Pointwise& pw, const float* x, ptrdiff_t s
   }
 }
 
-// The same pixels of the rows [ci * m / co, ci * (m + count) / co) of planes, one step further on:
-// over a tile every row is asked for once.
+// The same pixels of the rows [ci * m / co, ci * (m + 1) / co) of planes, one step further on: over
+// a tile every row is asked for once.
 template <typename T>
-SDAN_INLINE void fetch_planes(const T* x, int64_t plane, int64_t ci, int64_t co, int64_t m,
-                              int64_t count) {
+SDAN_INLINE void fetch_planes(const T* x, int64_t plane, int ci, int co, int m) {
   constexpr int64_t kBytes = kPointwiseVecs * kLanes * sizeof(T);
-  const int64_t end = ci * (m + count) / co;
-  for (int64_t k = ci * m / co; k < end; ++k) {
+  const int64_t end = int64_t{ci} * (m + 1) / co;
+  for (int64_t k = int64_t{ci} * m / co; k < end; ++k) {
 #pragma GCC unroll 2
     for (int64_t at = 0; at < kBytes; at += 64) {
       __builtin_prefetch(reinterpret_cast<const char*>(x + k * plane) + at, 0, 2);
@@ -155,13 +171,11 @@ SDAN_INLINE void fetch_planes(const T* x, int64_t plane, int64_t ci, int64_t co,
 }
 
 template <typename T>
-SDAN_INLINE void fetch_planes_to_write(T* y, int64_t plane, int64_t m, int64_t count) {
+SDAN_INLINE void fetch_plane_to_write(T* y) {
   constexpr int64_t kBytes = kPointwiseVecs * kLanes * sizeof(T);
-  for (int64_t k = m; k < m + count; ++k) {
 #pragma GCC unroll 2
-    for (int64_t at = 0; at < kBytes; at += 64) {
-      prefetch_write(reinterpret_cast<const char*>(y + k * plane) + at);
-    }
+  for (int64_t at = 0; at < kBytes; at += 64) {
+    prefetch_write(reinterpret_cast<const char*>(y) + at);
   }
 }
 

@@ -14,7 +14,7 @@ namespace SDAN_ISA {
 
 // Floats from one row of a staged tile of n pixels to the next: whole vectors, and one more so that
 // rows do not share cache sets.
-SDAN_INLINE int64_t staged_stride(int64_t n) {
+SDAN_INLINE constexpr int64_t staged_stride(int64_t n) {
   return (n + kLanes - 1) / kLanes * kLanes + kLanes;
 }
 

@@ -181,10 +181,10 @@ void run_planes(const PointwiseConvPlan& plan, int64_t first, int64_t last, cons
     const bool more = at + n < plane;
     plane_products(
         conv, s.x, s.stride, n,
-        [=](int m, int count, int64_t k) __attribute__((always_inline)) {
+        [=](int m, int64_t k) __attribute__((always_inline)) {
           if (!more) return;
-          fetch_planes(x + n + k, x_plane, ci, co, m, count);
-          fetch_planes_to_write(y + n + k, y_plane, m, count);
+          fetch_planes(x + n + k, x_plane, ci, co, m);
+          fetch_plane_to_write(y + n + k + m * y_plane);
         },
         [=](int m, int64_t k, Vec sum, int lanes)
             __attribute__((always_inline)) { store_sum(sums + m * sums_plane + k, sum, lanes); });

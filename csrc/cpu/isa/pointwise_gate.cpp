@@ -83,11 +83,11 @@ void tile_nchw(const PointwiseGateArgs& a, int64_t image, int64_t first, int64_t
     const bool more = !cached && i + n < plane;
     plane_products(
         product, staged, static_cast<ptrdiff_t>(stride), n,
-        [=](int m, int count, int64_t k) __attribute__((always_inline)) {
+        [=](int m, int64_t k) __attribute__((always_inline)) {
           if (!more) return;
-          fetch_planes(x + n + k, plane, ci, co, m, count);
-          fetch_planes(u + n + k, plane, co, co, m, count);
-          fetch_planes_to_write(y + n + k, plane, m, count);
+          fetch_planes(x + n + k, plane, ci, co, m);
+          fetch_planes(u + n + k, plane, co, co, m);
+          fetch_plane_to_write(y + n + k + m * plane);
         },
         [=](int m, int64_t k, Vec sum, int lanes) __attribute__((always_inline)) {
           const T* p = u + m * plane + k;
