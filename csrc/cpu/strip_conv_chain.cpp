@@ -49,13 +49,16 @@ bool reads_flat(StripChainArgs* args, const std::vector<StripArgs>& vertical, in
   int64_t tw = kWindow / (rows * args->c) - beside;
   const int64_t narrow = 4 * beside > 64 ? 4 * beside : 64;
   if (tw < narrow) tw = narrow;
+  // Where hardly a row is read twice, whole ones move fastest.
+  const bool whole = 2 * args->halo_h < args->band;
+  if (whole) tw = args->w;
   if (rows * (tw + args->halo_w) * args->c > kMost) return false;
   const int64_t threads = work > (1 << 20) ? torch::stable::get_num_threads() : 1;
   const int64_t parts = (threads + args->n - 1) / args->n;
   int64_t th = args->h, tiles_w = (args->w + tw - 1) / tw;
   if (parts > 1) {
     const int64_t split = (tiles_w + parts - 1) / parts * parts;
-    if (args->w >= split * (beside > 16 ? beside : 16)) {
+    if (!whole && args->w >= split * (beside > 16 ? beside : 16)) {
       tiles_w = split;
     } else {
       th = (th + parts - 1) / parts;
