@@ -126,9 +126,10 @@ def test_auto_leaves_to_pytorch_what_it_does_faster() -> None:
         assert explanation.backend == "cpu" or "faster" in explanation.reasons["cpu"]
         return explanation.backend
 
-    large, small = (1, 28, 180, 320), (1, 28, 64, 64)
+    large, small, huge = (1, 28, 180, 320), (1, 28, 64, 64), (1, 28, 400, 400)
     few_channels = (1, 7, 360, 320)  # less than a short vector
     short_vectors = sdan_fast.backends.kernel_instruction_set() == "avx2"
+    in_place = short_vectors or sdan_fast.backends.kernel_instruction_set() == "avx512"
     for kernel, dilation, *expectations in (
         ((1, 3), 1, "reference", "reference"),
         ((1, 3), 4, "reference", "reference"),
@@ -142,7 +143,7 @@ def test_auto_leaves_to_pytorch_what_it_does_faster() -> None:
         ((7, 7), 1, "reference", "cpu"),
         ((7, 7), 4, "cpu", "cpu"),
     ):
-        expected = "cpu" if short_vectors else expectations[0]
+        expected = "cpu" if in_place else expectations[0]
         weight = torch.empty(28, 1, *kernel)
         assert chosen("depthwise_conv2d", large, torch.float32, weight, dilation=dilation) == expected, kernel
         expected = expectations[short_vectors]
@@ -150,6 +151,10 @@ def test_auto_leaves_to_pytorch_what_it_does_faster() -> None:
             chosen("depthwise_conv2d", few_channels, torch.float32, weight[:7], dilation=dilation) == expected
         )
         assert chosen("depthwise_conv2d", small, torch.float32, weight, dilation=dilation) == "cpu", kernel
+
+    strip = torch.empty(28, 1, 1, 3)
+    expected = "cpu" if short_vectors else "reference"
+    assert chosen("depthwise_conv2d", huge, torch.float32, strip) == expected
 
     only_short = "reference" if short_vectors else "cpu"
     for channels in (28, 56, 64):
@@ -173,7 +178,7 @@ def test_auto_leaves_to_pytorch_what_it_does_faster() -> None:
         assert found == expected, activation
     gate = torch.empty(large).to(memory_format=torch.channels_last)
     chain = [(torch.empty(28, 1, 1, 11), None, torch.empty(28, 1, 11, 1), None, 6)]
-    expected = "cpu" if short_vectors else "reference"
+    expected = "cpu" if in_place else "reference"
     assert chosen("gated_strip_conv_chain", large, torch.float32, gate, chain) == expected
     assert sdan_fast.explain("gated_strip_conv_chain", gate.contiguous(), gate, chain).backend == "cpu"
     weight = torch.empty(28, 1, 3, 3, dtype=torch.bfloat16)

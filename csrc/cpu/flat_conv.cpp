@@ -23,12 +23,13 @@ int64_t task_rows(const DepthwiseArgs& a, int64_t group, int64_t work) {
 }  // namespace
 
 bool loads_flat(DType dtype) {
-  return dtype == DType::kFloat32 ? picked_isa() != Isa::kAvx512 : picked_isa() == Isa::kAvx2;
+  return dtype == DType::kFloat32 || picked_isa() != Isa::kPortable;
 }
 
 bool reads_flat(const DepthwiseArgs& a) {
+  const int64_t taps = a.kh_used * a.kw_used;
   return loads_flat(a.dtype) && a.c >= vector_lanes() && a.w * a.c < (1 << 28) &&
-         a.kh_used * a.kw_used * (a.c < 64 ? 64 : a.c) <= 8 * 1024;
+         taps <= (picked_isa() == Isa::kAvx512 ? 64 : 128) && taps * a.c <= 8 * 1024;
 }
 
 void run_flat(DepthwiseArgs args) {

@@ -6,12 +6,12 @@
 
 namespace sdan_fast {
 
-// Whether the kernels read rows of this type in place: short vectors, into which 16-bit numbers are
+// Whether the kernels read rows of this type in place: 16-bit numbers where vectors of them are
 // loaded without a detour.
 bool loads_flat(DType dtype);
 
 // Whether a channels_last image is read in place: at least a vector's channels, unless the weights,
-// expanded to vectors, would not stay in a first-level cache.
+// expanded to vectors, would not stay in a first-level cache with what the taps see.
 bool reads_flat(const DepthwiseArgs& args);
 
 // Runs such a convolution; `grid` is chosen here.

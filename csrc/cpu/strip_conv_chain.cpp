@@ -30,30 +30,44 @@ int64_t band_of(int64_t least, int64_t group, int64_t h) {
 }
 
 // Whether the rows of a channels_last image are read in place, which may not depend on the number
-// of threads, as these kernels' last bits differ from the others'; and if so the bands and tiles: a
-// tile for each thread, halos permitting (each output is the same sum in any tile), and bands whose
-// windows stay in a last-level cache if that can be.
+// of threads, as these kernels' last bits differ from the others'; and if so the bands and tiles
+// (each output is the same sum in any tile): columns whose windows stay in a second-level cache,
+// but not of a few pixels beside what the later stages see, and at least one for each thread.
 bool reads_flat(StripChainArgs* args, const std::vector<StripArgs>& vertical, int64_t work) {
-  constexpr int64_t kCached = 2 * 1024 * 1024, kMost = 16 * 1024 * 1024;  // floats
+  constexpr int64_t kWindow = 256 * 1024, kMost = 16 * 1024 * 1024;  // floats
+  // Tiles of 16 long lanes are as fast where they are converted anyway.
+  if (args->dtype != DType::kFloat32 && picked_isa() == Isa::kAvx512) return false;
   if (!loads_flat(args->dtype) || args->c < vector_lanes() || args->halo_h > args->h ||
       args->w * args->c > kMost) {
     return false;
   }
-  int64_t windows = 0;
-  for (int64_t least = 16; least >= 4; least /= 2) {
-    args->band = band_of(least, row_group(vertical), args->h);
-    int64_t rows = args->band;
-    for (const StripArgs& s : vertical) rows += strip_level_rows(args->band, (s.used - 1) * s.d);
-    windows = rows * args->w * args->c;
-    if (windows <= kCached) break;
-  }
-  if (windows > kMost) return false;
+  args->band = band_of(16, row_group(vertical), args->h);
+  int64_t rows = args->band;
+  for (const StripArgs& s : vertical) rows += strip_level_rows(args->band, (s.used - 1) * s.d);
+  const StripArgs& first = args->horizontal[0];
+  const int64_t beside = args->halo_w - (first.used - 1) * first.d;
+  int64_t tw = kWindow / (rows * args->c) - beside;
+  const int64_t narrow = 4 * beside > 64 ? 4 * beside : 64;
+  if (tw < narrow) tw = narrow;
+  // Where hardly a row is read twice, whole ones move fastest.
+  const bool whole = 2 * args->halo_h < args->band;
+  if (whole) tw = args->w;
+  if (rows * (tw + args->halo_w) * args->c > kMost) return false;
   const int64_t threads = work > (1 << 20) ? torch::stable::get_num_threads() : 1;
   const int64_t parts = (threads + args->n - 1) / args->n;
-  int64_t th = (args->h + parts - 1) / parts;
-  if (th < args->halo_h) th = args->halo_h;
-  th = (th + args->band - 1) / args->band * args->band;
-  args->grid = {th, args->w, (args->h + th - 1) / th, 1};
+  int64_t th = args->h, tiles_w = (args->w + tw - 1) / tw;
+  if (parts > 1) {
+    const int64_t split = (tiles_w + parts - 1) / parts * parts;
+    if (!whole && args->w >= split * (beside > 16 ? beside : 16)) {
+      tiles_w = split;
+    } else {
+      th = (th + parts - 1) / parts;
+      if (th < args->halo_h) th = args->halo_h;
+      th = (th + args->band - 1) / args->band * args->band;
+    }
+  }
+  tw = ((args->w + tiles_w - 1) / tiles_w + 3) / 4 * 4;
+  args->grid = {th, tw, (args->h + th - 1) / th, (args->w + tw - 1) / tw};
   return true;
 }
 
@@ -187,7 +201,7 @@ Tensor run_chain(const char* op, const Tensor* gate, const Tensor& x,
 
   const int64_t work = x.numel() * work_per_pixel;
   if (args.channels_last && reads_flat(&args, axes[1], work)) {
-    const int64_t tasks = args.n * args.grid.tiles_h;
+    const int64_t tasks = args.n * args.grid.tiles_h * args.grid.tiles_w;
     parallel_for(tasks, grain_for(work / tasks / 4),
                  [&](int64_t begin, int64_t end) { flat_kernel(args, begin, end); });
     return y;

@@ -72,9 +72,11 @@ _REACH = 12  # columns between the outermost taps up to which they are used for 
 
 
 # With short vectors the kernels lose where oneDNN's channels_last kernels do not, and the other way about.
-AVX2: bool = backends.kernel_instruction_set() == "avx2"
-# Whether both we and oneDNN multiply bfloat16 in matrix tiles.
-AMX: bool = (backends.kernel_instruction_set() or "").endswith("+amx")
+_SET, _, _TILES = (backends.kernel_instruction_set() or "").partition("+")
+AVX2: bool = _SET == "avx2"
+AMX: bool = _TILES == "amx"  # whether both we and oneDNN multiply bfloat16 in matrix tiles
+_LANES: int = {"avx2": 8, "avx512": 16}.get(_SET, 1 << 30)
+_HUGE = 4_000_000  # elements from which, with long vectors, oneDNN's horizontal strips are ahead again
 # Where a processor multiplies pairs of bfloat16; elsewhere nobody measured PyTorch's bfloat16 against ours.
 _PAIRS: bool = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
 
@@ -90,9 +92,11 @@ def in_large_channels_last(x: Tensor, dtype: torch.dtype, least: int = LARGE) ->
     )
 
 
-def read_in_place(x: Tensor) -> bool:
-    """Whether kernels of short vectors read this large channels_last image where it lies: oneDNN's are not ahead."""
-    return AVX2 and x.dtype is torch.float32 and x.shape[1] >= 8
+def read_in_place(x: Tensor, rows: int = 0) -> bool:
+    """Whether kernels read this large channels_last image where it lies, and oneDNN's, of so many rows of taps if it is
+    one convolution, are not ahead."""
+    strip = rows == 1 and not AVX2 and x.numel() >= _HUGE
+    return x.dtype is torch.float32 and x.shape[1] >= _LANES and not strip
 
 
 def short(taps: int, dilation: int) -> bool:
@@ -124,7 +128,7 @@ def slower(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, dilation: P
     dh, dw = reference.pair(dilation)
     for dtype in (torch.float32, torch.bfloat16):
         few = _few(kh, kw, dh, dw, dtype is torch.bfloat16)
-        if few and in_large_channels_last(x, dtype) and not read_in_place(x):
+        if few and in_large_channels_last(x, dtype) and not read_in_place(x, kh):
             return f"PyTorch's own convolution is faster with {kh}x{kw} taps in channels_last"
     return None
 

@@ -1,5 +1,5 @@
 // The entry points of the kernels that read channels_last rows where they lie: at least a vector's
-// channels, and not with AVX-512, whose kernels are those of padded copies. Sums are of float32.
+// channels. Sums are of float32.
 #pragma once
 
 #include "depthwise_conv2d.h"
@@ -22,7 +22,7 @@ struct FlatSums {
 
 }  // namespace sdan_fast
 
-// Tasks [begin, end) of n * tiles_h, tiles being whole rows.
+// Tasks [begin, end) of n * tiles_h * tiles_w, for convolutions whole rows.
 SDAN_DECLARE_KERNEL(flat_conv_run, const ::sdan_fast::DepthwiseArgs& args, int64_t begin,
                     int64_t end)
 SDAN_DECLARE_KERNEL(flat_chain_run, const ::sdan_fast::StripChainArgs& args, int64_t begin,

@@ -205,7 +205,7 @@ void run(const FlatSums& a, int64_t begin, int64_t end) {
 }  // namespace
 
 void flat_sums_run(const FlatSums& args, int64_t begin, int64_t end) {
-  if constexpr (kHasFlat) run(args, begin, end);
+  run(args, begin, end);
 }
 
 }  // namespace SDAN_ISA

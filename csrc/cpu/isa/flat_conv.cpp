@@ -22,16 +22,14 @@ void run(const DepthwiseArgs& a, int64_t begin, int64_t end) {
     const int64_t h1 = a.h - h0 < a.grid.tile_h ? a.h : h0 + a.grid.tile_h;
     conv.x = static_cast<const T*>(a.x) + image;
     conv.y = static_cast<T*>(a.y) + image;
-    flat_image_rows(conv, h0, h1);
+    flat_rectangle(conv, h0, h1, 0, a.w);
   }
 }
 
 }  // namespace
 
 void flat_conv_run(const DepthwiseArgs& args, int64_t begin, int64_t end) {
-  if constexpr (kHasFlat) {
-    by_dtype(args.dtype, [&](auto t) { run<decltype(t)>(args, begin, end); });
-  }
+  by_dtype(args.dtype, [&](auto t) { run<decltype(t)>(args, begin, end); });
 }
 
 }  // namespace SDAN_ISA

@@ -48,21 +48,21 @@ SDAN_INLINE void cut_sums(Vec (&acc)[R][V], const FlatConv<T>& conv, const FlatW
 template <int R, int V, int KH, typename T>
 SDAN_INLINE void flat_block(const FlatConv<T>& conv, const FlatWindow& window, const T* x, T* y,
                             int q) {
-  const ptrdiff_t row = conv.row * conv.dh;
+  const ptrdiff_t row = conv.row * conv.dh, y_row = conv.y_row * conv.dh;
   const ptrdiff_t column = conv.column * conv.dw;
-  const ptrdiff_t unit = conv.unit * conv.column;
+  const ptrdiff_t unit = conv.unit * conv.column, y_unit = conv.unit * conv.y_column;
   const float* w =
       conv.weights + (static_cast<ptrdiff_t>(q) * conv.kw + window.j0) * conv.kh * kLanes;
   x += window.j0 * column;
   if (R > 1 && conv.ahead) {
     const T* in = x + (conv.kh - 1 + R) * row;
-    const T* out = y + R * row;
+    const T* out = y + R * y_row;
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
       for (int v = 0; v < V; ++v) {
         __builtin_prefetch(in + r * row + v * unit);
-        prefetch_write(out + r * row + v * unit);
+        prefetch_write(out + r * y_row + v * y_unit);
       }
     }
   }
@@ -82,7 +82,7 @@ SDAN_INLINE void flat_block(const FlatConv<T>& conv, const FlatWindow& window, c
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) store(y + r * row + v * unit, acc[r][v] + bias);
+    for (int v = 0; v < V; ++v) store(y + r * y_row + v * y_unit, acc[r][v] + bias);
   }
 }
 
@@ -99,25 +99,26 @@ SDAN_INLINE void flat_units(const FlatConv<T>& conv, const FlatWindow& window, c
 template <int R, int KH, typename T>
 __attribute__((noinline)) void flat_part(FlatConv<T> conv, FlatWindow window, const T* x, T* y,
                                          int64_t columns) {
-  constexpr int kUnits = kFlatSums / R;
+  // What five rows of taps see of more units at a time would not stay in a first-level cache.
+  constexpr int kUnits = KH == 5 && flat_vecs<R>() > 2 ? 2 : flat_vecs<R>();
   int64_t units = columns / conv.unit;
-  const ptrdiff_t unit = conv.unit * conv.column;
-  for (; units >= kUnits; units -= kUnits, x += kUnits * unit, y += kUnits * unit) {
+  const ptrdiff_t unit = conv.unit * conv.column, y_unit = conv.unit * conv.y_column;
+  for (; units >= kUnits; units -= kUnits, x += kUnits * unit, y += kUnits * y_unit) {
     flat_units<R, kUnits, KH>(conv, window, x, y);
   }
   if constexpr (kUnits >= 8) {
     if (units >= 4) {
       flat_units<R, 4, KH>(conv, window, x, y);
-      units -= 4, x += 4 * unit, y += 4 * unit;
+      units -= 4, x += 4 * unit, y += 4 * y_unit;
     }
   }
   if constexpr (kUnits >= 4) {
     if (units >= 2) {
       flat_units<R, 2, KH>(conv, window, x, y);
-      units -= 2, x += 2 * unit, y += 2 * unit;
+      units -= 2, x += 2 * unit, y += 2 * y_unit;
     }
   }
-  for (; units > 0; --units, x += unit, y += unit) flat_units<R, 1, KH>(conv, window, x, y);
+  for (; units > 0; --units, x += unit, y += y_unit) flat_units<R, 1, KH>(conv, window, x, y);
   const int64_t floats = columns % conv.unit * conv.c;
   for (int q = 0; q * kLanes < floats; ++q) {
     const int64_t at = flat_at(q, floats);
@@ -136,21 +137,21 @@ static void flat_rows(const FlatConv<T>& conv, int64_t h, int64_t w0, int64_t w1
   if (s1 < window.s1) window.s1 = static_cast<int>(s1);
   for_each_part(conv.w, conv.kw, conv.dw, w0, w1, [&](int64_t p, int64_t columns, int j0, int j1) {
     window.j0 = j0, window.j1 = j1;
-    const ptrdiff_t at = h * conv.row + p * conv.column;
-    const T* x = conv.x + at - conv.pad_h * conv.row - conv.pad_w * conv.column;
+    const T* x = conv.x + (h - conv.pad_h) * conv.row + (p - conv.pad_w) * conv.column;
+    T* y = conv.y + h * conv.y_row + p * conv.y_column;
     const bool inside = window.s0 == 0 && window.s1 == conv.kh + R - 1;
     if constexpr (KH == 1 || KH == 3) {
       if (conv.period > 0 && inside) {
-        line_part<R, KH>(conv, window, x, conv.y + at, columns);
+        line_part<R, KH>(conv, window, x, y, columns);
         return;
       }
     }
     if (conv.period > 0) {
-      line_part<R, kCut>(conv, window, x, conv.y + at, columns);
+      line_part<R, kCut>(conv, window, x, y, columns);
     } else if (KH != kCut && inside) {
-      flat_part<R, KH>(conv, window, x, conv.y + at, columns);
+      flat_part<R, KH>(conv, window, x, y, columns);
     } else {
-      flat_part<R, kCut>(conv, window, x, conv.y + at, columns);
+      flat_part<R, kCut>(conv, window, x, y, columns);
     }
   });
 }
@@ -176,29 +177,37 @@ static void flat_conv(const FlatConv<T>& conv, int64_t h0, int64_t h1, int64_t w
 }
 
 template <int R, int KH, typename T>
-static void flat_image_rows_of(const FlatConv<T>& conv, int64_t h0, int64_t h1) {
+static void flat_rectangle_of(const FlatConv<T>& conv, int64_t h0, int64_t h1, int64_t w0,
+                              int64_t w1) {
   if (!conv.exchanged) {
-    flat_conv<R, KH>(conv, h0, h1, 0, conv.w);
+    // Columns whose rows, as long as taps see them, stay in a second-level cache.
+    constexpr int64_t kWindow = 1024 * 1024, kColumns = 64;
+    const int64_t rows = (conv.kh + 2 * R - 1) * conv.dh;
+    int64_t columns = kWindow / (rows * conv.c * static_cast<int64_t>(sizeof(T)));
+    columns = columns < kColumns ? kColumns : columns / kColumns * kColumns;
+    for (int64_t w = w0; w < w1; w += columns) {
+      flat_conv<R, KH>(conv, h0, h1, w, w1 - w < columns ? w1 : w + columns);
+    }
     return;
   }
   // Few rows at a time: where they are a multiple of 4 KB apart they share cache sets.
-  constexpr int64_t kRows = kFlatSums / R;
+  constexpr int64_t kRows = flat_vecs<R>();
   for (int64_t h = h0; h < h1; h += kRows) {
-    flat_conv<R, KH>(conv, 0, conv.h, h, h1 - h < kRows ? h1 : h + kRows);
+    flat_conv<R, KH>(conv, w0, w1, h, h1 - h < kRows ? h1 : h + kRows);
   }
 }
 
-// Rows [h0, h1) of the image.
+// Rows [h0, h1) of columns [w0, w1) of the image.
 template <typename T>
-void flat_image_rows(const FlatConv<T>& conv, int64_t h0, int64_t h1) {
+void flat_rectangle(const FlatConv<T>& conv, int64_t h0, int64_t h1, int64_t w0, int64_t w1) {
   if (conv.kh == 1) {
-    flat_image_rows_of<1, 1>(conv, h0, h1);
+    flat_rectangle_of<1, 1>(conv, h0, h1, w0, w1);
   } else if (conv.kh == 3) {
-    flat_image_rows_of<4, 3>(conv, h0, h1);
+    flat_rectangle_of<4, 3>(conv, h0, h1, w0, w1);
   } else if (conv.kh == 5) {
-    flat_image_rows_of<4, 5>(conv, h0, h1);
+    flat_rectangle_of<4, 5>(conv, h0, h1, w0, w1);
   } else {
-    flat_image_rows_of<4, kInside>(conv, h0, h1);
+    flat_rectangle_of<4, kInside>(conv, h0, h1, w0, w1);
   }
 }
 

@@ -21,7 +21,7 @@ SDAN_INLINE void line_block(const FlatConv<T>& conv, const FlatWindow& window, c
   const int kh = KH > 0 ? KH : conv.kh;
   const int j0 = KW > 0 ? 0 : window.j0;
   const int j1 = KW > 0 ? KW : window.j1;
-  const ptrdiff_t row = conv.row * conv.dh;
+  const ptrdiff_t row = conv.row * conv.dh, y_row = conv.y_row * conv.dh;
   const ptrdiff_t column = conv.column * conv.dw;
   const ptrdiff_t pitch = conv.pitch;
   const float* bias = w + pitch * kh * (KW > 0 ? KW : conv.kw);
@@ -56,7 +56,7 @@ SDAN_INLINE void line_block(const FlatConv<T>& conv, const FlatWindow& window, c
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
-      store(y + r * row + v * kLanes, acc[r][v] + load(bias + v * kLanes));
+      store(y + r * y_row + v * kLanes, acc[r][v] + load(bias + v * kLanes));
     }
   }
 }
@@ -65,7 +65,7 @@ SDAN_INLINE void line_block(const FlatConv<T>& conv, const FlatWindow& window, c
 template <int R, int KH, int KW, typename T>
 __attribute__((noinline)) void line_part_of(FlatConv<T> conv, FlatWindow window, const T* x, T* y,
                                             int64_t columns) {
-  constexpr int kVecs = kFlatSums / R;
+  constexpr int kVecs = flat_vecs<R>();
   const int64_t floats = columns * conv.c;
   const int64_t first = y - conv.y;
   const auto single = [&](int64_t at) __attribute__((always_inline)) {

@@ -9,15 +9,20 @@
 namespace sdan_fast {
 namespace SDAN_ISA {
 
-// With AVX-512 the padded copies are what was measured.
-constexpr bool kHasFlat = !SDAN_IS_AVX512;
-
 // Sums at a time, which with an input and its weights have to fit the registers.
-#if SDAN_IS_PORTABLE
-constexpr int kFlatSums = 4;
-#else
+#if SDAN_IS_AVX512
+constexpr int kFlatSums = 16;
+#elif SDAN_IS_AVX2
 constexpr int kFlatSums = 8;
+#else
+constexpr int kFlatSums = 4;
 #endif
+
+// Vectors at a time of R rows.
+template <int R>
+constexpr int flat_vecs() {
+  return kFlatSums / R < 8 ? kFlatSums / R : 8;
+}
 
 // The taps that can touch the image.
 struct FlatKernel {
@@ -32,7 +37,8 @@ struct FlatConv {
   T* y;
   bool exchanged;
   int64_t h, w, c;
-  ptrdiff_t row, column;  // elements from one to the next
+  ptrdiff_t row, column;      // elements from one to the next, of x
+  ptrdiff_t y_row, y_column;  // of y
   int kh, kw;
   int64_t dh, dw;
   int64_t pad_h, pad_w;
@@ -83,12 +89,20 @@ FlatConv<T> flat_geometry(int64_t h, int64_t w, int64_t c, const FlatKernel& k) 
     std::swap(conv.kh, conv.kw);
     std::swap(conv.dh, conv.dw);
   }
+  conv.y_row = conv.row, conv.y_column = conv.column;
   conv.ahead = conv.exchanged && c * static_cast<int64_t>(sizeof(T)) > kFarPixel;
   conv.pad_h = (conv.kh - 1) / 2 * conv.dh;
   conv.pad_w = (conv.kw - 1) / 2 * conv.dw;
   conv.unit = flat_unit(c, !conv.exchanged);
   conv.vecs = static_cast<int>((conv.unit * c + kLanes - 1) / kLanes);
   return conv;
+}
+
+// Elements from one row of the image to the next, of x and of y.
+template <typename T>
+SDAN_INLINE void set_pitches(FlatConv<T>& conv, ptrdiff_t x, ptrdiff_t y) {
+  (conv.exchanged ? conv.column : conv.row) = x;
+  (conv.exchanged ? conv.y_column : conv.y_row) = y;
 }
 
 // Floats that stage_flat writes: the weights and the bias.
