@@ -129,7 +129,7 @@ def test_auto_leaves_to_pytorch_what_it_does_faster() -> None:
     large, small, huge = (1, 28, 180, 320), (1, 28, 64, 64), (1, 28, 400, 400)
     few_channels = (1, 7, 360, 320)  # less than a short vector
     short_vectors = sdan_fast.backends.kernel_instruction_set() == "avx2"
-    in_place = short_vectors or sdan_fast.backends.kernel_instruction_set() == "avx512"
+    in_place = short_vectors or str(sdan_fast.backends.kernel_instruction_set()).startswith("avx512")
     for kernel, dilation, *expectations in (
         ((1, 3), 1, "reference", "reference"),
         ((1, 3), 4, "reference", "reference"),

@@ -58,7 +58,7 @@ class TestMMLKA(OpContract):
         case("unequal-chunks", 1, 9, 11, [(1, square(3)), (7, strip(5))]),
         case("one-pixel", 1, 1, 1, [(2, square(7)), (2, strip(11))]),
         case("one-row", 1, 1, 40, [(2, square(7)), (2, strip(11))]),
-        case("smaller-than-kernel", 1, 4, 3, [(2, square(9)), (2, strip(11))]),
+        case("smaller-than-kernel", 1, 5, 3, [(2, square(9)), (2, strip(11))]),
         case("sdan", 1, 12, 50, [(28, square(7)), (28, strip(11))]),
         case("wider-than-a-tile", 1, 3, 67, [(35, square(3)), (31, strip(3))]),
     )  # fmt: skip
