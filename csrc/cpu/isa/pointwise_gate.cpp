@@ -71,7 +71,7 @@ void tile_nchw(const PointwiseGateArgs& a, int64_t image, int64_t first, int64_t
   float* staged = static_cast<float*>(
       thread_scratch(static_cast<size_t>(a.ci * stride + kLanes) * sizeof(float)));
   const int ci = static_cast<int>(a.ci), co = static_cast<int>(a.co);
-  const Pointwise product = {a.packed, a.packed + a.ci * a.co, ci, co, false};
+  const Pointwise product = {a.packed, a.packed + a.ci * a.co, ci, co, false, nullptr};
   const bool cached = is_cached(a);
   for (int64_t i = first; i < last; i += chunk) {
     const int64_t n = last - i < chunk ? last - i : chunk;
