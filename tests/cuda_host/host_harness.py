@@ -107,18 +107,24 @@ def _eager_backward(
     mask: Sequence[bool],
     exact: Sequence[Any],
 ) -> list[Tensor | None]:
-    """Eager's gradients. In float32 eager is two programs, one for each memory format, and either may be lucky on a few
-    elements: of each gradient the less exact one."""
-    formats = FORMATS if grad.dtype == torch.float32 and grad.dim() == 4 else ("as it is",)
+    """Eager's gradients. In float32 eager is several programs, with and without oneDNN in each memory format, and any
+    may be lucky on a few elements: of each gradient the least exact one."""
+    several = grad.dtype == torch.float32 and grad.dim() == 4
     runs = []
 
     def as_image(t: Any, name: str) -> Any:
         image = isinstance(t, Tensor) and (t.shape[:1], t.shape[2:]) == (grad.shape[:1], grad.shape[2:])
         return laid_out(t, name) if image and name != "as it is" else t
 
-    for name in formats:
-        images = [as_image(t, name) for t in (grad, *args)]
-        runs.append(op.reference_backward(*images, **kwargs, output_mask=mask))
+    before = torch._C._get_mkldnn_enabled()
+    try:
+        for onednn in (True, False) if several else (before,):
+            torch._C._set_mkldnn_enabled(onednn)
+            for name in FORMATS if several else ("as it is",):
+                images = [as_image(t, name) for t in (grad, *args)]
+                runs.append(op.reference_backward(*images, **kwargs, output_mask=mask))
+    finally:
+        torch._C._set_mkldnn_enabled(before)
 
     def error(candidate: tuple[Tensor | None, Tensor | None]) -> float:
         got, want = candidate
