@@ -60,9 +60,11 @@ def depthwise_conv2d(
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     if kw > 13 and x.is_cpu and dtype in (torch.bfloat16, torch.float16):
         # In 16 bits PyTorch 2.14.1 may never return (docs/decisions.md). It sums in float32 anyway.
-        wide = [None if t is None else t.to(dtype).float() for t in (x, weight, bias)]
+        x, weight = x.to(dtype).float(), weight.to(dtype).float()
+        bias = None if bias is None else bias.to(dtype).float()
         with torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext():
-            return F.conv2d(*wide, padding=padding, dilation=(dh, dw), groups=weight.shape[0]).to(dtype)
+            y = F.conv2d(x, weight, bias, padding=padding, dilation=(dh, dw), groups=weight.shape[0])
+        return y.to(dtype)
     return F.conv2d(x, weight, bias, padding=padding, dilation=(dh, dw), groups=weight.shape[0])
 
 
