@@ -22,16 +22,23 @@ SDAN_INLINE ImageView image_of(const PixelView& v) {
   return {v.data, v.dtype, v.stride_run, v.stride_c, 0, v.stride_p};
 }
 
-// dst[c][0, n) = pixels [first, first + n), then zeros up to a whole vector.
-static inline void load_pixels(const PixelView& view, int64_t first, int64_t n, int channels,
-                               float* dst, ptrdiff_t stride) {
-  const ImageView image = image_of(view);
+// f(run, place in it, pixels before, pixels) for each run that pixels [first, first + n) lie in.
+template <typename F>
+SDAN_INLINE void for_runs(const PixelView& view, int64_t first, int64_t n, const F& f) {
   for (int64_t done = 0; done < n;) {
     const int64_t run = (first + done) / view.run_pixels, at = (first + done) % view.run_pixels;
     const int64_t left = view.run_pixels - at < n - done ? view.run_pixels - at : n - done;
-    load_tile(image, run, 0, at, 0, channels, left, dst + done, stride);
+    f(run, at, done, left);
     done += left;
   }
+}
+
+// dst[c][0, n) = pixels [first, first + n), then zeros up to a whole vector.
+static inline void load_pixels(const PixelView& view, int64_t first, int64_t n, int channels,
+                               float* dst, ptrdiff_t stride) {
+  for_runs(view, first, n, [&](int64_t run, int64_t at, int64_t done, int64_t count) {
+    load_tile(image_of(view), run, 0, at, 0, channels, count, dst + done, stride);
+  });
   // The last run was completed to vectors of its own.
   for (int c = 0; c < channels; ++c) {
     for (int64_t i = n; i < round_up(n, kLanes); ++i) dst[c * stride + i] = 0.0f;
@@ -41,24 +48,16 @@ static inline void load_pixels(const PixelView& view, int64_t first, int64_t n, 
 // The same in pairs (pairs.h); past the n pixels there may be anything up to a whole vector.
 static inline void load_pixel_pairs(const PixelView& view, int64_t first, int64_t n, int channels,
                                     float* dst, ptrdiff_t stride) {
-  const ImageView image = image_of(view);
-  for (int64_t done = 0; done < n;) {
-    const int64_t run = (first + done) / view.run_pixels, at = (first + done) % view.run_pixels;
-    const int64_t left = view.run_pixels - at < n - done ? view.run_pixels - at : n - done;
-    load_pair_tile(image, run, 0, at, channels, left, dst + done, stride);
-    done += left;
-  }
+  for_runs(view, first, n, [&](int64_t run, int64_t at, int64_t done, int64_t count) {
+    load_pair_tile(image_of(view), run, 0, at, channels, count, dst + done, stride);
+  });
 }
 
 static inline void store_pixels(const PixelView& view, int64_t first, int64_t n, int channels,
                                 const float* src, ptrdiff_t stride) {
-  const ImageView image = image_of(view);
-  for (int64_t done = 0; done < n;) {
-    const int64_t run = (first + done) / view.run_pixels, at = (first + done) % view.run_pixels;
-    const int64_t left = view.run_pixels - at < n - done ? view.run_pixels - at : n - done;
-    store_tile(image, run, 0, at, 0, channels, left, src + done, stride);
-    done += left;
-  }
+  for_runs(view, first, n, [&](int64_t run, int64_t at, int64_t done, int64_t count) {
+    store_tile(image_of(view), run, 0, at, 0, channels, count, src + done, stride);
+  });
 }
 
 // Pixels [first, first + n) of a batch that has `end`, at place `at` of their tile.
