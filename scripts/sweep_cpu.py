@@ -1,6 +1,7 @@
 """Every op of one convolution or less on this CPU over kernels, dilations and sizes: the tables of docs/performance.md.
 
-    python scripts/sweep_cpu.py [--backend cpu] [--op OP ...] [--dtype DTYPE ...] [--size HxW ...] [--losses]
+    python scripts/sweep_cpu.py [--backend cpu] [--op OP ...] [--dtype DTYPE ...] [--size HxW ...]
+        [--channels N] [--losses]
 
 Each cell is verified, then timed in turn with eager PyTorch in both memory formats and with `torch.clone`. A line
 of a group of cells says how many reach the aim of 70 % of `clone`'s bandwidth or 60 % of the rate of multiply-adds,
@@ -14,6 +15,7 @@ import argparse
 import statistics
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -74,12 +76,16 @@ GRID: dict[str, Subject] = {
 }
 
 
-def cells(ops: list[str], sizes: list[Size], dtypes: list[str]) -> Iterator[Case]:
+def cells(ops: list[str], sizes: list[Size], dtypes: list[str], channels: int | None) -> Iterator[Case]:
     for op in ops:
-        for variant in GRID[op].variants:
+        subject, variants = GRID[op], GRID[op].variants
+        if channels is not None:
+            subject = replace(subject, channels=channels)
+            variants = tuple(variant for variant in variants if variant.channels is None)
+        for variant in variants:
             for size in sizes:
                 for dtype in dtypes:
-                    yield Case(GRID[op], variant, size, dtype)
+                    yield Case(subject, variant, size, dtype)
 
 
 def time_cell(case: Case, backend: str, limits: roofline.Roofline, seconds: float) -> list[Row]:
@@ -123,6 +129,7 @@ def main() -> None:
     parser.add_argument("--op", action="append", choices=tuple(GRID))
     parser.add_argument("--dtype", action="append", choices=tuple(DTYPES))
     parser.add_argument("--size", action="append", metavar="HxW")
+    parser.add_argument("--channels", type=int, help="of every cell's first tensor, instead of the network's")
     parser.add_argument("--seconds", type=float, default=0.4, help="of timing for each cell")
     parser.add_argument("--losses", action="store_true", help="list the cells that are slower than a peer")
     options = parser.parse_args()
@@ -130,7 +137,7 @@ def main() -> None:
     dtypes = options.dtype or ["float32"]
     limits = roofline.measure("cpu", dtype=torch.float32)
     found: dict[tuple[str, str, str], list[Row]] = defaultdict(list)
-    for case in cells(options.op or list(GRID), sizes, dtypes):
+    for case in cells(options.op or list(GRID), sizes, dtypes, options.channels):
         for row in time_cell(case, options.backend, limits, options.seconds):
             found[case.subject.op, case.dtype, row.layout].append(row)
             ratio = row.figures["best_peer_over_this"] if row.figures else 1.0
