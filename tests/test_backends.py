@@ -181,8 +181,18 @@ def test_auto_leaves_to_pytorch_what_it_does_faster() -> None:
     expected = "cpu" if in_place else "reference"
     assert chosen("gated_strip_conv_chain", large, torch.float32, gate, chain) == expected
     assert sdan_fast.explain("gated_strip_conv_chain", gate.contiguous(), gate, chain).backend == "cpu"
-    weight = torch.empty(28, 1, 3, 3, dtype=torch.bfloat16)
-    assert chosen("depthwise_conv2d", large, torch.bfloat16, weight) == low
+    for channels, kernel, with_tiles in (
+        (28, (3, 3), "cpu"),
+        (28, (1, 3), "cpu"),
+        (16, (1, 3), low),
+        (16, (3, 3), "cpu"),
+    ):
+        shape, weight = (1, channels, 180, 320), torch.empty(channels, 1, *kernel, dtype=torch.bfloat16)
+        expected = with_tiles if tiles else low
+        assert chosen("depthwise_conv2d", shape, torch.bfloat16, weight) == expected, (channels, kernel)
+    half = [tuple(t.bfloat16() if isinstance(t, torch.Tensor) else t for t in stage) for stage in stages[:1]]
+    assert chosen("strip_conv_chain", large, torch.bfloat16, half) == ("cpu" if tiles else low)
+    assert chosen("strip_conv_chain", huge, torch.bfloat16, half) == low
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

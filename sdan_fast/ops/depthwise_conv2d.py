@@ -76,7 +76,8 @@ _SET, _, _TILES = (backends.kernel_instruction_set() or "").partition("+")
 AVX2: bool = _SET == "avx2"
 AMX: bool = _TILES == "amx"  # whether both we and oneDNN multiply bfloat16 in matrix tiles
 _LANES: int = {"avx2": 8, "avx512": 16}.get(_SET, 1 << 30)
-_HUGE = 4_000_000  # elements from which, with long vectors, oneDNN's horizontal strips are ahead again
+HUGE = 4_000_000  # elements from which, with long vectors, oneDNN's horizontal strips are ahead again
+_PAIRED = 24  # channels from which ours are ahead of its horizontal strips in bfloat16
 # Where a processor multiplies pairs of bfloat16; elsewhere nobody measured PyTorch's bfloat16 against ours.
 _PAIRS: bool = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
 
@@ -95,8 +96,13 @@ def in_large_channels_last(x: Tensor, dtype: torch.dtype, least: int = LARGE) ->
 def read_in_place(x: Tensor, rows: int = 0) -> bool:
     """Whether kernels read this large channels_last image where it lies, and oneDNN's, of so many rows of taps if it is
     one convolution, are not ahead."""
-    strip = rows == 1 and not AVX2 and x.numel() >= _HUGE
+    strip = rows == 1 and not AVX2 and x.numel() >= HUGE
     return x.dtype is torch.float32 and x.shape[1] >= _LANES and not strip
+
+
+def _read_pairs_in_place(x: Tensor, rows: int) -> bool:
+    """The same for bfloat16, which was measured where processors have matrix tiles."""
+    return AMX and x.dtype is torch.bfloat16 and x.shape[1] >= (_PAIRED if rows == 1 else _LANES)
 
 
 def short(taps: int, dilation: int) -> bool:
@@ -128,7 +134,9 @@ def slower(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, dilation: P
     dh, dw = reference.pair(dilation)
     for dtype in (torch.float32, torch.bfloat16):
         few = _few(kh, kw, dh, dw, dtype is torch.bfloat16)
-        if few and in_large_channels_last(x, dtype) and not read_in_place(x, kh):
+        if not few or not in_large_channels_last(x, dtype):
+            continue
+        if not read_in_place(x, kh) and not _read_pairs_in_place(x, kh):
             return f"PyTorch's own convolution is faster with {kh}x{kw} taps in channels_last"
     return None
 

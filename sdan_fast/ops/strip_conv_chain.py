@@ -11,7 +11,16 @@ from torch import Tensor
 from . import _check
 from ._conv import Conv, Shape, chain, chain_backward, chain_backward_flops, chain_flops, with_absent
 from ._op import Op
-from .depthwise_conv2d import AVX2, convolution_autocast, in_large_channels_last, read_in_place, short
+from .depthwise_conv2d import (
+    AMX,
+    AVX2,
+    HUGE,
+    LARGE,
+    convolution_autocast,
+    in_large_channels_last,
+    read_in_place,
+    short,
+)
 
 
 def check(x: Any, weights: Any, biases: Any, *, bias_mask: Any, dilations: Any) -> None:
@@ -135,7 +144,9 @@ def slower(
     if few and in_large_channels_last(x, torch.float32) and not read_in_place(x):
         return f"PyTorch's own convolutions are faster with {taps} taps in channels_last"
     taps = max(max(weight.shape[2], weight.shape[3]) for weight in weights)
-    if len(weights) <= 4 and short(taps, max(dilations)) and in_large_channels_last(x, torch.bfloat16):
+    stages, most, least = (1, 5, HUGE) if AMX else (2, 11, LARGE)
+    few = len(weights) <= 2 * stages and taps <= most and short(taps, max(dilations))
+    if few and in_large_channels_last(x, torch.bfloat16, least):
         return f"PyTorch's own convolutions are faster with {taps} taps in channels_last and bfloat16"
     return None
 
