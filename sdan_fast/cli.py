@@ -28,7 +28,7 @@ def _build_app() -> Callable[..., Any]:
         import rich  # noqa: F401 - asked for first, because typer makes do without it
         import typer
 
-        from .commands import bench, demo, info, inspect, tune, upscale, verify
+        from .commands import bench, demo, info, inspect, train, tune, upscale, verify
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in _EXTRA:
@@ -57,6 +57,7 @@ def _build_app() -> Callable[..., Any]:
     app.command("verify", short_help="Check every op and the model against float64.")(verify.verify)
     app.add_typer(bench.app, name="bench", short_help="Time the ops or the whole network against every peer.")
     app.command("demo", short_help="SDAN on a photograph: checked, timed, explained.")(demo.demo)
+    app.command("train", short_help="Train SDAN on pictures.")(train.train)
     app.command("tune", short_help="Time the Triton kernels' settings on this GPU.")(tune.tune_command)
     app.command("upscale", short_help="Enlarge pictures with a checkpoint.")(upscale.upscale)
     app.add_typer(inspect.app, name="inspect", short_help="The GPU kernels' machine code and modelled times.")

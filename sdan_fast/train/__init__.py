@@ -1,0 +1,7 @@
+"""Training SDAN on pairs that are made of pictures: `sdan-fast train`, and the same from Python."""
+
+from .loop import Progress, Settings, TrainingError, train
+from .metrics import psnr_y
+from .patches import Patches, downscale
+
+__all__ = ["Patches", "Progress", "Settings", "TrainingError", "downscale", "psnr_y", "train"]
