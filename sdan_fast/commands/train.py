@@ -28,7 +28,12 @@ _LOG = "log.jsonl"
 
 
 def train(
-    pictures: Annotated[list[Path], typer.Argument(help="Pictures in high resolution, or folders of them.")],
+    pictures: Annotated[
+        Path,
+        typer.Argument(
+            metavar="PICTURES", help="A folder of pictures in high resolution, or one.", show_default=False
+        ),
+    ],
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Folder of the run: weights, state, log.", metavar="FOLDER")
     ] = Path("train_output"),
@@ -83,7 +88,7 @@ def train(
     )
     try:
         start = None if weights is None else SDAN.from_checkpoint(weights, dtype=torch.float32)
-        tensors = _read(pictures)
+        tensors = _read([pictures])
         held_out = _read(validate or [])
         with _processes(device) as (place, first), use_backend(backend):
             if first:
