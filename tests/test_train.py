@@ -24,7 +24,16 @@ from typer.testing import CliRunner, Result  # noqa: E402
 from sdan_fast.cli import app  # noqa: E402
 from sdan_fast.commands import pictures  # noqa: E402
 from sdan_fast.models import SDAN  # noqa: E402
-from sdan_fast.train import Patches, Progress, Settings, TrainingError, downscale, psnr_y, train  # noqa: E402
+from sdan_fast.train import (
+    DivergedError,
+    Patches,
+    Progress,
+    Settings,
+    TrainingError,
+    downscale,
+    psnr_y,
+    train,
+)  # noqa: E402
 
 TINY = Settings(
     scale=2, channels=8, blocks=1, groups=2, patch=16, batch=2, steps=6, learning_rate=2e-3, ema=0.5
@@ -192,7 +201,7 @@ def test_stops_where_the_loss_is_no_number(photos: list[Tensor], tmp_path: Path)
     start = SDAN(2, 8, 1)
     with torch.no_grad():
         start.up.bias[0] = math.nan
-    with pytest.raises(TrainingError, match="the loss of step 1 is nan"):
+    with pytest.raises(DivergedError, match="the loss of step 1 is nan"):
         train(TINY, photos, tmp_path, start=start)
     assert not list(tmp_path.glob("*.safetensors"))
 
@@ -233,6 +242,8 @@ def test_command(folder: Path, tmp_path: Path) -> None:
         ],
     )
     assert enlarged.exit_code == 0, enlarged.output
+    result = command(folder, "--out", tmp_path / "lost", *OPTIONS, "--learning-rate", "1e30")
+    assert result.exit_code == 1 and "try a lower learning rate" in result.output
     result = command(folder, "--out", tmp_path / "tuned", "--weights", out / "model.safetensors", *OPTIONS)
     assert result.exit_code == 0
 

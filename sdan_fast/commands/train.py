@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sdan_fast import use_backend
 from sdan_fast.models import SDAN
-from sdan_fast.train import Progress, Settings, TrainingError
+from sdan_fast.train import DivergedError, Progress, Settings, TrainingError
 from sdan_fast.train import train as run
 
 from . import terminal
@@ -94,7 +94,7 @@ def train(
             if first:
                 typer.echo(f"{len(tensors)} pictures, {len(held_out)} to measure by, on {place}: {out}")
             with terminal.progress() as bar:
-                task = bar.add_task("training", total=steps)
+                task = bar.add_task("training", total=steps, visible=first)
 
                 def on_step(progress: Progress) -> None:
                     bar.update(task, completed=progress.step, description=f"loss {progress.loss:.4f}")
@@ -105,9 +105,9 @@ def train(
                     settings, tensors, out, validation=held_out, every=every, resume=resume, start=start, device=place,
                     on_step=on_step,
                 )  # fmt: skip
-    except TrainingError as error:
-        terminal.fail(str(error), terminal.FAILED if "loss" in str(error) else terminal.MISUSE)
-    except (PictureError, OSError, ValueError) as error:
+    except DivergedError as error:
+        terminal.fail(str(error), terminal.FAILED)
+    except (TrainingError, PictureError, OSError, ValueError) as error:
         terminal.fail(str(error))
 
 

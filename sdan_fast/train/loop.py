@@ -32,6 +32,10 @@ class TrainingError(RuntimeError):
     """A run that cannot begin or go on; the message is one sentence."""
 
 
+class DivergedError(TrainingError):
+    """The loss is no longer a number; what was saved before is still there."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """What a run is. It goes on after a break only with the same settings.
@@ -113,7 +117,8 @@ def train(
 
     Raises:
         ValueError: for settings or pictures that make no sense.
-        TrainingError: if there is no such run, it is another one, or the loss is no longer a number.
+        TrainingError: if there is no such run, or it is another one.
+        DivergedError: if the loss is no longer a number.
         OSError: if the files cannot be written.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -161,7 +166,7 @@ def train(
         loss.backward()
         value = float(loss.detach())
         if not value < float("inf"):
-            raise TrainingError(f"the loss of step {run.step + 1} is {value}: try a lower learning rate")
+            raise DivergedError(f"the loss of step {run.step + 1} is {value}: try a lower learning rate")
         run.advance()
         save = run.step % every == 0 or run.step == settings.steps
         psnr = None
