@@ -24,7 +24,7 @@ from typer.testing import CliRunner, Result  # noqa: E402
 from sdan_fast.cli import app  # noqa: E402
 from sdan_fast.commands import pictures  # noqa: E402
 from sdan_fast.models import SDAN  # noqa: E402
-from sdan_fast.train import (
+from sdan_fast.train import (  # noqa: E402
     DivergedError,
     Patches,
     Progress,
@@ -33,7 +33,7 @@ from sdan_fast.train import (
     downscale,
     psnr_y,
     train,
-)  # noqa: E402
+)
 
 TINY = Settings(
     scale=2, channels=8, blocks=1, groups=2, patch=16, batch=2, steps=6, learning_rate=2e-3, ema=0.5
