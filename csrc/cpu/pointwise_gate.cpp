@@ -38,7 +38,8 @@ Tensor pointwise_gate(const Tensor& u, const Tensor& x, const Tensor& weight,
   Tensor y = empty_in_format(u.sizes(), u, format);
   if (u.numel() == 0) return y;
   FloatArena arena(args.dtype);
-  if (arena.pairs() && format == Format::kContiguous) {  // the network's own gate packs its pairs
+  if (arena.pairs() && !arena.tiles() && format == Format::kContiguous) {
+    // The network's own gate packs its pairs.
     GatePlan plan{};
     plan.height = u.size(2);
     plan.width = u.size(3);
@@ -52,11 +53,14 @@ Tensor pointwise_gate(const Tensor& u, const Tensor& x, const Tensor& weight,
   const Tensor u_dense = in_format(u, format);
   const Tensor x_dense = in_format(x, format);
   const int64_t plane = u.size(2) * u.size(3);
-  if (arena.tiles() && args.ci % 2 == 0) {
+  // A plane of one pixel is laid out the same in both formats; only one of them has lanes to fill.
+  args.channels_last = format == Format::kChannelsLast || plane == 1;
+  if (arena.tiles() && (!args.channels_last || args.ci % 2 == 0)) {
     PointwiseConvPlan plan{};
     const int64_t pixels = u.size(0) * plane;
-    plan.pixel_tiles = true;
-    plan.conv = pack_pixel_tiles(arena, weight, bias, pixels);
+    plan.pixel_tiles = args.channels_last;
+    plan.conv = plan.pixel_tiles ? pack_pixel_tiles(arena, weight, bias, pixels)
+                                 : sdan_fast::pack(arena, weight, bias);
     plan.x = pixels_of(x_dense, args.dtype);
     plan.u = pixels_of(u_dense, args.dtype);
     plan.y = pixels_of(y, args.dtype);
@@ -72,8 +76,6 @@ Tensor pointwise_gate(const Tensor& u, const Tensor& x, const Tensor& weight,
   args.bias = bias_dense.has_value() ? bias_dense->const_data_ptr() : nullptr;
   args.y = y.mutable_data_ptr();
 
-  // A plane of one pixel is laid out the same in both formats; only one of them has lanes to fill.
-  args.channels_last = format == Format::kChannelsLast || plane == 1;
   args.pairs = arena.pairs() && args.channels_last && args.ci % 2 == 0;
   args.pixels = args.channels_last ? u.size(0) * plane : plane;
   // A tile of both sides stays in the second-level cache; 384 is a multiple of every chunk of it.

@@ -128,43 +128,74 @@ SDAN_INLINE int tile_blocks(const Pointwise& pw) {
   return (tile_outputs(pw).groups() + 1) / 2;
 }
 
+// What all blocks of a product have in common.
+struct TileProduct {
+  const PointwiseInput* inputs;
+  int input_count;
+  const Pointwise& pw;
+  TileOutputs outputs;
+  int groups, rows;  // of outputs, of input in a step
+  ptrdiff_t group;   // floats from one group's weights to the next
+};
+
+SDAN_INLINE TileProduct tile_product(const PointwiseInput* inputs, int input_count,
+                                     const Pointwise& pw) {
+  const TileOutputs outputs = tile_outputs(pw);
+  const int rows = pw.tiles->rows[6];
+  int steps = 0;
+  for (int i = 0; i < input_count; ++i) steps += (inputs[i].count + rows - 1) / rows;
+  return {inputs,
+          input_count,
+          pw,
+          outputs,
+          outputs.groups(),
+          rows,
+          ptrdiff_t{16} * outputs.each * steps};
+}
+
+// For groups g and g + 1 of outputs and two vectors of pixels from `column` on, or as many of
+// either as there are. out[i]: the first sums of group g + i.
+static inline void tile_block(const TileProduct& product, ptrdiff_t column, int g, bool two_vectors,
+                              float* const (&out)[2], ptrdiff_t out_stride) {
+  constexpr ptrdiff_t kFloat = sizeof(float);
+  const Pointwise& pw = product.pw;
+  const PointwiseInput* inputs = product.inputs;
+  const int rows = product.rows, each = product.outputs.each;
+  const ptrdiff_t group = product.group;
+  const int m[2] = {product.outputs.begin(g), product.outputs.begin(g + 1)};
+  by_factors(g + 1 < product.groups, two_vectors, [&]<int A, int B>() {
+    begin_sums<A, B>({{pw.bias + 16 * m[0], pw.bias + 16 * m[1]}, kTileRow}, false);
+    const float* weight = pw.weight + g * group;
+    for (int i = 0; i < product.input_count; ++i) {
+      const ptrdiff_t stride = inputs[i].stride;
+      const int last = inputs[i].count - rows;
+      for (int begin = 0; begin < inputs[i].count; begin += rows) {
+        // The last rows are read with some of those before them, whose weights are zero there.
+        const float* x = inputs[i].x + column + (begin < last ? begin : last) * stride;
+        add_products<A, B>({{weight, weight + group}, kTileRow},
+                           {{x, x + kLanes}, stride * kFloat});
+        weight += 16 * each;
+      }
+    }
+    float* const o[2][2] = {{out[0], out[0] + kLanes}, {out[1], out[1] + kLanes}};
+    store_sums<A, B>(o, out_stride * kFloat);
+  });
+}
+
 // As pointwise_block (pointwise.h) does it. After each block `lines` cache lines are taken from the
 // queue.
 static inline void tile_products(const PointwiseInput* inputs, int input_count, ptrdiff_t column,
                                  const Pointwise& pw, float* out, ptrdiff_t out_stride, int vecs,
                                  PrefetchQueue* queue, int lines) {
   configure_tiles(*pw.tiles);
-  const TileOutputs outputs = tile_outputs(pw);
-  const int rows = pw.tiles->rows[6], groups = outputs.groups();
-  constexpr ptrdiff_t kFloat = sizeof(float);
-  int steps = 0;
-  for (int i = 0; i < input_count; ++i) steps += (inputs[i].count + rows - 1) / rows;
-  const ptrdiff_t group = ptrdiff_t{16} * outputs.each * steps;
+  const TileProduct product = tile_product(inputs, input_count, pw);
+  const TileOutputs& outputs = product.outputs;
   for (int v = 0; v < vecs; v += 2) {
-    for (int g = 0; g < groups; g += 2) {
-      const int m[2] = {outputs.begin(g), outputs.begin(g + 1)};
-      by_factors(g + 1 < groups, v + 1 < vecs, [&]<int A, int B>() {
-        begin_sums<A, B>({{pw.bias + 16 * m[0], pw.bias + 16 * m[1]}, kTileRow}, false);
-        const float* weight = pw.weight + g * group;
-        for (int i = 0; i < input_count; ++i) {
-          const ptrdiff_t stride = inputs[i].stride;
-          const int last = inputs[i].count - rows;
-          for (int begin = 0; begin < inputs[i].count; begin += rows) {
-            // The last rows are read with some of those before them, whose weights are zero there.
-            const float* x =
-                inputs[i].x + column + v * kLanes + (begin < last ? begin : last) * stride;
-            add_products<A, B>({{weight, weight + group}, kTileRow},
-                               {{x, x + kLanes}, stride * kFloat});
-            weight += 16 * outputs.each;
-          }
-        }
-        float* o[2][2];
-        for (int i = 0; i < 2; ++i) {
-          o[i][0] = out + m[i] * out_stride + v * kLanes;
-          o[i][1] = o[i][0] + kLanes;
-        }
-        store_sums<A, B>(o, out_stride * kFloat);
-      });
+    for (int g = 0; g < product.groups; g += 2) {
+      float* o = out + v * kLanes;
+      tile_block(product, column + v * kLanes, g, v + 1 < vecs,
+                 {o + outputs.begin(g) * out_stride, o + outputs.begin(g + 1) * out_stride},
+                 out_stride);
       if (queue != nullptr) queue->step(lines);
     }
   }

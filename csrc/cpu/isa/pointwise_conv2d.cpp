@@ -7,6 +7,7 @@
 #include "pixel_products.h"
 #include "pixel_tiles.h"
 #include "plane_products.h"
+#include "plane_tiles.h"
 
 namespace sdan_fast {
 namespace SDAN_ISA {
@@ -31,9 +32,23 @@ bool is_planes(const PointwiseConvPlan& plan) {
   return !plan.conv.pairs && plan.x.stride_p == 1 && plan.y.stride_p == 1;
 }
 
+#if SDAN_IS_AVX512
+bool is_plane_tiles(const PointwiseConvPlan& plan) {
+  return plan.conv.tiles != nullptr && !plan.pixel_tiles && plan.x.stride_p == 1 &&
+         plan.y.stride_p == 1;
+}
+#endif
+
 int64_t place(const PointwiseConvPlan& plan, char* base, Scratch* s) {
   ScratchCursor cursor{base, 0};
   const bool converted = plan.x.dtype != DType::kFloat32;
+#if SDAN_IS_AVX512
+  if (is_plane_tiles(plan)) {
+    const PlaneTileScratch tile = place_plane_tile(plan.conv, &cursor);
+    *s = {tile.pairs, tile.sums, 0};
+    return cursor.used;
+  }
+#endif
   if (plan.pixel_tiles) {
     s->stride = 0;
     s->x = nullptr;
@@ -252,6 +267,7 @@ void pointwise_conv2d_run(const PointwiseConvPlan* plan, int64_t part, void* scr
   const int64_t last = end < t.pixels ? end : t.pixels;
 #if SDAN_IS_AVX512
   if (plan->pixel_tiles) return run_pixel_tiles(*plan, first, last, s.y);
+  if (is_plane_tiles(*plan)) return run_plane_tiles(*plan, first, last, {s.x, s.y});
 #endif
   if (plan->outputs != nullptr) {
     by_dtype(plan->x.dtype, [&](auto v) { run_pixels<decltype(v)>(*plan, first, last, s); });

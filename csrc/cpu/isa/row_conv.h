@@ -87,5 +87,30 @@ SDAN_INLINE void row_sums(Vec (&acc)[V], const float* x, const float* weights, i
 
 #endif
 
+#if !SDAN_IS_PORTABLE
+// The same of bfloat16 whose even and odd pixels are vectors of their own (load_two), taps next to
+// each other and odd in number: the even ones of a load serve the odd sums as well, one tap before.
+template <int V>
+SDAN_INLINE void row_sums(Vec (&acc)[V], const bfloat16* x, const float* weights, int taps) {
+  const auto add = [&](int j, bool first, bool last) __attribute__((always_inline)) {
+    const Vec before = first ? zero() : set1(weights[j - 1]), here = set1(weights[j]);
+    const Vec after = last ? zero() : set1(weights[j + 1]);
+#pragma GCC unroll 8
+    for (int v = 0; v < V; v += 2) {
+      Vec even, odd;
+      load_split(x + v * kLanes + j, even, odd);
+      acc[v] = fma(even, here, acc[v]);
+      if (!last) acc[v] = fma(odd, after, acc[v]);
+      if (!first) acc[v + 1] = fma(even, before, acc[v + 1]);
+      acc[v + 1] = fma(odd, here, acc[v + 1]);
+    }
+  };
+  if (taps == 1) return add(0, true, true);
+  add(0, true, false);
+  for (int j = 2; j + 1 < taps; j += 2) add(j, false, false);
+  add(taps - 1, false, true);
+}
+#endif
+
 }  // namespace SDAN_ISA
 }  // namespace sdan_fast

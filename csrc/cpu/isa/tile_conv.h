@@ -101,6 +101,11 @@ SDAN_INLINE void accumulate(Vec (&acc)[R][V], const T* x, const Taps& taps, ptrd
     for (int r = 0; r < R; ++r) row_sums(acc[r], x + r * row, w, taps.kw, column);
     return;
   }
+#if !SDAN_IS_PORTABLE
+  if constexpr (!kLanewise && KH == 1 && R == 1 && V > 1 && std::is_same_v<T, bfloat16>) {
+    if (column == 1 && taps.kw % 2 == 1) return row_sums(acc[0], x, w, taps.kw);
+  }
+#endif
   const ptrdiff_t next_weights = static_cast<ptrdiff_t>(kh + taps.skipped) * kStep;
   // An input that one row's taps alone read is loaded into the multiply-add.
   constexpr int kUses = R < KH || KH == 0 ? R : KH;
