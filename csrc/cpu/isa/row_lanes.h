@@ -137,5 +137,37 @@ __attribute__((noinline)) void lane_rows(LaneRows<T> p) {
   }
 }
 
+// The same in steps, for a chain of strips: n columns of rows as lanes, whole vectors of them.
+template <typename T>
+__attribute__((noinline)) void rows_to_lanes(const T* x, int64_t row, int rows, int64_t n,
+                                             float* out) {
+  for (int64_t c = 0; c < n; c += kLanes) {
+    Vec r[kLanes];
+    load_rows(r, x + c, row, rows, lanes_of(n - c));
+    transpose(r);
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) store(out + (c + i) * kLanes, r[i]);
+  }
+}
+
+// The sums of n columns, whole vectors of columns too; kRows: as rows again.
+template <bool kRows>
+__attribute__((noinline)) void convolve_lanes(const float* in, Taps taps, int64_t n, float* out,
+                                              int64_t row, int rows) {
+  for (int64_t c = 0; c < n; c += kLanes) {
+    Vec acc[kLanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) acc[i] = zero();
+    lane_sums(acc, in + c * kLanes, taps);
+    if constexpr (kRows) {
+      transpose(acc);
+      store_rows(out + c, acc, row, rows, lanes_of(n - c));
+    } else {
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) store(out + (c + i) * kLanes, acc[i]);
+    }
+  }
+}
+
 }  // namespace SDAN_ISA
 }  // namespace sdan_fast
