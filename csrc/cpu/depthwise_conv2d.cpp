@@ -12,12 +12,25 @@ namespace {
 
 const auto kernel = SDAN_PICK_KERNEL(depthwise_conv2d_run);
 
+// Whether rows become lanes: a strip along them with the taps that pay for two transpositions
+// (measured), whose last rows leave few lanes empty and whose columns stay in a second-level cache.
+bool turns_rows(const DepthwiseArgs& a) {
+  constexpr int64_t kMostColumns = 8192;
+  if (a.kh_used != 1 || picked_isa() == Isa::kPortable) return false;
+  const bool wide = a.dtype == DType::kFloat32;
+  const int64_t least = picked_isa() == Isa::kAvx512 ? (wide ? 13 : 11) : (wide ? 7 : 5);
+  const int64_t lanes = vector_lanes();
+  return a.kw_used >= least && 4 * a.h >= 3 * ((a.h + lanes - 1) / lanes * lanes) &&
+         a.w + (a.kw_used - 1) * a.dw <= kMostColumns;
+}
+
 // Few columns of taps are read in place. Many are not: the masks of a row's ends then cost as much
 // as a copy, 16-bit numbers are converted once for each of them, and tall kernels leave out little.
 RowOrder row_order(const DepthwiseArgs& a) {
   const bool wide = a.dtype == DType::kFloat32;
   const int64_t rows = a.kh_used;
   const int64_t columns = a.kw_used;
+  if (turns_rows(a)) return RowOrder::kLanes;
   if (columns > (rows > 5 ? 7 : (wide ? 21 : 11))) return RowOrder::kTiles;
   // What does not stay in the last cache is moved fastest as one stream in and one out, if each
   // input need not be loaded much more often for that.
@@ -123,6 +136,11 @@ Tensor depthwise_conv2d(const Tensor& x, const Tensor& weight, std::optional<Ten
   const int64_t work = x.numel() * (taps + 8);
   if (work > (1 << 20)) {
     refine_tiles(&args.grid, args.h, halo_h, per_tile, 4 * torch::stable::get_num_threads());
+  }
+  if (args.order == RowOrder::kLanes) {
+    const int64_t lanes = vector_lanes();
+    args.grid.tile_h = (args.grid.tile_h + lanes - 1) / lanes * lanes;
+    args.grid.tiles_h = (args.h + args.grid.tile_h - 1) / args.grid.tile_h;
   }
   const int64_t tasks = per_tile * args.grid.tiles_h * args.grid.tiles_w;
   // About 16 multiply-adds a nanosecond: a thread's share should last some ten microseconds.

@@ -4,6 +4,7 @@
 
 #include "by_dtype.h"
 #include "plane_conv.h"
+#include "row_lanes.h"
 #include "tile_conv.h"
 
 namespace sdan_fast {
@@ -262,11 +263,45 @@ void run_in_place(const DepthwiseArgs& a, int64_t begin, int64_t end) {
   }
 }
 
+// Tasks [begin, end) of NCHW planes whose rows are lanes.
+template <typename T>
+void run_lanes(const DepthwiseArgs& a, int64_t begin, int64_t end) {
+  const int kw = static_cast<int>(a.kw_used);
+  LaneRows<T> p = {};
+  p.x_row = p.y_row = p.w = a.w;
+  p.taps = {nullptr, 1, kw, 1, static_cast<int>(a.dw), 1};
+  const int64_t floats = p.vectors() * kLanes;
+  p.columns = static_cast<float*>(thread_scratch(static_cast<size_t>(floats + kw) * sizeof(float)));
+  float* weights = p.columns + floats;
+  p.taps.weights = weights;
+  fill_lane_pads(p);
+  for (int64_t t = begin; t < end; ++t) {
+    const int64_t plane = t / a.grid.tiles_h;
+    const int64_t c = plane % a.c;
+    stage_weights<false>(weights, static_cast<const T*>(a.weight) + (c * a.kh + a.i0) * a.kw, 0,
+                         static_cast<int>(a.kw), 0, static_cast<int>(a.j0), 1, kw, 1);
+    p.bias = set1(a.bias == nullptr ? 0.0f : to_float(static_cast<const T*>(a.bias)[c]));
+    const int64_t h0 = t % a.grid.tiles_h * a.grid.tile_h;
+    const int64_t h1 = a.h - h0 < a.grid.tile_h ? a.h : h0 + a.grid.tile_h;
+    for (int64_t r = h0; r < h1; r += kLanes) {
+      const int64_t first = (plane * a.h + r) * a.w;
+      p.x = static_cast<const T*>(a.x) + first;
+      p.y = static_cast<T*>(a.y) + first;
+      p.rows = lanes_of(h1 - r);
+      lane_rows(p);
+    }
+  }
+}
+
 }  // namespace
 
 void depthwise_conv2d_run(const DepthwiseArgs& args, int64_t begin, int64_t end) {
   by_dtype(args.dtype, [&](auto t) {
     using T = decltype(t);
+    if (args.order == RowOrder::kLanes) {
+      run_lanes<T>(args, begin, end);
+      return;
+    }
     if (args.order != RowOrder::kTiles) {
       run_in_place<T>(args, begin, end);
       return;

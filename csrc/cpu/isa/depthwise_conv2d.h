@@ -17,8 +17,8 @@ struct TileGrid {
 };
 
 // Padded copies of tiles, or (NCHW) whole rows of a plane read in
-// place: four at a time, or one after the other.
-enum class RowOrder { kTiles, kFours, kSingle };
+// place: four at a time, one after the other, or those of a vector as its lanes.
+enum class RowOrder { kTiles, kFours, kSingle, kLanes };
 
 struct DepthwiseArgs {
   const void* x;

@@ -13,6 +13,7 @@
 
 #include "by_dtype.h"
 #include "plane_conv.h"
+#include "row_lanes.h"
 #include "tile_conv.h"
 
 namespace sdan_fast {
@@ -170,12 +171,13 @@ struct Buffers {
   Taps* horizontal;  // the strips as row convolutions
   Taps* vertical;    // as column convolutions
   Taps* turned;      // the vertical strips as row convolutions, for the field's column factors
+  float* lanes[2];   // the columns of kLanes rows, where rows are lanes
   LaneBits* masks;   // of the first strip's edges, where it reads the plane in place
   int64_t row_floats, col_floats, line_floats;
 };
 
 template <bool kLanewise>
-Buffers lay_out(const StripChainArgs& a, int64_t rows, int64_t columns, int64_t masks,
+Buffers lay_out(const StripChainArgs& a, int64_t rows, int64_t columns, int64_t masks, bool turned,
                 Arena* arena) {
   constexpr int kStep = pixel_floats<kLanewise>();
   constexpr int64_t kSlack = kConvSlack * kLanes;
@@ -194,6 +196,7 @@ Buffers lay_out(const StripChainArgs& a, int64_t rows, int64_t columns, int64_t 
   }
   for (int i = 0; i < 2; ++i) {
     b.line[i] = arena->take(line_rows<kLanewise>() * b.line_floats + kSlack);
+    b.lanes[i] = arena->take(turned ? (columns + a.halo_w + 2 * kLanes) * kLanes : 0);
     b.column[i] = arena->take((rows + a.halo_h) * kStep + kSlack);
   }
   b.field_row = arena->take(a.stages * b.row_floats + kSlack);
@@ -320,6 +323,17 @@ struct GatedSink {
   }
 };
 
+// Whether rows become lanes of the horizontal strips: these have the taps that pay for two
+// transpositions (measured), few lanes of the last rows are empty, and the columns stay in a
+// second-level cache.
+SDAN_INLINE bool turns_rows(const StripChainArgs& a, bool wide) {
+  constexpr int64_t kMostColumns = 8192;
+  int64_t taps = 0;
+  for (int64_t s = 0; s < a.stages; ++s) taps += a.horizontal[s].used;
+  return !SDAN_IS_PORTABLE && taps >= (SDAN_IS_AVX512 && !wide ? 11 : 13) &&
+         4 * a.h >= 3 * round_up(a.h) && a.w + a.halo_w <= kMostColumns;
+}
+
 // One tile on its way down: its windows and what fills them.
 template <bool kLanewise, typename T>
 struct Bands {
@@ -331,9 +345,17 @@ struct Bands {
   int64_t pixel;  // elements from one pixel to the next
   int channels;
   const PlaneConv<float>* first;  // the first strip where it reads the plane in place, or nullptr
+  int64_t ahead;                  // the end of the image rows that the tile reads
+  bool turned;                    // whether rows are lanes of the horizontal strips
 
   // The horizontal strips of image rows [from, to), which all exist.
   void horizontal(int64_t from, int64_t to, float* out) const {
+    if constexpr (!kLanewise) {
+      if (turned) {
+        as_lanes(from, to, out);
+        return;
+      }
+    }
     if constexpr (!kLanewise && std::is_same_v<T, float>) {
       if (first != nullptr) {
         in_place(from, to, out);
@@ -351,6 +373,43 @@ struct Bands {
       }
       run_lines<kLanewise>(b.line[0], b.line[1], b.line_floats, count, a.horizontal, b.horizontal,
                            0, a.stages, columns, out, b.row_floats);
+    }
+  }
+
+  // The same with rows as lanes.
+  void as_lanes(int64_t from, int64_t to, float* out) const {
+    const int64_t pad = a.halo_w / 2;
+    const int64_t origin = columns.out_first - pad;
+    for (int64_t r = from; r < to; r += kLanes, out += kLanes * b.row_floats) {
+      const int rows = lanes_of(to - r);
+      float *in = b.lanes[0], *other = b.lanes[1];
+      // What a strip does not write, up to what the next one reads, is beyond the image.
+      const auto zero_beside = [&](float* line, int64_t reach, const Span& span) {
+        const int64_t wanted = pad - reach;
+        const int64_t begin = span.first - origin, end = begin + span.count;
+        fill_zero(line + wanted * kLanes, (begin - wanted) * kLanes);
+        fill_zero(line + end * kLanes, (wanted + columns.out_count + 2 * reach - end) * kLanes);
+      };
+      Span span = clipped(columns, pad);
+      rows_to_lanes(x + r * a.w + span.first, a.w, rows, span.count,
+                    in + (span.first - origin) * kLanes);
+      zero_beside(in, pad, span);
+      for (int64_t s = 0; s < a.stages; ++s) {
+        const int64_t later = pad_from(a.horizontal, s + 1, a.stages);
+        span = clipped(columns, later);
+        const int64_t begin = span.first - origin;
+        const float* taps_begin = in + (begin - strip_pad(a.horizontal[s])) * kLanes;
+        if (s + 1 == a.stages) {
+          convolve_lanes<true>(taps_begin, b.horizontal[s], span.count, out, b.row_floats, rows);
+        } else {
+          convolve_lanes<false>(taps_begin, b.horizontal[s], span.count, other + begin * kLanes, 0,
+                                rows);
+          zero_beside(other, later, span);
+          float* t = in;
+          in = other;
+          other = t;
+        }
+      }
     }
   }
 
@@ -381,6 +440,11 @@ struct Bands {
   void fill(int64_t s, int64_t from, int64_t to) const {
     Level& level = b.levels[s];
     if (to <= level.last) return;
+    if (turned && s == 0 && to < ahead) {  // whole groups of lanes
+      const int64_t begin = level.last < 0 ? 0 : level.last;
+      const int64_t whole = begin + round_up(to - begin);
+      to = whole < ahead ? whole : ahead;
+    }
     if (to - level.first > level.capacity) {
       const int64_t kept = level.last - from;
       std::memmove(level.rows, level.rows + (from - level.first) * b.row_floats,
@@ -424,14 +488,15 @@ void run_tile(const StripChainArgs& a, int64_t n, int64_t block, int64_t tile) {
   // A tile as wide as the plane needs no copy of it, unless masks would take longer than that.
   RowEdges edges = edges_of(a.w, strip_pad(a.horizontal[0]));
   int64_t masks = edges.count() * a.horizontal[0].used;
-  const bool in_place =
-      !kLanewise && std::is_same_v<T, float> && columns.out_count == a.w && masks <= 10 * edges.all;
+  const bool turned = !kLanewise && turns_rows(a, sizeof(T) == sizeof(float));
+  const bool in_place = !kLanewise && !turned && std::is_same_v<T, float> &&
+                        columns.out_count == a.w && masks <= 10 * edges.all;
   if (!in_place) masks = 0;
 
   Arena arena = {nullptr, 0};
-  lay_out<kLanewise>(a, rows.out_count, columns.out_count, masks, &arena);
+  lay_out<kLanewise>(a, rows.out_count, columns.out_count, masks, turned, &arena);
   arena = {static_cast<float*>(thread_scratch(static_cast<size_t>(arena.used) * sizeof(float))), 0};
-  const Buffers b = lay_out<kLanewise>(a, rows.out_count, columns.out_count, masks, &arena);
+  const Buffers b = lay_out<kLanewise>(a, rows.out_count, columns.out_count, masks, turned, &arena);
   for (int64_t s = 0; s < a.stages; ++s) {
     for (int axis = 0; axis < 2; ++axis) {
       const StripArgs& strip = axis == 0 ? a.horizontal[s] : a.vertical[s];
@@ -464,8 +529,10 @@ void run_tile(const StripChainArgs& a, int64_t n, int64_t block, int64_t tile) {
       }
     }
   }
+  const Span seen = clipped(rows, pad_from(a.vertical, 0, a.stages));
+  const int64_t rows_end = seen.first + seen.count;
   const Bands<kLanewise, T> bands = {
-      a, b, columns, x, pixel, channels, in_place ? &first : nullptr};
+      a, b, columns, x, pixel, channels, in_place ? &first : nullptr, rows_end, turned};
   for (int64_t s = 0; s < a.stages; ++s) {
     b.levels[s].first = b.levels[s].last = h0 - pad_from(a.vertical, s, a.stages);
   }
@@ -479,10 +546,10 @@ void run_tile(const StripChainArgs& a, int64_t n, int64_t block, int64_t tile) {
     const FieldBias<kLanewise> field = {b.field_row, b.field_col + r * pixel_floats<kLanewise>(),
                                         b.row_floats, b.col_floats, a.any_bias ? a.stages : 0};
     using Ahead = Fetch<kLanewise, T, true>;
-    const Ahead fetch = {x + at + (a.halo_h / 2 + a.band) * row, y, row, pixel, gate};
+    const float* window = bands.window(a.stages - 1, h0 + r, h0 + r + count);
+    const Ahead fetch = {x + at + (b.levels[0].last - h0 - r) * row, y, row, pixel, gate};
     const ConvBlock<kLanewise, FieldBias<kLanewise>, GatedSink<kLanewise, T>, Ahead> block = {
-        bands.window(a.stages - 1, h0 + r, h0 + r + count), b.vertical[a.stages - 1], field, sink,
-        fetch};
+        window, b.vertical[a.stages - 1], field, sink, fetch};
     conv_tile(&block, 1, b.row_floats, count, columns.out_count, NoPrepare{});
   }
 }
