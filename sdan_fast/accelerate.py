@@ -95,21 +95,21 @@ def accelerate(model: nn.Module, *, dry_run: bool = False) -> Report:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, and it is a {type(model).__name__}")
+    modules = list(_modules(model))
+    found = {module: _kind_of(module) for _, module in modules if module._parameters}
+    kinds = {module: kind for module, (kind, _) in found.items() if kind is not None}
     report: list[Entry] = []
-    kinds: dict[nn.Module, type[_Swapped]] = {}
-    for path, module in _modules(model):
+    for path, module in modules:
+        name = type(module).__name__
         if isinstance(module, nn.Sequential) and _own_forward(module, nn.Sequential) is None:
-            # Its convolutions follow in the model's order, so they are looked at ahead of their turn.
-            inner = [kinds.get(m) or _kind_of(m)[0] for m in module._modules.values() if m is not None]
-            if any(_strips(list(module), inner, i) > i for i in range(len(inner))):
+            inner = list(module)
+            inner_kinds = [kinds.get(m) for m in inner]
+            if any(_strips(inner, inner_kinds, i) > i for i in range(len(inner))):
                 kinds[module] = _StripChains
-                report.append(Entry(path, type(module).__name__, _StripChains.op, ""))
-        if not module._parameters:
-            continue
-        kind, reason = _kind_of(module)
-        if kind is not None:
-            kinds[module] = kind
-        report.append(Entry(path, type(module).__name__, kind.op if kind else None, reason))
+                report.append(Entry(path, name, _StripChains.op, ""))
+        if module in found:
+            kind, reason = found[module]
+            report.append(Entry(path, name, kind.op if kind else None, reason))
     done = Report(tuple(report), dry_run)
     if not dry_run:
         for module, kind in kinds.items():

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -243,19 +242,9 @@ class _Run:
 def _validate(model: SDAN, pairs: Sequence[tuple[Tensor, Tensor]], scale: int) -> float:
     """The mean PSNR over the pictures."""
     device = next(model.parameters()).device
-    with _evaluating(model), torch.inference_mode():
+    with torch.inference_mode():
         values = [
             psnr_y(model(low.to(device).float() / 255), high.to(device).float() / 255, scale)
             for low, high in pairs
         ]
     return sum(values) / len(values)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
